@@ -1,0 +1,2731 @@
+"""Durable workflows for applications that use Peewee and Huey.
+
+A workflow belongs to a *hero* (the row it is about: a user, an order), runs its steps one after the other with waits of
+seconds or months, survives crashes and deploys, and leaves a row for every attempt::
+
+    from datetime import timedelta
+    from peewee import CharField, Model, SqliteDatabase
+    from geneva_drive import GenevaDrive, Workflow, step
+
+    db = SqliteDatabase("app.db")
+    drive = GenevaDrive(db)
+    huey = drive.huey                       # for `huey_consumer app.huey`
+
+    class User(Model):
+        email = CharField()
+        class Meta:
+            database = db
+
+    class Signup(Workflow):
+        @step
+        def welcome(self):
+            print("welcome,", self.hero.email)
+
+        @step(wait=timedelta(days=2))
+        def remind(self):
+            print("still there,", self.hero.email, "?")
+
+    if __name__ == "__main__":
+        db.create_tables([User])
+        drive.create_tables()
+        Signup.create(hero=User.create(email="ada@example.com"))
+        drive.run(workers=2)
+
+How it works. Two tables hold the truth: one row for each workflow, one for each attempt at a step (an *execution*).
+The queue is only the alarm clock: a message holds the number of an execution and nothing else, so that losing or
+doubling one harms nothing. Whoever takes, ends or recovers an execution first updates the workflow's row on condition
+that this execution is still its newest: one fence and one lock order for everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import logging
+import math
+import numbers
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import peewee
+from huey import Huey, crontab
+from huey.consumer import Consumer
+from huey.contrib.sql_huey import BytesBlobField, SqlStorage
+from huey.storage import BaseStorage
+from peewee import (
+    SQL,
+    BigAutoField,
+    BooleanField,
+    CharField,
+    CompositeKey,
+    Database,
+    DateTimeField,
+    FloatField,
+    ForeignKeyField,
+    IntegerField,
+    Model,
+    MySQLDatabase,
+    PostgresqlDatabase,
+    SqliteDatabase,
+    TextField,
+    TimestampField,
+    chunked,
+)
+from playhouse.cockroachdb import CockroachDatabase
+from playhouse.signals import Signal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyOngoingError",
+    "ConfigurationError",
+    "ExceptionPolicy",
+    "GenevaDrive",
+    "GenevaDriveError",
+    "InvalidStateError",
+    "StepConfigurationError",
+    "StepDefinition",
+    "StepExecution",
+    "StepNotDefinedError",
+    "TestHelpers",
+    "TransactionLeftOpenError",
+    "UnknownQueueError",
+    "UnsupportedDatabaseError",
+    "Workflow",
+    "WorkflowNotDefinedError",
+    "cancel_if",
+    "on_exception",
+    "step",
+    "step_finished",
+    "step_started",
+    "workflow_transitioned",
+]
+
+logger = logging.getLogger("geneva_drive")
+logger.addHandler(logging.NullHandler())
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States, and what an outcome does to them
+# ---------------------------------------------------------------------------------------------------------------------
+
+READY, PERFORMING, PAUSED, FINISHED, CANCELED = "ready", "performing", "paused", "finished", "canceled"
+SCHEDULED, WAITING, IN_PROGRESS = "scheduled", "waiting", "in_progress"
+COMPLETED, FAILED, SKIPPED = "completed", "failed", "skipped"
+
+ONGOING = (READY, PERFORMING, PAUSED)
+ACTIVE = (SCHEDULED, WAITING, IN_PROGRESS)
+
+# Why an attempt ended and what was decided, against: the execution's state, its outcome, what the workflow does next.
+EFFECTS = {
+    ("step", "return"): (COMPLETED, "success", "advance"),
+    ("step", "reattempt"): (COMPLETED, "reattempted", "repeat"),
+    ("step", "skip"): (SKIPPED, "skipped", "advance"),
+    ("step", "cancel"): (CANCELED, "canceled", "cancel"),
+    ("step", "pause"): (CANCELED, "canceled", "pause"),
+    ("step", "finish"): (COMPLETED, "success", "finish"),
+    ("error", "reattempt"): (FAILED, "reattempted", "repeat"),
+    ("error", "skip"): (SKIPPED, "skipped", "advance"),
+    ("error", "cancel"): (FAILED, "canceled", "cancel"),
+    ("error", "pause"): (FAILED, "failed", "pause"),
+    ("error", "finish"): (FAILED, "failed", "finish"),
+    ("death", "reattempt"): (FAILED, "recovered", "repeat"),
+    ("death", "cancel"): (FAILED, "recovered", "cancel"),
+    ("death", "pause"): (FAILED, "recovered", "pause"),
+}
+WORKFLOW_STATE_AFTER = {"advance": READY, "repeat": READY, "pause": PAUSED, "cancel": CANCELED, "finish": FINISHED}
+
+# The states in which a call from outside a step is allowed.
+ALLOWED_FROM = {
+    "cancel": ONGOING,
+    "pause": (READY, PERFORMING),
+    "skip": (READY, PAUSED),
+    "resume": (PAUSED,),
+    "resume_at": (PAUSED,),
+    "reattempt": (),
+    "finish": (),
+}
+
+ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
+TERMINAL_ACTIONS = ("pause", "cancel", "skip")
+REPORTS = ("terminal_only", "always", "never")
+
+NO_WAIT = timedelta(0)
+LONGEST_WAIT = timedelta(days=36500)  # further away, the calendar overflows
+MAX_NAME_CHARS = 255
+MAX_JSON_BYTES = 128 * 1024
+MAX_ERROR_CHARS = 50_000
+TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and events
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GenevaDriveError(Exception):
+    """Base of the library's own errors."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructors below take data, not the message; without this, an error could not cross processes.
+        return _rebuild_error, (type(self), self.args, self.__dict__)
+
+
+def _rebuild_error(cls: type[GenevaDriveError], args: tuple[Any, ...], attributes: dict[str, Any]) -> GenevaDriveError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+class ConfigurationError(GenevaDriveError, TypeError):
+    """A setting of the drive is unknown, ill-typed or missing."""
+
+
+class StepConfigurationError(GenevaDriveError, TypeError):
+    """The definition of a workflow class is wrong; raised when the class is defined."""
+
+
+class UnsupportedDatabaseError(GenevaDriveError):
+    """The drive's database cannot enforce what the library promises."""
+
+    def __init__(self, database: object) -> None:
+        super().__init__(
+            f"{type(database).__name__} is not supported, since its uniqueness indexes are not known: use Peewee's "
+            "SqliteDatabase, PostgresqlDatabase or MySQLDatabase, or one of their pools"
+        )
+
+
+class UnknownQueueError(GenevaDriveError, ValueError):
+    """A workflow asks for a queue that the drive does not have."""
+
+    def __init__(self, where: str, queue: object, known: Iterable[str]) -> None:
+        super().__init__(
+            f"{where} asks for the queue {queue!r}, which this drive does not have: use one of {', '.join(known)}, "
+            f"or name it in GenevaDrive(..., queues=[{queue!r}])"
+        )
+
+
+class AlreadyOngoingError(GenevaDriveError, peewee.IntegrityError):
+    """The hero has an ongoing workflow of this class; its id is in `workflow_id`."""
+
+    def __init__(self, workflow_type: str, hero: str, workflow_id: int) -> None:
+        super().__init__(
+            f"{hero} has an ongoing {workflow_type} already, workflow {workflow_id}: use get_or_create(), wait for its "
+            "end, or pass allow_multiple=True"
+        )
+        self.workflow_id = workflow_id
+
+
+class InvalidStateError(GenevaDriveError):
+    """A call is not allowed in the state that the workflow is in."""
+
+    def __init__(self, workflow: Workflow, call: str) -> None:
+        allowed = ", ".join(ALLOWED_FROM[call])
+        state = "performing, and about to pause" if workflow.pause_requested else workflow.state
+        fix = f"it is allowed when {allowed}" if allowed else "it can be called inside a step only"
+        super().__init__(f"{workflow._label} is {state}; {call}() was refused: {fix}")
+
+
+class StepNotDefinedError(GenevaDriveError, LookupError):
+    """A workflow stands at a step that its class does not define (any more)."""
+
+    def __init__(self, workflow: Workflow, step_name: str | None) -> None:
+        known = ", ".join(definition.name for definition in workflow.steps) or "none"
+        super().__init__(
+            f"{workflow._label}: {workflow.type} has no step {step_name!r} (it has: {known}); define it again, or "
+            "move on with resume_at()"
+        )
+
+
+class WorkflowNotDefinedError(GenevaDriveError, LookupError):
+    """No class is defined for a workflow's type."""
+
+    def __init__(self, workflow: Workflow) -> None:
+        super().__init__(
+            f"workflow {workflow.id} has the type {workflow.type!r}, which no class defines here: import the module "
+            "that defines it, or set workflow_type on the class that took its place"
+        )
+
+
+class TransactionLeftOpenError(GenevaDriveError):
+    """A step's body began a transaction and did not end it."""
+
+    def __init__(self, step_name: str) -> None:
+        super().__init__(f"the step {step_name} left a transaction open; it was rolled back: use db.atomic()")
+
+
+class _FlowControl(BaseException):
+    """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
+
+    def __init__(self, action: str, wait: timedelta = NO_WAIT) -> None:
+        super().__init__(action)
+        self.action = action
+        self.wait = wait
+
+
+class _ClaimLost(Exception):
+    """The execution is no longer ours to record: it was recovered, or deleted with its workflow."""
+
+
+class _Event(Signal):
+    """A signal whose receivers cannot harm the workflow that they are told about."""
+
+    def send(self, instance: Any, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
+        responses = []
+        for name, receiver, sender in self._receiver_list:
+            if sender is None or isinstance(instance, sender):
+                try:
+                    responses.append((receiver, receiver(type(instance), instance, *args, **kwargs)))
+                except Exception:
+                    logger.exception("the receiver %s failed on an event of %s", name, instance._label)
+        return responses
+
+
+#: `receiver(cls, workflow, execution)`: an attempt at a step begins.
+step_started = _Event()
+#: `receiver(cls, workflow, execution)`: it ended and its outcome, to be read off the execution, is committed.
+step_finished = _Event()
+#: `receiver(cls, workflow, old, new)`: the workflow's state changed and is committed; `old` is None for a new one.
+workflow_transitioned = _Event()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Value objects: policies and step definitions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _utcnow() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _duration(value: object) -> timedelta:
+    """A timedelta or a number of seconds, never negative, as a timedelta.
+
+    :raises ValueError: if it is something else; the text says what is wrong with it.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        with contextlib.suppress(OverflowError):
+            value = timedelta(seconds=float(value))
+    if not isinstance(value, timedelta):
+        raise ValueError(f"must be a timedelta or a number of seconds, not {value!r}")
+    if not NO_WAIT <= value <= LONGEST_WAIT:
+        raise ValueError(f"must be neither negative nor over a hundred years, not {value!r}")
+    return value
+
+
+def _require(condition: object, where: str, problem: str) -> None:
+    if not condition:
+        raise StepConfigurationError(f"{where}: {problem}")
+
+
+def _require_duration(value: object, where: str, what: str) -> timedelta:
+    try:
+        return _duration(value)
+    except ValueError as error:
+        raise StepConfigurationError(f"{where}: {what} {error}") from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+@dataclass(frozen=True)
+class ExceptionPolicy:
+    """What an error in a step does.
+
+    :param action: "pause", "cancel", "skip" or "reattempt".
+    :param matching: an exception class, several, or a dotted name that is imported when an error comes (a name that
+        cannot be imported matches nothing); None matches every error.
+    :param wait: before the first reattempt: a timedelta or seconds. Each further one waits `backoff` times longer, up
+        to `max_wait`, spread by `jitter`, a fraction of the wait.
+    :param max_reattempts: how many there may be since the step was first reached or resumed; None never stops.
+    :param terminal_action: what happens then: "pause", "cancel" or "skip".
+    :param report: when the error also leaves the Huey task, for error trackers: "terminal_only" (the workflow was
+        paused or canceled), "always" or "never".
+    :raises StepConfigurationError: if any of them is wrong.
+    """
+
+    action: str
+    matching: Any = None
+    wait: timedelta | float = 1
+    backoff: float = 2
+    jitter: float = 0.1
+    max_wait: timedelta | float = timedelta(minutes=10)
+    max_reattempts: int | None = 100
+    terminal_action: str = "pause"
+    report: str = "terminal_only"
+
+    def __post_init__(self) -> None:
+        where = f"ExceptionPolicy({self.action!r})"
+        _require(
+            self.action in ON_EXCEPTION_ACTIONS, where, f"the action must be one of {', '.join(ON_EXCEPTION_ACTIONS)}"
+        )
+        names = ", ".join(TERMINAL_ACTIONS)
+        _require(self.terminal_action in TERMINAL_ACTIONS, where, f"terminal_action must be one of {names}")
+        _require(self.report in REPORTS, where, f"report must be one of {', '.join(REPORTS)}, not {self.report!r}")
+        limit = self.max_reattempts
+        _require(limit is None or (_is_int(limit) and limit >= 0), where, "max_reattempts must be an int or None")
+        _require(_is_fraction(self.backoff) and self.backoff >= 1, where, "backoff must be a number, at least 1")
+        _require(_is_fraction(self.jitter) and self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
+        object.__setattr__(self, "wait", _require_duration(self.wait, where, "wait"))
+        object.__setattr__(self, "max_wait", _require_duration(self.max_wait, where, "max_wait"))
+        for kind in self._matchers():
+            _require(
+                isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException)),
+                where,
+                f"matching must name exception classes, not {kind!r}",
+            )
+
+    def matches(self, error: BaseException) -> bool:
+        """Whether the policy is meant for `error`."""
+        return self.matching is None or any(_matches(kind, error) for kind in self._matchers())
+
+    def delay(self, reattempts: int) -> timedelta:
+        """The wait before the next reattempt, after so many of them."""
+        wait, longest = cast(timedelta, self.wait), cast(timedelta, self.max_wait)
+        try:
+            seconds = wait.total_seconds() * self.backoff**reattempts
+        except OverflowError:
+            seconds = math.inf
+        seconds = min(seconds, longest.total_seconds()) * random.uniform(1 - self.jitter, 1 + self.jitter)
+        return min(timedelta(seconds=seconds), longest)
+
+    def _matchers(self) -> tuple[Any, ...]:
+        if self.matching is None:
+            return ()
+        return tuple(self.matching) if isinstance(self.matching, (tuple, list, set)) else (self.matching,)
+
+    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> tuple[str, timedelta]:
+        return self.action, self.delay(reattempts)
+
+
+@dataclass(frozen=True)
+class _HandlerPolicy(ExceptionPolicy):
+    """A policy whose action is the flow control method that a handler calls; without a call, it pauses."""
+
+    handler: Any = None  # a method's name, or a callable of the workflow and the error
+
+    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> tuple[str, timedelta]:
+        try:
+            if isinstance(self.handler, str):
+                getattr(workflow, self.handler)(error)
+            else:
+                self.handler(workflow, error)
+        except _FlowControl as control:
+            return control.action, control.wait
+        except Exception:
+            workflow.logger.exception("the exception handler %s failed: pausing", self.handler)
+        return "pause", NO_WAIT
+
+
+PAUSE = ExceptionPolicy("pause")
+
+
+def _matches(kind: Any, error: BaseException) -> bool:
+    if isinstance(kind, str):
+        module, _, name = kind.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module or "builtins"), name)
+        except (ImportError, AttributeError):
+            return False
+    return isinstance(kind, type) and isinstance(error, kind)
+
+
+@dataclass(frozen=True)
+class StepDefinition:
+    """A step as its class declares it; `body` is the name of the method that it runs."""
+
+    name: str
+    body: str
+    wait: timedelta = NO_WAIT
+    skip_if: Any = None
+    policy: ExceptionPolicy | None = None
+    transactional: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language in which steps are declared
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEP_OPTIONS = (
+    "wait",
+    "skip_if",
+    "on_exception",
+    "max_reattempts",
+    "terminal_action",
+    "before_step",
+    "after_step",
+    "transactional",
+    "options",
+    "name",
+)
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    """What `step` was told. It is checked when the class is defined, so that errors can name class and step."""
+
+    options: dict[str, Any]
+    body: str | None = None
+
+
+def step(body: Any = None, /, **options: Any) -> Any:
+    """Declare a method as a step: `@step`, `@step(wait=...)`; or one more step with another's body: `step("body")`.
+
+    :param wait: how long after the previous step it runs: a timedelta or seconds.
+    :param skip_if: a callable of the workflow, a method's name or a bool: true skips the step.
+    :param on_exception: "pause" (the default), "cancel", "skip", "reattempt", an :class:`ExceptionPolicy`, or a
+        callable of the workflow and the error that calls a flow control method.
+    :param max_reattempts: with "reattempt": how many; 100 by default, None never stops.
+    :param terminal_action: with "reattempt": what follows the last one; "pause" by default, "cancel" or "skip".
+    :param before_step: the name of the step to be placed before. `after_step`: the one to be placed behind.
+    :param transactional: run the body in the transaction that records its outcome: its writes to the drive's database
+        happen exactly once.
+    :param options: `{"queue": ..., "priority": ...}` for Huey.
+    :param name: the step's name, if it is not the method's.
+    :raises StepConfigurationError: when the class is defined, if any of it is wrong.
+    """
+    if body is None:
+        return functools.partial(step, **options)
+    if isinstance(body, str):
+        return _Declaration(options, body)
+    if not inspect.isfunction(body):
+        raise StepConfigurationError(f"@step is for methods, not for {body!r}")
+    body._geneva_drive_step = _Declaration(options)  # type: ignore[attr-defined]
+    return body
+
+
+def cancel_if(condition: Callable[[Any], Any]) -> Any:
+    """Declare a method as a condition that is checked before every step; true cancels the workflow."""
+    condition._geneva_drive_cancel_if = True  # type: ignore[attr-defined]
+    return condition
+
+
+def on_exception(*matching: Any) -> Any:
+    """Declare a method as a handler of the errors that match, `@on_exception(KeyError)`, or bare, of all of them.
+
+    The handler takes the error and calls a flow control method; without a call the workflow pauses.
+    """
+    if len(matching) == 1 and inspect.isfunction(matching[0]):
+        return on_exception()(matching[0])
+
+    def declare(handler: Any) -> Any:
+        handler._geneva_drive_handles = matching
+        return handler
+
+    return declare
+
+
+class _ClassBody(dict[str, Any]):
+    """The namespace of a workflow's class body: a step that is defined again there would vanish without a trace."""
+
+    def __init__(self, class_name: str) -> None:
+        self.class_name = class_name
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        old = self.get(key)
+        if hasattr(old, "_geneva_drive_step") and getattr(value, "__wrapped__", None) is not old:
+            raise StepConfigurationError(f"{self.class_name}.{key}: the step is declared twice: rename one of them")
+        super().__setitem__(key, value)
+
+
+@dataclass
+class _Blueprint:
+    """All that a class and its parents declare."""
+
+    cls: type
+    reserved: frozenset[str]
+    steps: list[StepDefinition] = field(default_factory=list)
+    cancel_ifs: list[str] = field(default_factory=list)
+    policies: list[ExceptionPolicy] = field(default_factory=list)
+    step_options: dict[str, Any] = field(default_factory=dict)
+
+    def add_class(self, cls: type) -> None:
+        """Add what the body of one class declares, in its order."""
+        declared: set[str] = set()
+        for key, value in vars(cls).items():
+            for name, body, options in _declared_steps(key, value):
+                where = f"{self.cls.__name__}.{name}"
+                _require(name not in declared, where, "the step is declared twice: rename one of them")
+                declared.add(name)
+                for each in (key, name):
+                    problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
+                    _require(each not in self.reserved, where, problem)
+                self._add_step(where, name, body, options)
+            if getattr(value, "_geneva_drive_cancel_if", False) and key not in self.cancel_ifs:
+                self.cancel_ifs.append(key)
+            if hasattr(value, "_geneva_drive_handles"):
+                self._add_handler(key, value._geneva_drive_handles)
+            if key == "exception_policies":
+                self._add_policies(value)
+            if key == "step_options":
+                self.step_options.update(_checked_options(value, f"{self.cls.__name__}.step_options"))
+
+    def _add_step(self, where: str, name: str, body: str, options: dict[str, Any]) -> None:
+        for option in options:
+            _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
+        _require(callable(getattr(self.cls, body, None)), where, f"its body {body!r} is not a method of the class")
+        definition = StepDefinition(
+            name=name,
+            body=body,
+            wait=_require_duration(options.get("wait", 0), where, "wait"),
+            skip_if=self._skip_if(where, options.get("skip_if")),
+            policy=_step_policy(where, options),
+            transactional=options.get("transactional", False),
+            options=_checked_options(options.get("options", {}), f"{where}: options"),
+        )
+        _require(isinstance(definition.transactional, bool), where, "transactional must be a bool")
+        self._place(where, definition, options.get("before_step"), options.get("after_step"))
+
+    def _skip_if(self, where: str, skip_if: Any) -> Any:
+        _require(
+            skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if),
+            where,
+            f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}",
+        )
+        if isinstance(skip_if, str):
+            _require(callable(getattr(self.cls, skip_if, None)), where, f"skip_if names no method: {skip_if!r}")
+        return skip_if
+
+    def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
+        _require(before is None or after is None, where, "before_step and after_step exclude each other")
+        names = [each.name for each in self.steps]
+        place = names.index(definition.name) if definition.name in names else len(names)
+        if place < len(names):
+            del self.steps[place], names[place]
+        beside = after if before is None else before
+        if beside is not None:
+            problem = f"there is no step {beside!r} before this one to be placed beside: use {', '.join(names) or 'none'}"
+            _require(beside in names, where, problem)
+            place = names.index(beside) + (before is None)
+        self.steps.insert(place, definition)
+
+    def _add_handler(self, method: str, matching: tuple[Any, ...]) -> None:
+        self.policies = [each for each in self.policies if getattr(each, "handler", None) != method]
+        self.policies.append(_HandlerPolicy("pause", matching=matching or None, handler=method))
+
+    def _add_policies(self, policies: Any) -> None:
+        where = f"{self.cls.__name__}.exception_policies"
+        _require(isinstance(policies, (list, tuple)), where, "must be a list of ExceptionPolicy")
+        for policy in policies:
+            _require(isinstance(policy, ExceptionPolicy), where, f"must hold ExceptionPolicy objects, not {policy!r}")
+            self.policies.append(policy)
+
+
+def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The name, body and options of each step that an attribute of a class declares."""
+    if isinstance(value, (list, tuple)) and any(isinstance(each, _Declaration) for each in value):
+        items = [(f"{key}_{number}", each) for number, each in enumerate(value, 1)]
+    else:
+        items = [(key, getattr(value, "_geneva_drive_step", value))]
+    for name, declaration in items:
+        if isinstance(declaration, _Declaration):
+            name = declaration.options.get("name", name)
+            _require(_is_name(name), str(name), f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
+            yield name, declaration.body or key, declaration.options
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+
+
+def _step_policy(where: str, options: dict[str, Any]) -> ExceptionPolicy | None:
+    """The policy that `on_exception`, `max_reattempts` and `terminal_action` of a step make."""
+    reaction = options.get("on_exception")
+    limits = {key: options[key] for key in ("max_reattempts", "terminal_action") if key in options}
+    for key in limits:
+        _require(reaction == "reattempt", where, f'{key} goes with on_exception="reattempt" only')
+    if reaction is None or isinstance(reaction, ExceptionPolicy):
+        return reaction
+    if callable(reaction) and not isinstance(reaction, type):
+        return _HandlerPolicy("pause", handler=reaction)
+    problem = f"on_exception must be {', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy or a callable"
+    _require(isinstance(reaction, str) and reaction in ON_EXCEPTION_ACTIONS, where, f"{problem}, not {reaction!r}")
+    try:
+        return ExceptionPolicy(reaction, **limits)
+    except StepConfigurationError as error:
+        raise StepConfigurationError(f"{where}: {error}") from None
+
+
+def _checked_options(options: Any, where: str) -> dict[str, Any]:
+    """Huey's options for steps, if they are sound.
+
+    :raises StepConfigurationError: if they are not.
+    """
+    _require(isinstance(options, Mapping), where, f'must be a dict such as {{"queue": "premium"}}, not {options!r}')
+    for key, value in options.items():
+        _require(key in ("queue", "priority"), where, f"unknown option {key!r}: use queue or priority")
+        _require(key != "queue" or _is_name(value), where, f"queue must be a queue's name, not {value!r}")
+        _require(key != "priority" or _is_int(value), where, f"priority must be an int, not {value!r}")
+    return dict(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields: one form of a value on every database
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dialect(database: Database) -> str:
+    if isinstance(database, SqliteDatabase):
+        return "sqlite"
+    if isinstance(database, PostgresqlDatabase) and not isinstance(database, CockroachDatabase):
+        return "postgresql"
+    if isinstance(database, MySQLDatabase):
+        return "mysql"
+    raise UnsupportedDatabaseError(database)
+
+
+class _DialectField(peewee.Field):
+    """A field whose column needs a type of its own on MySQL and MariaDB."""
+
+    mysql_type = ""
+
+    def ddl_datatype(self, ctx: Any) -> Any:
+        if _dialect(self.model._meta.get_database_instance()) == "mysql":
+            return SQL(self.mysql_type)
+        return super().ddl_datatype(ctx)
+
+
+class _NameField(_DialectField, CharField):
+    """Short text of our own making. The server's default character set may be latin1, its collation ignores case."""
+
+    mysql_type = f"VARCHAR({MAX_NAME_CHARS}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+
+
+class _ExactField(_DialectField, CharField):
+    """Short text compared byte by byte: every collation that MySQL and MariaDB share ignores trailing spaces."""
+
+    mysql_type = f"VARBINARY({4 * MAX_NAME_CHARS})"
+
+    def python_value(self, value: Any) -> Any:
+        return value.decode() if isinstance(value, (bytes, bytearray)) else value
+
+
+class _TypeField(_ExactField):
+    """The name of a workflow's class; reading it gives the row that class."""
+
+    class accessor_class(peewee.FieldAccessor):
+        def __set__(self, instance: Workflow, value: str) -> None:
+            super().__set__(instance, value)
+            if type(instance).workflow_type != value:
+                instance.__class__ = _workflow_classes.get(value, Workflow)
+
+
+class _LongTextField(_DialectField, TextField):
+    """Text of any length: TEXT on MySQL ends at 64 KB. Holds nothing that some database refuses."""
+
+    mysql_type = "LONGTEXT CHARACTER SET utf8mb4"
+
+    def db_value(self, value: str | None) -> str | None:
+        return value and value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+class _JsonField(_DialectField, TextField):
+    """A JSON object as text. A database's own JSON type would reorder its keys and refuse some of its strings."""
+
+    mysql_type = _LongTextField.mysql_type
+
+    def db_value(self, value: Any) -> str | None:
+        return None if value is None else _dump_json(value)
+
+    def python_value(self, value: Any) -> Any:
+        return None if value is None else json.loads(value)
+
+
+class _UtcField(_DialectField, DateTimeField):
+    """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is taken for UTC."""
+
+    mysql_type = "DATETIME(6)"
+
+    def db_value(self, value: datetime | None) -> datetime | None:
+        return value.astimezone(timezone.utc).replace(tzinfo=None) if value and value.tzinfo else value
+
+    def python_value(self, value: Any) -> datetime | None:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return moment and moment.replace(tzinfo=timezone.utc)
+
+
+def _dump_json(value: Any) -> str:
+    """`value`, a JSON object, as text.
+
+    :raises TypeError: if it is not a dict with text keys, or holds what JSON cannot say.
+    :raises ValueError: if it is too large, or holds a number that is not finite.
+    """
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"the context is not JSON: {error}; keep ids, numbers and text in it") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"the context takes {len(text)} bytes, over {MAX_JSON_BYTES}: keep large things in own rows")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types and heroes: classes by the names under which rows know them
+# ---------------------------------------------------------------------------------------------------------------------
+
+_workflow_classes: dict[str, type[Workflow]] = {}
+_hero_models: dict[str, type[Model]] = {}
+
+
+def _source_file(cls: type) -> str | None:
+    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return path and os.path.realpath(path)
+
+
+def _may_replace(new: type, old: type) -> bool:
+    """Whether two classes may share a name: one is a re-import of the other, or local to a function, as in tests.
+
+    A script that runs as `__main__` and is imported too defines its classes twice, in two modules from one file.
+    """
+    if "<locals>" in new.__qualname__ or "<locals>" in old.__qualname__:
+        return True
+    same_place = new.__module__ == old.__module__ or _source_file(new) == _source_file(old) is not None
+    return same_place and new.__qualname__ == old.__qualname__
+
+
+def _hero_type(model: type[Model]) -> str:
+    """The name under which workflows know a model: `Meta.hero_type`, or the model's own."""
+    name = getattr(model._meta, "hero_type", None)
+    # Peewee hands Meta options down: what a parent has too is the parent's name, not this model's.
+    parents = (getattr(getattr(base, "_meta", None), "hero_type", None) for base in model.__bases__)
+    return model.__name__ if name is None or name in parents else str(name)
+
+
+def _models_called(hero_type: str) -> list[type[Model]]:
+    found: dict[type[Model], None] = {}
+    models = list(Model.__subclasses__())
+    while models:
+        model = models.pop(0)
+        models += model.__subclasses__()
+        if _hero_type(model) == hero_type:
+            found[model] = None
+    return list(found)
+
+
+def _require_unambiguous(hero_type: str, models: list[type[Model]]) -> None:
+    settled = [model for model in models if not any(_may_replace(model, other) for other in models if other != model)]
+    if len(settled) > 1:
+        names = ", ".join(f"{model.__module__}.{model.__qualname__}" for model in settled)
+        raise ConfigurationError(
+            f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
+        )
+
+
+def _hero_model(hero_type: str) -> type[Model] | None:
+    """The model called `hero_type`, or None if there is none.
+
+    :raises ConfigurationError: if there are several.
+    """
+    if hero_type not in _hero_models:
+        models = _models_called(hero_type)
+        _require_unambiguous(hero_type, models)
+        if not models:
+            return None
+        _hero_models[hero_type] = models[-1]
+    return _hero_models[hero_type]
+
+
+def _hero_key(hero: Any) -> tuple[str, str]:
+    """The type and id under which a workflow knows its hero.
+
+    :raises TypeError: if it is not an instance of a model with a primary key of one column.
+    :raises ValueError: if it is not saved, or its id cannot be stored on every database.
+    """
+    if not isinstance(hero, Model):
+        raise TypeError(f"a hero must be a saved instance of a Peewee model, not {hero!r}")
+    model = type(hero)
+    meta = model._meta
+    if meta.primary_key is False or meta.composite_key:
+        raise TypeError(f"{model.__name__} cannot be a hero: it has no primary key of one column; use a row that has")
+    if hero._pk is None:
+        raise ValueError(f"this {model.__name__} has no id yet: save it before it becomes a hero")
+    # There and back, so that 7 and "7", or a UUID and its hex digits, are one hero.
+    value = meta.primary_key.python_value(meta.primary_key.db_value(hero._pk))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{model.__name__} cannot be a hero: its key is binary; use int, UUID or text")
+    hero_id = str(value)
+    if len(hero_id) > MAX_NAME_CHARS:
+        raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
+    if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
+        raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
+    hero_type = _hero_type(model)
+    if _hero_models.get(hero_type) is not model:
+        _require_unambiguous(hero_type, _models_called(hero_type))
+        _hero_models[hero_type] = model
+    return hero_type, hero_id
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workflows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _WorkflowSelect(peewee.ModelSelect):
+    """Reads all rows before it hands out the first: on SQLite a write fails while a read is half done."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = super().__iter__()
+        self._cursor_wrapper.fill_cache()
+        return rows
+
+
+class _WorkflowType(peewee.ModelBase):
+    """Subclasses of Workflow share its table: they are plain classes, not Peewee models with columns of their own."""
+
+    @classmethod
+    def __prepare__(mcs, name: str, bases: tuple[type, ...], **kwargs: Any) -> dict[str, Any]:
+        return _ClassBody(name)
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any) -> Any:
+        if not any(isinstance(base, _WorkflowType) for base in bases):
+            return super().__new__(mcs, name, bases, dict(body), **kwargs)
+        for key, value in body.items():
+            problem = "workflows share one table: keep what a workflow needs in its context or in rows of your own"
+            _require(key != "Meta" and not isinstance(value, peewee.Field), f"{name}.{key}", problem)
+        body.setdefault("workflow_type", name)
+        _require(_is_name(body["workflow_type"]), name, f"workflow_type must be text, 1 to {MAX_NAME_CHARS} characters")
+        cls = type.__new__(mcs, name, bases, dict(body), **kwargs)
+        blueprint = _Blueprint(cls, frozenset(dir(Workflow)))
+        for ancestor in reversed(cls.__mro__):
+            if not issubclass(Workflow, ancestor):
+                blueprint.add_class(ancestor)
+        for definition in blueprint.steps:
+            problem = f"the method {definition.body!r} of a step was replaced by something that cannot be called"
+            _require(callable(getattr(cls, definition.body)), f"{name}.{definition.name}", problem)
+        cls._blueprint = blueprint
+        cls.steps = tuple(blueprint.steps)
+        _register(cls)
+        return cls
+
+
+def _register(cls: type[Workflow]) -> None:
+    old = _workflow_classes.get(cls.workflow_type)
+    if old is not None and not _may_replace(cls, old):
+        raise StepConfigurationError(
+            f"{cls.__module__}.{cls.__qualname__}: the type {cls.workflow_type!r} belongs to "
+            f"{old.__module__}.{old.__qualname__}: set another workflow_type on one of them"
+        )
+    _workflow_classes[cls.workflow_type] = cls
+
+
+class _Record(Model):
+    """What the two tables of the library share."""
+
+    def _write(self, **values: Any) -> None:
+        """Update this row, which the caller has locked, and the instance with it."""
+        model = self._meta.model
+        model.update(**values).where(model.id == self.id).execute()
+        self.__data__.update(values)
+
+    def _take_over(self, other: _Record) -> None:
+        self.__data__.update(other.__data__)
+        self._dirty.clear()
+
+    @classmethod
+    def _lock(cls, *where: Any) -> Any:
+        """The row, or None, locked until the transaction ends: a plain read could be served from an old snapshot."""
+        query = cls._meta.model.select().where(*where)
+        if cls._meta.database.for_update:  # SQLite's transactions hold the one write lock anyway
+            query = query.for_update()
+        return query.get_or_none()
+
+
+class Workflow(_Record, metaclass=_WorkflowType):
+    """A durable sequence of steps about a hero. Subclass it and declare the steps with :func:`step`.
+
+    Class attributes to set: `may_proceed_without_hero`, `step_options`, `exception_policies`, `workflow_type`.
+    Instances are rows; their state is changed by the methods below, never by assigning to a column.
+    """
+
+    id = BigAutoField()
+    type = _TypeField()
+    hero_type = _ExactField(null=True)
+    hero_id = _ExactField(null=True)
+    state = _NameField()
+    current_step_name = _NameField(null=True)
+    allow_multiple = BooleanField(default=False)
+    context = _JsonField()
+    options = _JsonField(null=True)
+    #: How many executions it has had: the number of the newest one, and the fence around every change.
+    execution_count = IntegerField()
+    pause_requested = BooleanField(default=False)
+    #: Tells apart workflows that get the same id, one after the other.
+    token = _NameField()
+    created_at = _UtcField()
+    transitioned_at = _UtcField(null=True)
+
+    class Meta:
+        table_name = "geneva_drive_workflows"
+
+    may_proceed_without_hero = False
+    step_options: Mapping[str, Any] = {}
+    exception_policies: list[ExceptionPolicy] = []
+    workflow_type = "Workflow"
+    #: The steps in their order, own and inherited.
+    steps: tuple[StepDefinition, ...] = ()
+
+    _blueprint: _Blueprint
+    _attempt: _Attempt | None = None
+
+    # -- starting ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        hero: Model | None = None,
+        allow_multiple: bool = False,
+        context: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
+
+        :param hero: a saved instance of any model; None only where `may_proceed_without_hero`.
+        :param allow_multiple: neither count nor be counted where one ongoing workflow per class and hero is allowed.
+        :param context: a JSON object to be kept with the workflow.
+        :param options: `{"queue": ..., "priority": ...}` for this workflow's steps.
+        :returns: the workflow, an instance of this class.
+        :raises AlreadyOngoingError: if the hero has an ongoing workflow of this class.
+        :raises TypeError, ValueError: if the hero or the context is not acceptable; nothing is written.
+        :raises StepConfigurationError: if the class has no steps or the options are wrong.
+        :raises UnknownQueueError: if a step asks for a queue that the drive does not have.
+        """
+        drive = _drive()
+        values = cls._new_values(drive, hero, allow_multiple, context, options)
+        for _ in range(TRANSACTION_TRIES):
+            try:
+                workflow = drive._transact(lambda: cls._insert_one(drive, values))
+                break
+            except peewee.IntegrityError as error:
+                ongoing = cls._ongoing_id(values["hero_type"], values["hero_id"])
+                if ongoing is not None:
+                    label = _hero_label(values["hero_type"], values["hero_id"])
+                    raise AlreadyOngoingError(cls.workflow_type, label, ongoing) from error
+                collision = error  # it ended in between: try again
+        else:
+            raise collision
+        if hero is not None:
+            workflow._hero = hero
+        return workflow
+
+    @classmethod
+    def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Any, bool]:  # type: ignore[override]
+        """The hero's ongoing workflow of this class, or a new one; safe when several processes ask at once.
+
+        :param kwargs: as for :meth:`create`, for a new one.
+        :returns: the workflow, and whether it was created.
+        """
+        hero_type, hero_id = (None, None) if hero is None else _hero_key(hero)
+        for _ in range(TRANSACTION_TRIES):
+            ongoing = cls._ongoing_id(hero_type, hero_id)
+            if ongoing is None:
+                try:
+                    return cls.create(hero=hero, **kwargs), True
+                except AlreadyOngoingError as error:
+                    ongoing = error.workflow_id
+            workflow = Workflow.get_or_none(Workflow.id == ongoing)
+            if workflow is not None:
+                return workflow, False
+        raise GenevaDriveError(f"{cls.workflow_type}.get_or_create(): workflows come and go too fast; try again")
+
+    @classmethod
+    def create_many(cls, heroes: Iterable[Model], on_conflict: str = "raise") -> int:
+        """Start a workflow for each hero: all or nothing, and set-based, for tens of thousands of them.
+
+        :param on_conflict: "raise", or "ignore" to leave out the heroes that have an ongoing workflow of this class.
+        :returns: how many were created.
+        :raises AlreadyOngoingError: if a hero has one, or is there twice, and conflicts are not ignored.
+        """
+        if on_conflict not in ("raise", "ignore"):
+            raise ValueError(f'{cls.__name__}.create_many(): on_conflict must be "raise" or "ignore"')
+        drive = _drive()
+        rows = [cls._new_values(drive, hero, False, None, None) for hero in heroes]
+
+        def insert() -> int:
+            return sum(cls._insert_many(drive, list(batch), on_conflict) for batch in chunked(rows, 1000))
+
+        return drive._transact(insert)
+
+    @classmethod
+    def _new_values(
+        cls, drive: GenevaDrive, hero: Any, allow_multiple: bool, context: Any, options: Any
+    ) -> dict[str, Any]:
+        """The columns of a new workflow, all of it checked before anything is written."""
+        where = f"{cls.__name__}.create()"
+        _require(cls.steps, where, "the class has no steps; was a @step decorator forgotten?")
+        if not isinstance(allow_multiple, bool):
+            raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
+        context = {} if context is None else context
+        if hero is None and cls.may_proceed_without_hero:
+            hero_type = hero_id = None
+        else:
+            hero_type, hero_id = _hero_key(hero)
+        _dump_json(context)
+        if options is not None:
+            options = _checked_options(options, f"{where}: options")
+        for definition in cls.steps:
+            drive._check_route(f"{cls.__name__}.{definition.name}", cls._huey_options(definition, options))
+        return {
+            "type": cls.workflow_type,
+            "hero_type": hero_type,
+            "hero_id": hero_id,
+            "state": READY,
+            "current_step_name": cls.steps[0].name,
+            "allow_multiple": allow_multiple,
+            "context": context,
+            "options": options,
+            "execution_count": 1,
+            "pause_requested": False,
+            "token": uuid.uuid4().hex,
+            "created_at": drive._now(),
+            "transitioned_at": None,
+        }
+
+    @classmethod
+    def _insert_one(cls, drive: GenevaDrive, values: dict[str, Any]) -> Workflow:
+        values = {**values, "created_at": drive._now()}
+        workflow = cls(id=Workflow.insert(**values).execute(), **values)
+        workflow._dirty.clear()
+        StepExecution._schedule(drive, workflow, cls.steps[0], 1, values["created_at"] + cls.steps[0].wait)
+        drive._announce(workflow, None, READY)
+        return workflow
+
+    @classmethod
+    def _insert_many(cls, drive: GenevaDrive, rows: list[dict[str, Any]], on_conflict: str) -> int:
+        ignore = "IGNORE" if drive._dialect == "mysql" else "NOTHING"
+        Workflow.insert_many(rows).on_conflict(action=ignore).execute()
+        mine = {row["token"]: row for row in rows}
+        created = []
+        for hero_type in {row["hero_type"] for row in rows}:
+            # Found through the index of ongoing workflows; the token tells ours from those that were there before.
+            ids = [row["hero_id"] for row in rows if row["hero_type"] == hero_type]
+            same_hero = (Workflow.hero_type == hero_type) & Workflow.hero_id.in_(ids)
+            if hero_type is None:
+                same_hero = Workflow.hero_type.is_null() & Workflow.token.in_(list(mine))
+            query = Workflow.select().where((Workflow.type == cls.workflow_type) & same_hero & _ongoing_rows())
+            created += [workflow for workflow in query if workflow.token in mine]
+        if on_conflict == "raise" and len(created) < len(rows):
+            left_out = set(mine) - {workflow.token for workflow in created}
+            row = next(row for row in rows if row["token"] in left_out)
+            ongoing = cls._ongoing_id(row["hero_type"], row["hero_id"])
+            label = _hero_label(row["hero_type"], row["hero_id"])
+            raise AlreadyOngoingError(cls.workflow_type, label, ongoing or 0)
+        StepExecution._schedule_first(drive, created)
+        for workflow in created:
+            drive._announce(workflow, None, READY)
+        return len(created)
+
+    @classmethod
+    def _ongoing_id(cls, hero_type: str | None, hero_id: str | None) -> int | None:
+        """The id of the ongoing workflow of this class and hero, if there is one, in spite of any old snapshot."""
+        if hero_id is None:
+            return None
+        same = (Workflow.type == cls.workflow_type) & (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
+        workflow = Workflow._lock(same & _ongoing_rows())
+        return workflow and workflow.id
+
+    # -- flow control -----------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """End the workflow for good. Inside a step this ends its body at once.
+
+        :raises InvalidStateError: from outside, if the workflow is over.
+        """
+        self._control("cancel", _canceled)
+
+    def pause(self) -> None:
+        """Halt the workflow until :meth:`resume`. Inside a step this ends its body at once, to run again then.
+
+        From outside, a step that is being performed ends and is recorded first.
+
+        :raises InvalidStateError: from outside, if the workflow is paused or over.
+        """
+        self._control("pause", _paused)
+
+    def skip(self) -> None:
+        """Go on with the next step. Inside a step this ends its body at once; from outside it also resumes.
+
+        :raises InvalidStateError: from outside, if the workflow is performing or over.
+        """
+        self._control("skip", _skipped)
+
+    def reattempt(self, wait: timedelta | float | None = None) -> NoReturn:
+        """Inside a step: end its body at once and run it again, after `wait` (a timedelta or seconds).
+
+        :raises InvalidStateError: from outside.
+        """
+        try:
+            delay = _duration(wait or 0)
+        except ValueError as error:
+            raise ValueError(f"reattempt(): wait {error}") from None
+        self._control("reattempt", None, delay)
+        raise AssertionError("unreachable")
+
+    def finish(self) -> NoReturn:
+        """Inside a step: end its body at once, and the workflow with it, as finished.
+
+        :raises InvalidStateError: from outside.
+        """
+        self._control("finish", None)
+        raise AssertionError("unreachable")
+
+    def resume(self) -> None:
+        """Let a paused workflow go on: what was scheduled keeps its time, else the step it stands at runs now.
+
+        The counts of reattempts and recoveries start anew.
+
+        :raises InvalidStateError: if it is not paused.
+        :raises StepNotDefinedError: if its class does not define that step.
+        """
+        self._control("resume", _resumed)
+
+    def resume_at(self, step_name: str) -> None:
+        """Let a paused workflow go on with another step, now.
+
+        :raises InvalidStateError: if it is not paused.
+        :raises StepNotDefinedError: if there is no such step.
+        """
+        self._control("resume_at", functools.partial(_moved, step_name=step_name))
+
+    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT) -> None:
+        """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
+        if self._attempt is not None and call in ("cancel", "pause", "skip", "reattempt", "finish"):
+            raise _FlowControl(call, wait)
+        drive = _drive()
+
+        def locked_change() -> Workflow:
+            row = Workflow._lock(Workflow.id == self.id)
+            if row is None:
+                raise Workflow.DoesNotExist(f"{self._label} was deleted; {call}() came too late")
+            if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
+                raise InvalidStateError(row, call)
+            before = row.state
+            active = StepExecution._lock((StepExecution.workflow == row.id) & StepExecution.state.in_(ACTIVE))
+            change(drive, row, active)
+            drive._announce(row, before, row.state)
+            return row
+
+        self._take_over(drive._transact(locked_change))
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def hero(self) -> Any:
+        """The row that the workflow is about, read once per instance; None if it is gone or there is none."""
+        if "_hero" not in self.__dict__:
+            self._hero = self._load_hero()
+        return self._hero
+
+    @property
+    def execution_history(self) -> Any:
+        """The executions in their order: a query of :class:`StepExecution`."""
+        return StepExecution.select().where(StepExecution.workflow == self.id).order_by(StepExecution.number)
+
+    @property
+    def previous_step_name(self) -> str | None:
+        """The step declared before the current one."""
+        return self._neighbour(-1)
+
+    @property
+    def next_step_name(self) -> str | None:
+        """The step declared after the current one."""
+        return self._neighbour(+1)
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key for calls to other systems: the same in every attempt at the current step, unique to it.
+
+        A UUID, version 5 (RFC 9562), of the workflow's token and the step's name.
+        """
+        return str(uuid.uuid5(uuid.UUID(self.token), str(self.current_step_name)))
+
+    @property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger that says which workflow, hero, step and execution a line is about, in text and in `extra`."""
+        execution = self._attempt and self._attempt.execution
+        details = {
+            "workflow_type": self.type,
+            "workflow_id": self.id,
+            "hero": _hero_label(self.hero_type, self.hero_id),
+            "step_name": self.current_step_name,
+            "execution_id": execution and execution.id,
+        }
+        return _WorkflowLogger(logger, details)
+
+    @property
+    def _label(self) -> str:
+        return f"{self.type} {self.id}"
+
+    def _neighbour(self, offset: int) -> str | None:
+        names = [definition.name for definition in self.steps]
+        if self.current_step_name not in names:
+            return None
+        place = names.index(self.current_step_name) + offset
+        return names[place] if 0 <= place < len(names) else None
+
+    def _load_hero(self) -> Model | None:
+        model = self.hero_type and _hero_model(self.hero_type)
+        if not model:
+            return None
+        key = model._meta.primary_key
+        value = uuid.UUID(self.hero_id) if isinstance(key, peewee.BinaryUUIDField) else self.hero_id
+        return model.get_or_none(key == value)
+
+    def _undefined(self) -> str | None:
+        """Why the workflow cannot run in this process, if it cannot: its class or its hero's model is not there."""
+        if self.type not in _workflow_classes:
+            return str(WorkflowNotDefinedError(self))
+        if self.hero_type and _hero_model(self.hero_type) is None:
+            return f"{self._label}: no model called {self.hero_type!r} is defined here: import it, or set Meta.hero_type"
+        return None
+
+    def _definition(self, step_name: str | None) -> StepDefinition:
+        """
+        :raises WorkflowNotDefinedError: if the class is not there.
+        :raises StepNotDefinedError: if the class has no such step.
+        """
+        if self.type not in _workflow_classes:
+            raise WorkflowNotDefinedError(self)
+        for definition in self.steps:
+            if definition.name == step_name:
+                return definition
+        raise StepNotDefinedError(self, step_name)
+
+    def _step_after(self, step_name: str) -> StepDefinition | None:
+        place = self.steps.index(self._definition(step_name)) + 1
+        return self.steps[place] if place < len(self.steps) else None
+
+    @classmethod
+    def _huey_options(cls, definition: StepDefinition, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {**cls._blueprint.step_options, **(options or {}), **definition.options}
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def before_step_execution(self, execution: StepExecution) -> None:
+        """Called before a step's body; an error counts as the body's."""
+
+    def after_step_execution(self, execution: StepExecution) -> None:
+        """Called after the outcome, whatever it was, is committed; an error is logged."""
+
+    def around_step_execution(self, execution: StepExecution) -> contextlib.AbstractContextManager[Any]:
+        """The context manager that a step's body runs in."""
+        return contextlib.nullcontext()
+
+    # -- queries ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def ready(cls) -> Any:
+        """The workflows whose next step is scheduled."""
+        return cls.select().where(Workflow.state == READY)
+
+    @classmethod
+    def performing(cls) -> Any:
+        """The workflows that a step of is being performed."""
+        return cls.select().where(Workflow.state == PERFORMING)
+
+    @classmethod
+    def paused(cls) -> Any:
+        """The workflows that wait for :meth:`resume`."""
+        return cls.select().where(Workflow.state == PAUSED)
+
+    @classmethod
+    def finished(cls) -> Any:
+        """The workflows that came to their end."""
+        return cls.select().where(Workflow.state == FINISHED)
+
+    @classmethod
+    def canceled(cls) -> Any:
+        """The workflows that were canceled."""
+        return cls.select().where(Workflow.state == CANCELED)
+
+    @classmethod
+    def ongoing(cls) -> Any:
+        """The workflows that are neither finished nor canceled."""
+        return cls.select().where(Workflow.state.in_(ONGOING))
+
+    @classmethod
+    def for_hero(cls, hero: Model) -> Any:
+        """The workflows of one hero."""
+        hero_type, hero_id = _hero_key(hero)
+        return cls.select().where((Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id))
+
+    @classmethod
+    def select(cls, *fields: Any) -> Any:
+        """A query over this class and its subclasses; rows come back as their own class."""
+        # On Workflow itself, for Peewee to recognise the model that the fields belong to, in joins above all.
+        query = _WorkflowSelect(Workflow, fields or Workflow._meta.sorted_fields, is_default=not fields)
+        return cls._narrow(query)
+
+    @classmethod
+    def update(cls, __data: Any = None, **values: Any) -> Any:
+        """An update of the rows of this class and its subclasses."""
+        return cls._narrow(peewee.ModelUpdate(Workflow, Workflow._normalize_data(__data, values)))
+
+    @classmethod
+    def delete(cls) -> Any:
+        """A deletion of rows of this class and its subclasses."""
+        return cls._narrow(peewee.ModelDelete(Workflow))
+
+    @classmethod
+    def _narrow(cls, query: Any) -> Any:
+        if cls is Workflow:
+            return query
+        names = {name for name, each in _workflow_classes.items() if issubclass(each, cls)} | {cls.workflow_type}
+        return query.where(Workflow.type.in_(sorted(names)))
+
+    def save(self, force_insert: bool = False, only: Any = None) -> Any:
+        """Save the context. The rest is the engine's: a stale instance must not turn back what moved on.
+
+        :raises TypeError: if another column was assigned to.
+        """
+        touched = self._dirty - {"context"}
+        if touched or force_insert or self.id is None:
+            raise TypeError(
+                f"{self._label}: save() keeps the context only, not {', '.join(sorted(touched)) or 'new rows'}: use "
+                "create(), cancel(), pause(), skip(), resume(), or Workflow.update() if you know better"
+            )
+        return super().save(only=[Workflow.context])
+
+
+class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        about = self.extra
+        kwargs["extra"] = {**about, **kwargs.get("extra", {})}
+        step_name = f" step {about['step_name']}" if about["step_name"] else ""
+        execution = f" execution {about['execution_id']}" if about["execution_id"] else ""
+        prefix = f"{about['workflow_type']} {about['workflow_id']} of {about['hero']}{step_name}{execution}"
+        return f"[{prefix.replace('%', '%%')}] {msg}", kwargs
+
+
+def _hero_label(hero_type: str | None, hero_id: str | None) -> str:
+    return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
+
+
+def _ongoing_rows() -> Any:
+    """The rows that the unique index of ongoing workflows holds; literals, or SQLite would not see that it applies."""
+    states = ", ".join(f"'{state}'" for state in ONGOING)
+    return SQL(f"state in ({states}) and not allow_multiple")
+
+
+Workflow._blueprint = _Blueprint(Workflow, frozenset())
+
+# What a call from outside does; the workflow's row is locked, its active execution, if any, is `active`.
+
+
+def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+    if active and active.state != IN_PROGRESS:
+        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
+    workflow._write(state=CANCELED, current_step_name=None, transitioned_at=drive._now(), pause_requested=False)
+
+
+def _paused(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+    if workflow.state == PERFORMING:
+        workflow._write(pause_requested=True)  # obeyed by whoever records the running step
+    else:
+        workflow._write(state=PAUSED, transitioned_at=drive._now())
+
+
+def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+    following = workflow._step_after(cast(str, workflow.current_step_name))
+    number, now = workflow.execution_count, drive._now()
+    if active:
+        active._write(state=SKIPPED, outcome="skipped", finished_at=now)
+    else:
+        number += 1
+        StepExecution._insert(
+            workflow, workflow.current_step_name, number, now, state=SKIPPED, outcome="skipped", finished_at=now
+        )
+    if following:
+        number += 1
+        StepExecution._schedule(drive, workflow, following, number, now + following.wait)
+    workflow._write(
+        state=READY if following else FINISHED,
+        current_step_name=following and following.name,
+        execution_count=number,
+        transitioned_at=None if following else now,
+    )
+
+
+def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+    definition = workflow._definition(workflow.current_step_name)
+    number = workflow.execution_count
+    if active:
+        active._write(reattempts=0, recoveries=0)
+        drive._enqueue_again(active, drive._route(workflow, definition))
+    else:
+        number += 1
+        StepExecution._schedule(drive, workflow, definition, number, drive._now())
+    workflow._write(state=READY, execution_count=number, transitioned_at=None)
+
+
+def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
+    definition = workflow._definition(step_name)
+    if active:
+        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
+    number = workflow.execution_count + 1
+    execution = StepExecution._schedule(drive, workflow, definition, number, drive._now())
+    workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None)
+    return execution
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Executions: one row for each attempt at a step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StepExecution(_Record):
+    """One attempt at a step of a workflow: when it was due, when it ran, and what came of it."""
+
+    id = BigAutoField()
+    workflow = ForeignKeyField(Workflow, backref="executions", on_delete="CASCADE", index=False)
+    #: 1, 2, 3, … within the workflow.
+    number = IntegerField()
+    step_name = _NameField()
+    state = _NameField()
+    outcome = _NameField(null=True)
+    scheduled_for = _UtcField()
+    enqueued_at = _UtcField(null=True)
+    started_at = _UtcField(null=True)
+    heartbeat_at = _UtcField(null=True)
+    finished_at = _UtcField(null=True)
+    #: Reattempts after errors, and recoveries after crashes, of this step so far.
+    reattempts = IntegerField(default=0)
+    recoveries = IntegerField(default=0)
+    error_class_name = _NameField(null=True)
+    error_message = _LongTextField(null=True)
+    error_backtrace = _LongTextField(null=True)
+    job_id = _NameField(null=True)
+    created_at = _UtcField()
+
+    class Meta:
+        table_name = "geneva_drive_step_executions"
+
+    def execute(self) -> bool:
+        """Run this attempt in the calling process, whether it is due or not, and nothing after it.
+
+        :returns: True; or False, and nothing was done, if it is not scheduled any more or its workflow is not ready.
+        :raises Exception: the step's error, once its outcome is committed, if the workflow was paused or canceled by it.
+        """
+        attempt = _Attempt.claim(_drive(), self.id)
+        if attempt is None:
+            return False
+        try:
+            attempt.run()
+        finally:
+            self._take_over(attempt.execution)
+        return True
+
+    @classmethod
+    def _insert(cls, workflow: Workflow, step_name: str | None, number: int, due: datetime, **values: Any) -> Any:
+        values = {
+            "workflow": workflow.id,
+            "step_name": step_name,
+            "number": number,
+            "scheduled_for": due,
+            "created_at": _drive()._now(),
+            **values,
+        }
+        execution = cls(id=cls.insert(**values).execute(), **values)
+        execution._dirty.clear()
+        return execution
+
+    @classmethod
+    def _schedule(
+        cls, drive: GenevaDrive, workflow: Workflow, definition: StepDefinition, number: int, due: datetime, **counts: int
+    ) -> StepExecution:
+        """Insert a scheduled execution and queue it."""
+        job_id = str(uuid.uuid4())
+        execution = cls._insert(
+            workflow, definition.name, number, due, state=SCHEDULED, enqueued_at=drive._now(), job_id=job_id, **counts
+        )
+        drive._enqueue(execution, drive._route(workflow, definition))
+        return execution
+
+    @classmethod
+    def _schedule_first(cls, drive: GenevaDrive, workflows: list[Workflow]) -> None:
+        """Insert and queue the first executions of new workflows of one class."""
+        if not workflows:
+            return
+        definition, now = workflows[0].steps[0], drive._now()
+        rows = [
+            {
+                "workflow": workflow.id,
+                "number": 1,
+                "step_name": definition.name,
+                "state": SCHEDULED,
+                "scheduled_for": now + definition.wait,
+                "enqueued_at": now,
+                "job_id": str(uuid.uuid4()),
+                "created_at": now,
+            }
+            for workflow in workflows
+        ]
+        cls.insert_many(rows).execute()
+        executions = list(cls.select().where(cls.workflow.in_([workflow.id for workflow in workflows])))
+        drive._enqueue_many(executions, drive._route(workflows[0], definition))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The executor: one attempt, from claim to record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How an attempt ended: a key of EFFECTS, and what goes with it."""
+
+    cause: str
+    action: str
+    wait: timedelta = NO_WAIT
+    error: BaseException | None = None
+    surfaces: bool = False  # whether the error is raised once the outcome is committed
+    context: dict[str, Any] | None = None  # to be saved with it, if the body changed it
+
+
+class _Attempt:
+    """An execution that this process has claimed."""
+
+    def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> None:
+        self.drive = drive
+        self.workflow = workflow
+        self.execution = execution
+        self.saved_context = _dump_json(workflow.context)
+
+    @classmethod
+    def claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool = False) -> _Attempt | None:
+        """Claim a scheduled execution: of several who try, at the same time or later, one gets it.
+
+        :param due_only: leave one alone, and queue it again for its time, that is not due yet.
+        :returns: None if it is not to be run, or not by us.
+        """
+        return drive._transact(lambda: cls._claim(drive, execution_id, due_only))
+
+    @classmethod
+    def _claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool) -> _Attempt | None:
+        query = StepExecution.select(StepExecution, Workflow).join(Workflow).where(StepExecution.id == execution_id)
+        execution = query.get_or_none()
+        if execution is None or execution.state != SCHEDULED or execution.workflow.state != READY:
+            return None
+        workflow, now = execution.workflow, drive._now()
+        problem = workflow._undefined()
+        if problem:
+            logger.error("execution %s stays scheduled: %s", execution_id, problem)
+            return None
+        if due_only and execution.scheduled_for > now:
+            drive._enqueue_again(execution, drive._route_of(workflow, execution.step_name))
+            return None
+        fence = (
+            (Workflow.id == workflow.id)
+            & (Workflow.execution_count == execution.number)
+            & (Workflow.state == READY)
+        )
+        if not Workflow.update(state=PERFORMING).where(fence).execute():
+            return None
+        workflow.__data__["state"] = PERFORMING
+        execution._write(state=IN_PROGRESS, started_at=now, heartbeat_at=now)
+        drive._announce(workflow, READY, PERFORMING)
+        return cls(drive, workflow, execution)
+
+    def run(self, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
+        """Perform the step and record what came of it.
+
+        :param may_run_on: asked as the outcome is recorded, whether to claim the next step in the same commit.
+        :returns: the attempt at the next step, if it was claimed.
+        :raises BaseException: the step's error, if it is to leave the task.
+        """
+        following, recorded = None, True
+        self.workflow._attempt = self
+        with self.drive._heartbeat.of(self.execution.id):
+            step_started.send(self.workflow, execution=self.execution)
+            try:
+                verdict, following = self._perform_and_record(may_run_on)
+            except _ClaimLost as lost:
+                verdict, recorded = lost.args[0], False
+                self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
+            finally:
+                self.workflow._attempt = None
+        if recorded:
+            step_finished.send(self.workflow, execution=self.execution)
+            try:
+                self.workflow.after_step_execution(self.execution)
+            except Exception:
+                self.workflow.logger.exception("after_step_execution failed")
+        if verdict.error is not None and verdict.surfaces:
+            raise verdict.error
+        return following
+
+    def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
+        definition = next((each for each in self.workflow.steps if each.name == self.execution.step_name), None)
+        try:
+            if definition and definition.transactional:
+                with self.drive._begin():
+                    verdict = self._perform(definition)
+                    return verdict, self._record(verdict, may_run_on)
+            verdict = self._perform(definition)
+        except _ClaimLost:
+            raise
+        except BaseException as error:
+            verdict = self._judge(definition, error)
+        return verdict, self._record(verdict, may_run_on)
+
+    # -- performing -------------------------------------------------------------------------------------------------
+
+    def _perform(self, definition: StepDefinition | None) -> _Verdict:
+        """Run the step.
+
+        :raises BaseException: whatever the body raised.
+        """
+        db = self.drive._db
+        if not db.in_transaction():
+            return self._perform_checked(definition)
+        # In a transaction of the caller's, a test's most likely: an error of the database would doom all of it on
+        # PostgreSQL. The savepoint is released after other errors: what the body wrote before them stays, as it does
+        # where each statement commits by itself.
+        failure: BaseException | None = None
+        try:
+            with db.atomic():
+                try:
+                    return self._perform_checked(definition)
+                except BaseException as error:
+                    failure = error
+        except peewee.DatabaseError as error:
+            failure = failure or error
+        raise cast(BaseException, failure)
+
+    def _perform_checked(self, definition: StepDefinition | None) -> _Verdict:
+        depth = self.drive._db.transaction_depth()
+        try:
+            verdict = self._flow(definition)
+        finally:
+            left_open = self.drive._roll_back_to(depth)
+        if left_open:
+            raise TransactionLeftOpenError(self.execution.step_name)
+        if _dump_json(self.workflow.context) != self.saved_context:
+            verdict = replace(verdict, context=self.workflow.context)
+        return verdict
+
+    def _flow(self, definition: StepDefinition | None) -> _Verdict:
+        """The order of one attempt; errors are the caller's."""
+        workflow, execution = self.workflow, self.execution
+        if definition is None:
+            raise StepNotDefinedError(workflow, execution.step_name)
+        try:
+            if workflow.hero is None and not workflow.may_proceed_without_hero:
+                workflow.logger.info("canceled: the hero is gone")
+                workflow.cancel()
+            for condition in workflow._blueprint.cancel_ifs:
+                if getattr(workflow, condition)():
+                    workflow.logger.info("canceled by %s", condition)
+                    workflow.cancel()
+            if self._is_skipped(definition):
+                workflow.skip()
+            workflow.before_step_execution(execution)
+            with workflow.around_step_execution(execution):
+                result = getattr(workflow, definition.body)()
+                if inspect.iscoroutine(result):
+                    asyncio.run(result)
+        except _FlowControl as control:
+            return _Verdict("step", control.action, control.wait)
+        return _Verdict("step", "return")
+
+    def _is_skipped(self, definition: StepDefinition) -> Any:
+        condition = definition.skip_if
+        if isinstance(condition, str):
+            return getattr(self.workflow, condition)()
+        return condition(self.workflow) if callable(condition) else condition
+
+    def _judge(self, definition: StepDefinition | None, error: BaseException) -> _Verdict:
+        """What an error that left the body leads to."""
+        if not isinstance(error, (Exception, SystemExit)):
+            # KeyboardInterrupt and its like are about the process, not about the step.
+            return replace(self.drive._death(self.execution), error=error, surfaces=True)
+        if definition is None:
+            return _Verdict("error", "pause", error=error, surfaces=True)
+        reattempts = self.execution.reattempts
+        policy = self._policy_for(definition, error)
+        action, wait = policy._decide(self.workflow, error, reattempts)
+        if action == "reattempt" and policy.max_reattempts is not None and reattempts >= policy.max_reattempts:
+            action = policy.terminal_action
+        surfaces = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
+        self.workflow.logger.info("%s: %s after %s reattempts", type(error).__name__, action, reattempts)
+        return _Verdict("error", action, wait, error, surfaces or isinstance(error, SystemExit))
+
+    def _policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
+        if definition.policy and definition.policy.matches(error):
+            return definition.policy
+        latest_first = [each for each in reversed(self.workflow._blueprint.policies) if each.matches(error)]
+        specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
+        return specific_first[0] if specific_first else PAUSE
+
+    # -- recording --------------------------------------------------------------------------------------------------
+
+    def _record(self, verdict: _Verdict, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
+        """Commit the outcome and what follows it: the next execution, claimed already if it may run on.
+
+        :raises _ClaimLost: if the execution is not ours any more; nothing is written.
+        """
+        before = self.workflow.state
+        run_on = not verdict.surfaces and may_run_on()
+        try:
+            changes, outcome, following = self.drive._transact(lambda: self._conclude(verdict, run_on))
+        except _ClaimLost:
+            raise _ClaimLost(verdict) from None
+        self.workflow.__data__.update(changes)
+        self.execution.__data__.update(outcome)
+        self.drive._announce(self.workflow, before, self.workflow.state)
+        return following
+
+    def _conclude(self, verdict: _Verdict, run_on: bool) -> tuple[dict[str, Any], dict[str, Any], _Attempt | None]:
+        now = self.drive._now()
+        state, outcome, then = EFFECTS[verdict.cause, verdict.action]
+        ended = {"state": state, "outcome": outcome, "finished_at": now, **_error_columns(verdict.error)}
+        follows = self._what_follows(verdict, then, now)
+        workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
+        run_on = run_on and follows is not None and self._runs_on(follows, now)
+        changes = {
+            "state": PERFORMING if run_on else workflow_state,
+            "current_step_name": follows.definition.name if follows else None,
+            "execution_count": self.execution.number + bool(follows),
+            "transitioned_at": None if workflow_state == READY else now,
+        }
+        if then == "pause":
+            changes["current_step_name"] = self.execution.step_name
+        if verdict.context is not None:
+            changes["context"] = verdict.context
+        fence = (
+            (Workflow.id == self.workflow.id)
+            & (Workflow.execution_count == self.execution.number)
+            & (Workflow.state == PERFORMING)
+            & (Workflow.pause_requested == False)  # noqa: E712
+        )
+        if not Workflow.update(**changes).where(fence).execute():
+            follows = self._interrupted(changes, follows, now)
+            run_on = False
+        StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
+        following = None
+        if follows and run_on:
+            following = self._claim_next(follows, now)
+        elif follows:
+            self._schedule_next(follows, changes["state"])
+        return changes, ended, following
+
+    def _interrupted(self, changes: dict[str, Any], follows: _Follows | None, now: datetime) -> _Follows | None:
+        """Someone paused or canceled the workflow while the step ran, or took the claim: amend `changes` to that."""
+        row = Workflow._lock(Workflow.id == self.workflow.id)
+        execution = StepExecution._lock(StepExecution.id == self.execution.id)
+        newest = row is not None and row.execution_count == self.execution.number
+        if not newest or execution is None or execution.state != IN_PROGRESS:
+            raise _ClaimLost
+        if row.state == CANCELED:
+            for column in ("state", "current_step_name", "execution_count", "transitioned_at"):
+                changes[column] = row.__data__[column]
+            follows = None
+        else:
+            changes["pause_requested"] = False
+            if follows:
+                changes.update(state=PAUSED, transitioned_at=now)
+        row._write(**changes)
+        return follows
+
+    def _what_follows(self, verdict: _Verdict, then: str, now: datetime) -> _Follows | None:
+        execution = self.execution
+        if then == "advance":
+            definition = self.workflow._step_after(execution.step_name)
+            return definition and _Follows(definition, now + definition.wait)
+        if then == "repeat":
+            definition = _definition_or_stub(self.workflow, execution.step_name)
+            reattempts = execution.reattempts + (verdict.cause == "error")
+            recoveries = execution.recoveries + (verdict.cause == "death")
+            return _Follows(definition, now + verdict.wait, reattempts, recoveries)
+        return None
+
+    def _runs_on(self, follows: _Follows, now: datetime) -> bool:
+        """Whether the next execution is due now, on the queue and with the priority that we are on."""
+        route = self.drive._route_of(self.workflow, self.execution.step_name)
+        return follows.due <= now and self.drive._route(self.workflow, follows.definition) == route
+
+    def _claim_next(self, follows: _Follows, now: datetime) -> _Attempt:
+        execution = StepExecution._insert(
+            self.workflow,
+            follows.definition.name,
+            self.execution.number + 1,
+            follows.due,
+            state=IN_PROGRESS,
+            started_at=now,
+            heartbeat_at=now,
+            job_id=self.execution.job_id,
+            reattempts=follows.reattempts,
+            recoveries=follows.recoveries,
+        )
+        return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution)
+
+    def _schedule_next(self, follows: _Follows, workflow_state: str) -> None:
+        counts = {"reattempts": follows.reattempts, "recoveries": follows.recoveries}
+        number = self.execution.number + 1
+        if workflow_state == PAUSED:  # resume() will queue it
+            StepExecution._insert(
+                self.workflow, follows.definition.name, number, follows.due, state=SCHEDULED, **counts
+            )
+        else:
+            StepExecution._schedule(self.drive, self.workflow, follows.definition, number, follows.due, **counts)
+
+
+@dataclass(frozen=True)
+class _Follows:
+    """The execution that follows another one."""
+
+    definition: StepDefinition
+    due: datetime
+    reattempts: int = 0
+    recoveries: int = 0
+
+
+def _definition_or_stub(workflow: Workflow, step_name: str) -> StepDefinition:
+    """The definition of a step, or one that carries its name through a process that does not define it."""
+    found = (each for each in workflow.steps if each.name == step_name)
+    return next(found, StepDefinition(name=step_name, body=step_name))
+
+
+def _error_columns(error: BaseException | None) -> dict[str, str]:
+    if error is None:
+        return {}
+    cls = type(error)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        message = str(error)
+    except Exception as failure:
+        message = f"(its message cannot be shown: {failure!r})"
+    lines = "".join(traceback.format_exception(cls, error, error.__traceback__))
+    return {
+        "error_class_name": name[:MAX_NAME_CHARS],
+        "error_message": message[:MAX_ERROR_CHARS],
+        "error_backtrace": lines[-MAX_ERROR_CHARS:],  # its end says most
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drive: database, queues, housekeeping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _perform_step(execution_id: int) -> None:
+    """The Huey task behind every step."""
+    _drive()._perform(execution_id)
+
+
+def _housekeeping() -> None:
+    """The periodic Huey task."""
+    _drive().housekeeping()
+
+
+def _is_callable(value: object) -> bool:
+    return callable(value)
+
+
+def _is_positive_int(value: object) -> bool:
+    return _is_int(value) and cast(int, value) > 0
+
+
+#: Each setting of the drive: its default, and a check with its description; without a check, it is a duration.
+SETTINGS: dict[str, tuple[Any, Callable[[Any], bool] | None, str]] = {
+    "delete_completed_workflows_after": (timedelta(days=30), None, "a timedelta, seconds, or None to keep all"),
+    "stuck_in_progress_threshold": (timedelta(minutes=2), None, "a timedelta or seconds"),
+    "stuck_scheduled_threshold": (timedelta(minutes=1), None, "a timedelta or seconds"),
+    "stuck_recovery_action": ("reattempt", ("reattempt", "cancel").__contains__, '"reattempt" or "cancel"'),
+    "max_recoveries": (5, lambda value: _is_int(value) and value >= 0, "an int, at least 0"),
+    "housekeeping_batch_size": (1000, _is_positive_int, "a positive int"),
+    "housekeeping_schedule": (crontab(), _is_callable, "a Huey crontab"),
+    "run_on": (timedelta(seconds=1), None, "a timedelta or seconds; 0 turns it off"),
+    "clock": (_utcnow, _is_callable, "a callable that returns an aware datetime"),
+}
+
+QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
+DEFAULT_QUEUE = "default"
+
+_current_drive: GenevaDrive | None = None
+
+
+def _drive() -> GenevaDrive:
+    if _current_drive is None:
+        raise ConfigurationError("there is no drive yet: construct GenevaDrive(database) before workflows are used")
+    return _current_drive
+
+
+class GenevaDrive:
+    """Binds the workflows to a database and to the queues that run them. One per process; the latest counts.
+
+    :param database: a Peewee database, a pool, or a DatabaseProxy (which may be initialized later).
+    :param huey: the default queue; None makes an embedded one, in tables of its own in the same database.
+    :param queues: further queues: a dict of names and Hueys, or a list of names for embedded ones.
+    :param settings: see `SETTINGS`; each is an attribute too.
+    :raises ConfigurationError: if one of them is unknown or of the wrong type. Nothing is executed on the database.
+    """
+
+    delete_completed_workflows_after: timedelta | None
+    stuck_in_progress_threshold: timedelta
+    stuck_scheduled_threshold: timedelta
+    stuck_recovery_action: str
+    max_recoveries: int
+    housekeeping_batch_size: int
+    housekeeping_schedule: Callable[[datetime], bool]
+    run_on: timedelta
+    clock: Callable[[], datetime]
+
+    def __init__(
+        self,
+        database: Any,
+        huey: Huey | None = None,
+        *,
+        queues: Mapping[str, Huey] | Iterable[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(database, (Database, peewee.Proxy)):
+            raise ConfigurationError(f"GenevaDrive() takes a Peewee database, not {database!r}")
+        for name in settings.keys() - SETTINGS:
+            raise ConfigurationError(f"unknown setting {name!r} of GenevaDrive: use {', '.join(SETTINGS)}")
+        for name, (default, _, _) in SETTINGS.items():
+            setattr(self, name, settings.get(name, default))
+        self.database = database
+        self._embedded_models = _embedded_models(database)
+        self._consumers: dict[str, Consumer] = {}
+        self._heartbeat = _Heartbeat(self)
+        self.queues = self._checked_queues(huey, queues)
+        self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
+        for model in (Workflow, StepExecution):
+            model.bind(database, bind_refs=False, bind_backrefs=False)
+        global _current_drive
+        _current_drive = self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS:
+            _, check, description = SETTINGS[name]
+            problem = f"the setting {name} must be {description}, not {value!r}"
+            if check is not None and not check(value):
+                raise ConfigurationError(problem)
+            if check is None and not (value is None and name == "delete_completed_workflows_after"):
+                try:
+                    value = _duration(value)
+                except ValueError:
+                    raise ConfigurationError(problem) from None
+        super().__setattr__(name, value)
+
+    @property
+    def huey(self) -> Huey:
+        """The default queue, for `huey_consumer app.huey`."""
+        return self.queues[DEFAULT_QUEUE]
+
+    # -- the database -----------------------------------------------------------------------------------------------
+
+    @property
+    def _db(self) -> Database:
+        database = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
+        if database is None:
+            raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
+        return database
+
+    @property
+    def _dialect(self) -> str:
+        return _dialect(self._db)
+
+    def _now(self) -> datetime:
+        return self.clock()
+
+    def _begin(self) -> Any:
+        """A transaction, or a savepoint inside the caller's."""
+        # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
+        return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
+
+    def _transact(self, work: Callable[[], T]) -> T:
+        """Run `work` in a transaction; again, if it fell to a deadlock and the transaction is ours to repeat."""
+        if self._db.in_transaction():
+            with self._begin():
+                return work()
+        for tries in range(1, TRANSACTION_TRIES + 1):
+            try:
+                with self._begin():
+                    return work()
+            except peewee.DatabaseError as error:
+                if tries == TRANSACTION_TRIES or not _is_transient(error):
+                    raise
+                logger.debug("repeating a transaction that failed: %s", error)
+            time.sleep(random.uniform(0, 0.005 * 2**tries))
+        raise AssertionError("unreachable")
+
+    def _after_commit(self, work: Callable[[], object]) -> None:
+        """Do something once the outermost transaction is committed; its failure must not make that one look failed."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except Exception:
+                logger.exception("failed after a commit; housekeeping makes up for it")
+
+        self._db.after_commit(guarded)
+
+    def _roll_back_to(self, depth: int) -> bool:
+        """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
+        db = self._db
+        if db.is_closed():
+            return False
+        left_open = db.transaction_depth() > depth
+        while db.transaction_depth() > max(depth, 0) and left_open:
+            if depth:
+                db.pop_transaction()  # it lived inside the caller's, which is not ours to roll back
+            else:
+                db.session_rollback()
+        if not depth and _is_in_transaction(db.connection()):
+            left_open = True
+            db.rollback()
+        return left_open
+
+    def _drop_dead_connection(self) -> None:
+        """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
+        if not self._db.in_transaction() and not self._db.is_closed() and not self._db.is_connection_usable():
+            with contextlib.suppress(peewee.PeeweeException):
+                self._db.close()
+
+    def _after_fork_in_child(self) -> None:
+        """A forked process must not share its parent's connection, nor believe that its threads came along."""
+        self._heartbeat = _Heartbeat(self)
+        database = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
+        if database and not _is_in_memory(database) and not database.is_closed() and not database.in_transaction():
+            _inherited_connections.append(database.connection())  # closing it would close the parent's
+            database.dispose()
+
+    def create_tables(self) -> None:
+        """Create the tables and indexes that are missing. Safe to call at every start, by many processes at once.
+
+        :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
+        """
+        dialect = self._dialect
+        models: list[Any] = [Workflow, StepExecution]
+        sections = ["every database", dialect]
+        if any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.queues.values()):
+            models += self._embedded_models
+            sections.append("embedded queue")
+
+        def create() -> None:
+            for model in models:
+                model._schema.create_table(safe=True)
+            for section in sections:
+                for statement in _schema_statements(section):
+                    if not self._is_applied(statement):
+                        self._db.execute_sql(statement.replace("%", "%%") if dialect != "sqlite" else statement)
+
+        with self._schema_lock():
+            create()
+
+    @contextlib.contextmanager
+    def _schema_lock(self) -> Iterator[None]:
+        """One process at a time; in a transaction, where the database can roll back its DDL."""
+        if self._dialect == "mysql":
+            self._db.execute_sql("SELECT GET_LOCK('geneva_drive_schema', 600)")
+            try:
+                yield
+            finally:
+                self._db.execute_sql("SELECT RELEASE_LOCK('geneva_drive_schema')")
+            return
+        with self._begin():
+            if self._dialect == "postgresql":
+                self._db.execute_sql("SELECT pg_advisory_xact_lock(hashtext('geneva_drive_schema'))")
+            yield
+
+    def _is_applied(self, statement: str) -> bool:
+        index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
+        if index:
+            return any(each.name == index[1] for each in self._db.get_indexes(index[2]))
+        column = re.match(r"alter table (\w+) add column (\w+)", statement)
+        if column:
+            return any(each.name == column[2] for each in self._db.get_columns(column[1]))
+        raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
+
+    # -- the queues -------------------------------------------------------------------------------------------------
+
+    def _checked_queues(self, huey: Any, queues: Any) -> dict[str, Huey]:
+        if huey is not None and not isinstance(huey, Huey):
+            raise ConfigurationError(f"huey must be a Huey instance, not {huey!r}")
+        found = {DEFAULT_QUEUE: self._embedded_huey(DEFAULT_QUEUE) if huey is None else huey}
+        if queues is None:
+            queues = {}
+        if isinstance(queues, str) or not isinstance(queues, Iterable):
+            raise ConfigurationError(f"queues must be a dict of names and Hueys or a list of names, not {queues!r}")
+        for name in queues:
+            if not _is_name(name) or name == DEFAULT_QUEUE:
+                raise ConfigurationError(f"queues: a name must be text other than {DEFAULT_QUEUE!r}, not {name!r}")
+            found[name] = queues[name] if isinstance(queues, Mapping) else self._embedded_huey(name)
+            if not isinstance(found[name], Huey):
+                raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
+        return found
+
+    def _embedded_huey(self, name: str) -> Huey:
+        return Huey(name, results=False, storage_class=_EmbeddedStorage, drive=self)
+
+    def _register(self, name: str, huey: Huey) -> Any:
+        """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
+        for task in getattr(huey, "_geneva_drive_tasks", ()):
+            task.unregister()
+        # Fixed names: the module may be vendored, under another name, on one side of the queue.
+        perform = huey.task(name="geneva_drive_perform_step")(_perform_step)
+        periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment), name="geneva_drive_housekeeping")
+        huey._geneva_drive_tasks = (perform, periodic(_housekeeping))
+        huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
+        create_consumer = type(huey).create_consumer
+
+        def remembering(**options: Any) -> Consumer:
+            self._consumers[name] = consumer = create_consumer(huey, **options)
+            return consumer
+
+        huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
+        return perform
+
+    def _sweep_at_start(self, queue: str) -> None:
+        """Housekeeping by the first worker of a consumer that starts."""
+        consumer = self._consumers.get(queue)
+        if getattr(consumer, "_geneva_drive_swept", False):
+            return
+        if consumer is not None:
+            consumer._geneva_drive_swept = True
+        self.housekeeping()
+
+    def _route_of(self, workflow: Workflow, step_name: str) -> tuple[str, int | None]:
+        return self._route(workflow, _definition_or_stub(workflow, step_name))
+
+    def _route(self, workflow: Workflow, definition: StepDefinition) -> tuple[str, int | None]:
+        """The queue and priority of a step. A queue that a deploy took away gives way to the default one."""
+        options = workflow._huey_options(definition, workflow.options)
+        queue = options.get("queue", DEFAULT_QUEUE)
+        if queue not in self.queues:
+            logger.error("%s", UnknownQueueError(workflow._label, queue, self.queues))
+            queue = DEFAULT_QUEUE
+        return queue, options.get("priority")
+
+    def _check_route(self, where: str, options: Mapping[str, Any]) -> None:
+        queue = options.get("queue", DEFAULT_QUEUE)
+        if queue not in self.queues:
+            raise UnknownQueueError(where, queue, self.queues)
+        if options.get("priority") and not self.queues[queue].storage.priority:
+            storage = type(self.queues[queue].storage).__name__
+            raise ConfigurationError(
+                f"{where} asks for a priority, which the queue {queue!r} ({storage}) does not know: use "
+                "PriorityRedisHuey, or leave the priority out"
+            )
+
+    def _enqueue(self, execution: StepExecution, route: tuple[str, int | None]) -> None:
+        """Queue an execution: with the transaction that surrounds the call, or once it is committed."""
+        self._enqueue_many([execution], route)
+
+    def _enqueue_again(self, execution: StepExecution, route: tuple[str, int | None]) -> None:
+        execution._write(enqueued_at=self._now(), job_id=str(uuid.uuid4()))
+        self._enqueue(execution, route)
+
+    def _enqueue_many(self, executions: list[StepExecution], route: tuple[str, int | None]) -> None:
+        queue, priority = route
+        huey, now = self.queues[queue], self._now()
+
+        def send() -> None:
+            for execution in executions:
+                eta = execution.scheduled_for if execution.scheduled_for > now else None
+                task = self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
+                # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
+                (huey.enqueue if eta is None else huey.add_schedule)(task)
+
+        if isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db:
+            send()
+        else:
+            self._after_commit(send)
+
+    # -- performing -------------------------------------------------------------------------------------------------
+
+    def _perform(self, execution_id: int) -> None:
+        """Run an execution that is due, and go on with the steps that follow at once."""
+        self._drop_dead_connection()
+        attempt = _Attempt.claim(self, execution_id, due_only=True)
+        deadline = time.monotonic() + self.run_on.total_seconds()
+        if attempt is None:
+            return
+        queue, _ = self._route_of(attempt.workflow, attempt.execution.step_name)
+
+        def may_run_on() -> bool:
+            consumer = self._consumers.get(queue)
+            return time.monotonic() < deadline and not (consumer and consumer.stop_flag.is_set())
+
+        while attempt is not None:
+            attempt = attempt.run(may_run_on)
+
+    def run(
+        self, workers: int = 1, queues: Iterable[str] | None = None, until: Callable[[], object] | None = None
+    ) -> None:
+        """Run consumers in this process, until SIGINT, SIGTERM, or `until()` is true; then drain.
+
+        Draining ends the steps under way; what is due next waits in the tables.
+
+        :param workers: threads for each queue.
+        :param queues: the names of the queues to serve; None serves all.
+        :param until: called ten times a second or so.
+        :raises UnknownQueueError: if there is no such queue.
+        """
+        names = list(self.queues if queues is None else queues)
+        for name in names:
+            if name not in self.queues:
+                raise UnknownQueueError("run()", name, self.queues)
+        if not _is_positive_int(workers):
+            raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
+        stop = threading.Event()
+        consumers = [self._quick_consumer(name, workers) for name in names]
+        with _stop_signals(stop):
+            for consumer in consumers:
+                consumer.start()
+            try:
+                checked = time.monotonic()
+                while not stop.wait(0.1) and not (until and until()):
+                    if time.monotonic() - checked > 10:
+                        checked = time.monotonic()
+                        for consumer in consumers:
+                            consumer.check_worker_health()
+            finally:
+                for consumer in consumers:
+                    consumer.stop_flag.set()
+                for consumer in consumers:
+                    consumer.stop(graceful=True)
+
+    def _quick_consumer(self, queue: str, workers: int) -> Consumer:
+        consumer = self.queues[queue].create_consumer(
+            workers=workers, initial_delay=0.02, backoff=1.2, max_delay=0.2, scheduler_interval=1
+        )
+        consumer._set_signal_handlers = lambda: None  # run() has its own: they stop all of its consumers
+        return consumer
+
+    # -- housekeeping -----------------------------------------------------------------------------------------------
+
+    def housekeeping(self) -> dict[str, int]:
+        """Delete what is over long since, recover what died, queue again what is overdue. Harmless at any time.
+
+        :returns: how many: `workflows_cleaned_up`, `step_executions_cleaned_up`, `stuck_in_progress_recovered`,
+            `stuck_scheduled_recovered`.
+        """
+        self._drop_dead_connection()
+        workflows, executions = self._clean_up()
+        counts = {
+            "workflows_cleaned_up": workflows,
+            "step_executions_cleaned_up": executions,
+            "stuck_in_progress_recovered": self._recover_in_progress(),
+            "stuck_scheduled_recovered": self._recover_scheduled(),
+        }
+        if any(counts.values()):
+            logger.info("housekeeping: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+        return counts
+
+    def _clean_up(self) -> tuple[int, int]:
+        if self.delete_completed_workflows_after is None:
+            return 0, 0
+        expired = SQL(f"state in ('{FINISHED}', '{CANCELED}')") & (
+            Workflow.transitioned_at < self._now() - self.delete_completed_workflows_after
+        )
+
+        def delete_batch() -> tuple[int, int]:
+            rows = Workflow.select(Workflow.id).where(expired).limit(self.housekeeping_batch_size).tuples()
+            ids = [row[0] for row in rows]
+            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute() if ids else 0
+            return (Workflow.delete().where(Workflow.id.in_(ids)).execute() if ids else 0), executions
+
+        workflows = executions = 0
+        while True:
+            deleted = self._transact(delete_batch)
+            workflows, executions = workflows + deleted[0], executions + deleted[1]
+            if deleted[0] < self.housekeeping_batch_size:
+                return workflows, executions
+
+    def _recover_in_progress(self) -> int:
+        silent = SQL(f"state = '{IN_PROGRESS}'") & (
+            StepExecution.heartbeat_at < self._now() - self.stuck_in_progress_threshold
+        )
+        recovered, last_id = 0, 0
+        while True:
+            query = StepExecution.select(StepExecution.id).where(silent & (StepExecution.id > last_id))
+            ids = [row[0] for row in query.order_by(StepExecution.id).limit(self.housekeeping_batch_size).tuples()]
+            for execution_id in ids:
+                try:
+                    recovered += self._transact(functools.partial(self._recover, silent, execution_id))
+                except Exception:  # it must not keep the others from being recovered
+                    logger.exception("execution %s cannot be recovered", execution_id)
+            if len(ids) < self.housekeeping_batch_size:
+                return recovered
+            last_id = ids[-1]
+
+    def _recover(self, silent: Any, execution_id: int) -> bool:
+        execution = StepExecution.get_or_none(StepExecution.id == execution_id)
+        workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
+        execution = StepExecution._lock(silent & (StepExecution.id == execution_id))
+        if workflow is None or execution is None:
+            return False  # it ended, or showed a sign of life, in between
+        try:
+            _Attempt(self, workflow, execution)._record(self._death(execution))
+        except _ClaimLost:
+            return False
+        workflow.logger.warning("recovered: its process fell silent at %s", execution.heartbeat_at)
+        return True
+
+    def _death(self, execution: StepExecution) -> _Verdict:
+        """What follows when the process that performs an execution goes away."""
+        action = self.stuck_recovery_action
+        if action == "reattempt" and execution.recoveries >= self.max_recoveries:
+            action = "pause"
+        return _Verdict("death", action)
+
+    def _recover_scheduled(self) -> int:
+        """Queue again, once per threshold, what is overdue: its message may be lost."""
+        cutoff = self._now() - self.stuck_scheduled_threshold
+        is_ready = Workflow.select(SQL("1")).where(
+            (Workflow.id == StepExecution.workflow) & (Workflow.state == READY)
+        )
+        overdue = (
+            SQL(f"t1.state = '{SCHEDULED}'")
+            & (StepExecution.scheduled_for < cutoff)
+            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at < cutoff))
+            & peewee.fn.EXISTS(is_ready)
+        )
+        total = 0
+        while True:
+            recovered = self._transact(lambda: self._requeue_batch(overdue))
+            total += recovered
+            if recovered < self.housekeeping_batch_size:
+                return total
+
+    def _requeue_batch(self, overdue: Any) -> int:
+        query = StepExecution.select().where(overdue).limit(self.housekeeping_batch_size)
+        # The lock makes a second sweep wait, and then see that these are queued.
+        executions = list(query.for_update() if self._db.for_update else query)
+        routes: dict[tuple[str, int | None], list[StepExecution]] = {}
+        workflows = {
+            workflow.id: workflow
+            for workflow in Workflow.select().where(Workflow.id.in_([each.workflow_id for each in executions]))
+        }
+        for execution in executions:
+            route = self._route_of(workflows[execution.workflow_id], execution.step_name)
+            routes.setdefault(route, []).append(execution)
+        ids = [execution.id for execution in executions]
+        StepExecution.update(enqueued_at=self._now()).where(StepExecution.id.in_(ids)).execute()
+        for route, batch in routes.items():
+            self._enqueue_many(batch, route)
+        return len(executions)
+
+    def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
+        """Tell of a transition once it is committed."""
+        if old == new:
+            return
+        logger.info("%s: %s -> %s", workflow._label, old or "new", new)
+        self._after_commit(lambda: workflow_transitioned.send(workflow, old, new))
+
+
+def _is_transient(error: peewee.DatabaseError) -> bool:
+    """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
+    original = getattr(error, "orig", None)
+    state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
+    if state in ("40001", "40P01"):  # serialization failure, deadlock detected
+        return True
+    code = original.args[0] if isinstance(original, Exception) and original.args else None
+    return code in (1205, 1213) or (isinstance(code, str) and code.startswith("database is locked"))
+
+
+def _is_in_transaction(connection: Any) -> bool:
+    """Whether a driver's connection is in a transaction, one that Peewee does not know of included."""
+    if hasattr(connection, "info") and hasattr(connection.info, "transaction_status"):  # psycopg
+        return connection.info.transaction_status != 0
+    if hasattr(connection, "server_status"):  # PyMySQL; bit 1 of the protocol's status flags
+        return bool(connection.server_status & 1)
+    return bool(getattr(connection, "in_transaction", False))
+
+
+def _is_in_memory(database: Database) -> bool:
+    return isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
+
+
+_inherited_connections: list[Any] = []
+
+
+def _after_fork_in_child() -> None:
+    if _current_drive is not None:
+        _current_drive._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM set `stop`, the second one interrupt; in the main thread, where signals arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class _Heartbeat:
+    """Renews the heartbeat of the executions that this process performs, from one background thread."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive = drive
+        self.beating: set[int] = set()
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+        self.wake = threading.Event()
+
+    @contextlib.contextmanager
+    def of(self, execution_id: int) -> Iterator[None]:
+        """Keep one execution alive."""
+        self.beating.add(execution_id)
+        if self.thread is None and not _is_in_memory(self.drive._db):  # which other threads cannot see
+            self._start()
+        try:
+            yield
+        finally:
+            self.beating.discard(execution_id)
+
+    def _start(self) -> None:
+        with self.lock:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
+                self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self.wake.wait(self.drive.stuck_in_progress_threshold.total_seconds() / 4)
+            try:
+                self._beat()
+            except Exception:
+                logger.exception("the heartbeat failed; it is tried again")
+
+    def _beat(self) -> None:
+        ids = list(self.beating)
+        if ids:
+            with self.drive._db.connection_context():  # none is kept open between beats
+                mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
+                StepExecution.update(heartbeat_at=self.drive._now()).where(mine).execute()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded queue: Huey's SQL storage on the drive's own database
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _embedded_models(database: Any) -> tuple[Any, ...]:
+    """The four tables of Huey's SqlStorage, with names that no application uses and times in UTC."""
+
+    class Base(Model):
+        class Meta:
+            table_function = staticmethod(lambda model: QUEUE_TABLE_PREFIX + model.__name__.lower())
+
+    class KV(Base):
+        queue = _NameField()
+        key = _NameField()
+        value = BytesBlobField()
+
+        class Meta:
+            primary_key = CompositeKey("queue", "key")
+
+    class Schedule(Base):
+        id = BigAutoField()
+        queue = _NameField()
+        data = BytesBlobField()
+        # Without utc=True, producers and consumers in different time zones would disagree.
+        timestamp = TimestampField(resolution=1000, utc=True)
+
+    class Task(Base):
+        id = BigAutoField()
+        queue = _NameField()
+        data = BytesBlobField()
+        priority = FloatField(default=0.0)
+
+    class Counter(Base):
+        queue = _NameField()
+        key = _NameField()
+        value = IntegerField()
+
+        class Meta:
+            primary_key = CompositeKey("queue", "key")
+
+    models = (KV, Schedule, Task, Counter)
+    for model in models:
+        model.bind(database)
+    return models
+
+
+class _EmbeddedStorage(SqlStorage):
+    """Enqueues in the transaction of whoever changes a workflow, and runs no SQL before it is used."""
+
+    def __init__(self, name: str, drive: GenevaDrive) -> None:
+        BaseStorage.__init__(self, name)  # SqlStorage's own wants a connected database
+        self.drive = drive
+        self.KV, self.Schedule, self.Task, self.Counter = drive._embedded_models
+
+    @property
+    def database(self) -> Database:
+        return self.drive._db
+
+    def atomic(self) -> Any:
+        return self.drive._begin()
+
+    @property
+    def for_update(self) -> str | None:
+        if not self.database.for_update:
+            return None
+        self.database.connection()  # only a connected database knows its server's version
+        version = self.database.server_version
+        if self.drive._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
+            return "FOR UPDATE"
+        return "FOR UPDATE SKIP LOCKED"
+
+    def check_conn(self) -> None:
+        self.drive._drop_dead_connection()  # never in a transaction: a silent reconnect would tear it in two
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schema file
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
+
+
+def _schema_statements(section: str) -> list[str]:
+    """The statements of one section of the schema file, comments removed.
+
+    :raises GenevaDriveError: if the file is not beside the module, or has no such section.
+    """
+    try:
+        text = SCHEMA_FILE.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise GenevaDriveError(f"{SCHEMA_FILE} is missing: the module needs it at its side") from error
+    parts = re.split(r"^-- section: (.+)$", text, flags=re.MULTILINE)
+    for names, body in zip(parts[1::2], parts[2::2]):
+        if section in names.strip().split(", "):
+            code = re.sub(r"--.*", "", body)
+            return [" ".join(statement.split()) for statement in code.split(";") if statement.strip()]
+    raise GenevaDriveError(f"{SCHEMA_FILE} has no section {section!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help for tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestHelpers:
+    """Runs workflows in a test, step by step, ignoring waits: a mixin for unittest.TestCase, or an object by itself.
+
+    No consumer needs to run. All of it works inside a transaction that the test rolls back.
+    """
+
+    __test__ = False  # pytest: collect the classes that mix it in, not the mixin
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__test__ = True
+
+    def speedrun_workflow(self, workflow: Workflow, max_iterations: int = 100, raise_errors: bool = True) -> None:
+        """Run the steps until the workflow is finished, canceled or paused.
+
+        :raises AssertionError: if it is not, after so many steps.
+        :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
+        """
+        for _ in range(max_iterations):
+            self._refresh(workflow)
+            if workflow.state not in (READY, PERFORMING):
+                return
+            self.perform_next_step(workflow, raise_errors)
+        self._refresh(workflow)
+        self._assert(
+            workflow.state not in (READY, PERFORMING), workflow, f"it is not over after {max_iterations} steps"
+        )
+
+    def perform_next_step(self, workflow: Workflow, raise_errors: bool = True) -> None:
+        """Run the scheduled step, due or not.
+
+        :raises AssertionError: if none is scheduled, or the workflow is not ready.
+        """
+        execution = workflow.execution_history.where(StepExecution.state == SCHEDULED).get_or_none()
+        self._assert(execution is not None, workflow, "no step is scheduled")
+        self._perform(workflow, execution, raise_errors)
+
+    def perform_step_inline(self, workflow: Workflow, step_name: str, raise_errors: bool = True) -> None:
+        """Run one step out of turn: what is scheduled is canceled, and the workflow goes on from there."""
+        drive = _drive()
+
+        def move() -> StepExecution:
+            row = Workflow._lock(Workflow.id == workflow.id)
+            self._assert(row.state in (READY, PAUSED), workflow, "it is neither ready nor paused")
+            active = StepExecution._lock((StepExecution.workflow == row.id) & StepExecution.state.in_(ACTIVE))
+            return _moved(drive, row, active, step_name)
+
+        self._perform(workflow, drive._transact(move), raise_errors)
+
+    def assert_workflow_state(self, workflow: Workflow, state: str) -> None:
+        """:raises AssertionError: if the workflow is not in `state`."""
+        self._refresh(workflow)
+        self._assert(workflow.state == state, workflow, f"expected it to be {state}")
+
+    def assert_step_executed(self, workflow: Workflow, step_name: str, state: str = COMPLETED) -> None:
+        """:raises AssertionError: if no execution of the step ended in `state`."""
+        found = workflow.execution_history.where(
+            (StepExecution.step_name == step_name) & (StepExecution.state == state)
+        )
+        self._assert(found.count(), workflow, f"expected an execution of {step_name} that is {state}")
+
+    def _perform(self, workflow: Workflow, execution: StepExecution, raise_errors: bool) -> None:
+        try:
+            done = execution.execute()
+        except Exception:
+            if raise_errors:
+                raise
+        else:
+            self._assert(done, workflow, f"its step {execution.step_name} could not be performed")
+        finally:
+            self._refresh(workflow)
+
+    def _refresh(self, workflow: Workflow) -> None:
+        workflow._take_over(Workflow.get_by_id(workflow.id))
+        workflow.__dict__.pop("_hero", None)
+
+    def _assert(self, condition: object, workflow: Workflow, message: str) -> None:
+        if condition:
+            return
+        self._refresh(workflow)
+        lines = [f"{workflow._label} is {workflow.state}: {message}. Its executions:"]
+        for each in workflow.execution_history:
+            error = f"  {each.error_class_name}: {each.error_message}" if each.error_class_name else ""
+            lines.append(f"  {each.number:>3}  {each.step_name:<30} {each.state:<12} {each.outcome or '':<12}{error}")
+        raise AssertionError("\n".join(lines))

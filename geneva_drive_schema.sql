@@ -1,0 +1,72 @@
+-- GenevaDrive: what Peewee's models cannot say.
+--
+-- The tables themselves are created from the models in geneva_drive.py:
+--
+--   geneva_drive_workflows         one row for each workflow: its hero, its state, the step it stands at, its context
+--   geneva_drive_step_executions   one row for each attempt at a step; deleted with its workflow
+--   geneva_drive_huey_*            the embedded queue, where no other Huey was given to the drive
+--
+-- A workflow is ready (a step is scheduled), performing (a step runs), paused, finished or canceled. An execution is
+-- scheduled, waiting or in progress: active; and then completed, failed, canceled or skipped, for good.
+--
+-- Two promises are kept by unique indexes, whatever the processes do:
+--
+--   geneva_drive_one_ongoing_workflow   one ongoing workflow for each class and hero (allow_multiple aside)
+--   geneva_drive_one_active_execution   one active execution for each workflow
+--
+-- GenevaDrive.create_tables() applies the sections that the database needs, and of each what is not there yet. To apply
+-- one by hand, run the statements between its line and that of the next section, after the tables were created.
+-- Each statement must be one of `create index`, `create unique index` and `alter table ... add column`: these are told
+-- apart by name from what is there already.
+
+
+-- section: every database
+
+-- The history of a workflow in its order; no two executions share a number.
+create unique index geneva_drive_execution_number on geneva_drive_step_executions (workflow_id, number);
+
+-- Workflow.for_hero(), over finished and canceled ones too.
+create index geneva_drive_hero on geneva_drive_workflows (hero_id, hero_type);
+
+
+-- section: postgresql, sqlite
+
+-- One ongoing workflow for each class and hero. NULLs differ from each other: without a hero there is no limit.
+create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id)
+    where state in ('ready', 'performing', 'paused') and not allow_multiple;
+
+-- One active execution for each workflow.
+create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id)
+    where state in ('scheduled', 'waiting', 'in_progress');
+
+-- Housekeeping: what is overdue, whose process fell silent, what is over long since. Partial, for an index on the state
+-- alone is taken by PostgreSQL's planner in the place of the primary key.
+create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for) where state = 'scheduled';
+create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at) where state = 'in_progress';
+create index geneva_drive_expired on geneva_drive_workflows (transitioned_at) where state in ('finished', 'canceled');
+
+
+-- section: mysql
+
+-- MySQL and MariaDB have no partial indexes: a generated column is 1 for the rows that count and NULL for the others,
+-- and NULLs differ from each other. Nothing is concatenated, so that no two heroes can be taken for one; the columns
+-- are VARBINARY, since the collations ignore case, or spaces at the end, or are not known to both.
+alter table geneva_drive_workflows add column ongoing tinyint generated always as
+    (case when state in ('ready', 'performing', 'paused') and not allow_multiple then 1 end) stored;
+create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id, ongoing);
+
+alter table geneva_drive_step_executions add column active tinyint generated always as
+    (case when state in ('scheduled', 'waiting', 'in_progress') then 1 end) stored;
+create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id, active);
+
+-- Housekeeping: what is overdue, whose process fell silent, what is over long since.
+create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for);
+create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at);
+create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at);
+
+
+-- section: embedded queue
+
+-- The order in which messages are taken, and that in which they fall due.
+create index geneva_drive_huey_task_order on geneva_drive_huey_task (queue, priority desc, id);
+create index geneva_drive_huey_schedule_due on geneva_drive_huey_schedule (queue, timestamp);
