@@ -56,6 +56,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -66,27 +67,9 @@ from typing import Any, NoReturn, TypeVar, cast
 import peewee
 from huey import Huey, crontab
 from huey.consumer import Consumer
-from huey.contrib.sql_huey import BytesBlobField, SqlStorage
+from huey.contrib.sql_huey import SqlStorage
 from huey.storage import BaseStorage
-from peewee import (
-    SQL,
-    BigAutoField,
-    BooleanField,
-    CharField,
-    CompositeKey,
-    Database,
-    DateTimeField,
-    FloatField,
-    ForeignKeyField,
-    IntegerField,
-    Model,
-    MySQLDatabase,
-    PostgresqlDatabase,
-    SqliteDatabase,
-    TextField,
-    TimestampField,
-    chunked,
-)
+from peewee import SQL, Database, Model, MySQLDatabase, PostgresqlDatabase, SqliteDatabase
 from playhouse.cockroachdb import CockroachDatabase
 from playhouse.signals import Signal
 
@@ -121,10 +104,9 @@ logger = logging.getLogger("geneva_drive")
 logger.addHandler(logging.NullHandler())
 
 T = TypeVar("T")
+_Route = tuple[str, "int | None"]  # the name of a queue, and the priority in it
 
-# ---------------------------------------------------------------------------------------------------------------------
-# States, and what an outcome does to them
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== States, and what an outcome does to them ========================================================================
 
 READY, PERFORMING, PAUSED, FINISHED, CANCELED = "ready", "performing", "paused", "finished", "canceled"
 SCHEDULED, WAITING, IN_PROGRESS = "scheduled", "waiting", "in_progress"
@@ -174,9 +156,7 @@ MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and events
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Errors and events ===============================================================================================
 
 
 class GenevaDriveError(Exception):
@@ -225,10 +205,10 @@ class UnknownQueueError(GenevaDriveError, ValueError):
 class AlreadyOngoingError(GenevaDriveError, peewee.IntegrityError):
     """The hero has an ongoing workflow of this class; its id is in `workflow_id`."""
 
-    def __init__(self, workflow_type: str, hero: str, workflow_id: int) -> None:
+    def __init__(self, values: Mapping[str, Any], workflow_id: int | None) -> None:
         super().__init__(
-            f"{hero} has an ongoing {workflow_type} already, workflow {workflow_id}: use get_or_create(), wait for its "
-            "end, or pass allow_multiple=True"
+            f"{_hero_label(**values)} has an ongoing {values['type']} already, workflow {workflow_id}: use "
+            "get_or_create(), wait for its end, or pass allow_multiple=True"
         )
         self.workflow_id = workflow_id
 
@@ -305,9 +285,7 @@ step_finished = _Event()
 #: `receiver(cls, workflow, old, new)`: the workflow's state changed and is committed; `old` is None for a new one.
 workflow_transitioned = _Event()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Value objects: policies and step definitions
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Value objects: policies and step definitions ====================================================================
 
 
 def _utcnow() -> datetime:
@@ -464,22 +442,11 @@ class StepDefinition:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The language in which steps are declared
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The language in which steps are declared ========================================================================
 
 STEP_OPTIONS = (
-    "wait",
-    "skip_if",
-    "on_exception",
-    "max_reattempts",
-    "terminal_action",
-    "before_step",
-    "after_step",
-    "transactional",
-    "options",
-    "name",
-)
+    "wait skip_if on_exception max_reattempts terminal_action before_step after_step transactional options name"
+).split()
 
 
 @dataclass(frozen=True)
@@ -616,7 +583,9 @@ class _Blueprint:
             del self.steps[place], names[place]
         beside = after if before is None else before
         if beside is not None:
-            problem = f"there is no step {beside!r} before this one to be placed beside: use {', '.join(names) or 'none'}"
+            problem = (
+                f"there is no step {beside!r} before this one to be placed beside: use {', '.join(names) or 'none'}"
+            )
             _require(beside in names, where, problem)
             place = names.index(beside) + (before is None)
         self.steps.insert(place, definition)
@@ -681,9 +650,7 @@ def _checked_options(options: Any, where: str) -> dict[str, Any]:
     return dict(options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields: one form of a value on every database
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Fields: one form of a value on every database ===================================================================
 
 
 def _dialect(database: Database) -> str:
@@ -707,13 +674,13 @@ class _DialectField(peewee.Field):
         return super().ddl_datatype(ctx)
 
 
-class _NameField(_DialectField, CharField):
+class _NameField(_DialectField, peewee.CharField):
     """Short text of our own making. The server's default character set may be latin1, its collation ignores case."""
 
     mysql_type = f"VARCHAR({MAX_NAME_CHARS}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 
 
-class _ExactField(_DialectField, CharField):
+class _ExactField(_DialectField, peewee.CharField):
     """Short text compared byte by byte: every collation that MySQL and MariaDB share ignores trailing spaces."""
 
     mysql_type = f"VARBINARY({4 * MAX_NAME_CHARS})"
@@ -732,7 +699,7 @@ class _TypeField(_ExactField):
                 instance.__class__ = _workflow_classes.get(value, Workflow)
 
 
-class _LongTextField(_DialectField, TextField):
+class _LongTextField(_DialectField, peewee.TextField):
     """Text of any length: TEXT on MySQL ends at 64 KB. Holds nothing that some database refuses."""
 
     mysql_type = "LONGTEXT CHARACTER SET utf8mb4"
@@ -741,7 +708,7 @@ class _LongTextField(_DialectField, TextField):
         return value and value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
-class _JsonField(_DialectField, TextField):
+class _JsonField(_DialectField, peewee.TextField):
     """A JSON object as text. A database's own JSON type would reorder its keys and refuse some of its strings."""
 
     mysql_type = _LongTextField.mysql_type
@@ -753,7 +720,7 @@ class _JsonField(_DialectField, TextField):
         return None if value is None else json.loads(value)
 
 
-class _UtcField(_DialectField, DateTimeField):
+class _UtcField(_DialectField, peewee.DateTimeField):
     """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is taken for UTC."""
 
     mysql_type = "DATETIME(6)"
@@ -784,9 +751,7 @@ def _dump_json(value: Any) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Types and heroes: classes by the names under which rows know them
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Types and heroes: classes by the names under which rows know them ===============================================
 
 _workflow_classes: dict[str, type[Workflow]] = {}
 _hero_models: dict[str, type[Model]] = {}
@@ -880,9 +845,7 @@ def _hero_key(hero: Any) -> tuple[str, str]:
     return hero_type, hero_id
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workflows
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Workflows =======================================================================================================
 
 
 class _WorkflowSelect(peewee.ModelSelect):
@@ -955,6 +918,16 @@ class _Record(Model):
         return query.get_or_none()
 
 
+def _in_state(state: str, doc: str) -> Any:
+    """A class method that selects by state."""
+
+    def select(cls: type[Workflow]) -> Any:
+        return cls.select().where(Workflow.state == state)
+
+    select.__doc__ = f"{doc} A query, over this class and its subclasses."
+    return classmethod(select)
+
+
 class Workflow(_Record, metaclass=_WorkflowType):
     """A durable sequence of steps about a hero. Subclass it and declare the steps with :func:`step`.
 
@@ -962,20 +935,20 @@ class Workflow(_Record, metaclass=_WorkflowType):
     Instances are rows; their state is changed by the methods below, never by assigning to a column.
     """
 
-    id = BigAutoField()
+    id = peewee.BigAutoField()
     type = _TypeField()
     hero_type = _ExactField(null=True)
     hero_id = _ExactField(null=True)
-    state = _NameField()
+    state = _NameField(default=READY)
     current_step_name = _NameField(null=True)
-    allow_multiple = BooleanField(default=False)
+    allow_multiple = peewee.BooleanField(default=False)
     context = _JsonField()
     options = _JsonField(null=True)
     #: How many executions it has had: the number of the newest one, and the fence around every change.
-    execution_count = IntegerField()
-    pause_requested = BooleanField(default=False)
+    execution_count = peewee.IntegerField(default=1)
+    pause_requested = peewee.BooleanField(default=False)
     #: Tells apart workflows that get the same id, one after the other.
-    token = _NameField()
+    token = _NameField(default=lambda: uuid.uuid4().hex)
     created_at = _UtcField()
     transitioned_at = _UtcField(null=True)
 
@@ -1021,10 +994,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 workflow = drive._transact(lambda: cls._insert_one(drive, values))
                 break
             except peewee.IntegrityError as error:
-                ongoing = cls._ongoing_id(values["hero_type"], values["hero_id"])
+                ongoing = cls._ongoing_id(values)
                 if ongoing is not None:
-                    label = _hero_label(values["hero_type"], values["hero_id"])
-                    raise AlreadyOngoingError(cls.workflow_type, label, ongoing) from error
+                    raise AlreadyOngoingError(values, ongoing) from error
                 collision = error  # it ended in between: try again
         else:
             raise collision
@@ -1039,9 +1011,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :param kwargs: as for :meth:`create`, for a new one.
         :returns: the workflow, and whether it was created.
         """
-        hero_type, hero_id = (None, None) if hero is None else _hero_key(hero)
+        key = {} if hero is None else dict(zip(("hero_type", "hero_id"), _hero_key(hero), strict=True))
         for _ in range(TRANSACTION_TRIES):
-            ongoing = cls._ongoing_id(hero_type, hero_id)
+            ongoing = None if hero is None else cls._ongoing_id(key)
             if ongoing is None:
                 try:
                     return cls.create(hero=hero, **kwargs), True
@@ -1066,7 +1038,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         rows = [cls._new_values(drive, hero, False, None, None) for hero in heroes]
 
         def insert() -> int:
-            return sum(cls._insert_many(drive, list(batch), on_conflict) for batch in chunked(rows, 1000))
+            return sum(cls._insert_many(drive, list(batch), on_conflict) for batch in peewee.chunked(rows, 1000))
 
         return drive._transact(insert)
 
@@ -1088,18 +1060,15 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if options is not None:
             options = _checked_options(options, f"{where}: options")
         for definition in cls.steps:
-            drive._check_route(f"{cls.__name__}.{definition.name}", cls._huey_options(definition, options))
+            drive._check_route(f"{cls.__name__}.{definition.name}", cls._huey_options(definition.name, options))
         return {
             "type": cls.workflow_type,
             "hero_type": hero_type,
             "hero_id": hero_id,
-            "state": READY,
             "current_step_name": cls.steps[0].name,
             "allow_multiple": allow_multiple,
             "context": context,
             "options": options,
-            "execution_count": 1,
-            "pause_requested": False,
             "token": uuid.uuid4().hex,
             "created_at": drive._now(),
             "transitioned_at": None,
@@ -1110,7 +1079,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         values = {**values, "created_at": drive._now()}
         workflow = cls(id=Workflow.insert(**values).execute(), **values)
         workflow._dirty.clear()
-        StepExecution._schedule(drive, workflow, cls.steps[0], 1, values["created_at"] + cls.steps[0].wait)
+        StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
         drive._announce(workflow, None, READY)
         return workflow
 
@@ -1118,34 +1087,29 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def _insert_many(cls, drive: GenevaDrive, rows: list[dict[str, Any]], on_conflict: str) -> int:
         ignore = "IGNORE" if drive._dialect == "mysql" else "NOTHING"
         Workflow.insert_many(rows).on_conflict(action=ignore).execute()
-        mine = {row["token"]: row for row in rows}
-        created = []
-        for hero_type in {row["hero_type"] for row in rows}:
-            # Found through the index of ongoing workflows; the token tells ours from those that were there before.
-            ids = [row["hero_id"] for row in rows if row["hero_type"] == hero_type]
-            same_hero = (Workflow.hero_type == hero_type) & Workflow.hero_id.in_(ids)
-            if hero_type is None:
-                same_hero = Workflow.hero_type.is_null() & Workflow.token.in_(list(mine))
-            query = Workflow.select().where((Workflow.type == cls.workflow_type) & same_hero & _ongoing_rows())
-            created += [workflow for workflow in query if workflow.token in mine]
-        if on_conflict == "raise" and len(created) < len(rows):
-            left_out = set(mine) - {workflow.token for workflow in created}
-            row = next(row for row in rows if row["token"] in left_out)
-            ongoing = cls._ongoing_id(row["hero_type"], row["hero_id"])
-            label = _hero_label(row["hero_type"], row["hero_id"])
-            raise AlreadyOngoingError(cls.workflow_type, label, ongoing or 0)
-        StepExecution._schedule_first(drive, created)
+        # Found through the index of ongoing workflows; the token tells ours from those that were there before.
+        query = Workflow.select().where(
+            (Workflow.type == cls.workflow_type)
+            & Workflow.hero_type.in_({row["hero_type"] for row in rows})
+            & Workflow.hero_id.in_([row["hero_id"] for row in rows])
+            & _ongoing_rows()
+        )
+        left_out = {row["token"]: row for row in rows}
+        created = [workflow for workflow in query if left_out.pop(workflow.token, None)]
+        if left_out and on_conflict == "raise":
+            row = next(iter(left_out.values()))
+            raise AlreadyOngoingError(row, cls._ongoing_id(row))
+        if created:
+            StepExecution._schedule_first(created)
         for workflow in created:
             drive._announce(workflow, None, READY)
         return len(created)
 
     @classmethod
-    def _ongoing_id(cls, hero_type: str | None, hero_id: str | None) -> int | None:
+    def _ongoing_id(cls, values: Mapping[str, Any]) -> int | None:
         """The id of the ongoing workflow of this class and hero, if there is one, in spite of any old snapshot."""
-        if hero_id is None:
-            return None
-        same = (Workflow.type == cls.workflow_type) & (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
-        workflow = Workflow._lock(same & _ongoing_rows())
+        hero = (Workflow.hero_type == values["hero_type"]) & (Workflow.hero_id == values["hero_id"])
+        workflow = Workflow._lock((Workflow.type == cls.workflow_type) & hero & _ongoing_rows())
         return workflow and workflow.id
 
     # -- flow control -----------------------------------------------------------------------------------------------
@@ -1300,7 +1264,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if self.type not in _workflow_classes:
             return str(WorkflowNotDefinedError(self))
         if self.hero_type and _hero_model(self.hero_type) is None:
-            return f"{self._label}: no model called {self.hero_type!r} is defined here: import it, or set Meta.hero_type"
+            return (
+                f"{self._label}: no model called {self.hero_type!r} is defined here: import it, or set Meta.hero_type"
+            )
         return None
 
     def _definition(self, step_name: str | None) -> StepDefinition:
@@ -1320,8 +1286,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return self.steps[place] if place < len(self.steps) else None
 
     @classmethod
-    def _huey_options(cls, definition: StepDefinition, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {**cls._blueprint.step_options, **(options or {}), **definition.options}
+    def _huey_options(cls, step_name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Of the class, the instance and the step: the latter win."""
+        own = next((each.options for each in cls.steps if each.name == step_name), {})
+        return {**cls._blueprint.step_options, **(options or {}), **own}
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -1337,30 +1305,11 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     # -- queries ----------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def ready(cls) -> Any:
-        """The workflows whose next step is scheduled."""
-        return cls.select().where(Workflow.state == READY)
-
-    @classmethod
-    def performing(cls) -> Any:
-        """The workflows that a step of is being performed."""
-        return cls.select().where(Workflow.state == PERFORMING)
-
-    @classmethod
-    def paused(cls) -> Any:
-        """The workflows that wait for :meth:`resume`."""
-        return cls.select().where(Workflow.state == PAUSED)
-
-    @classmethod
-    def finished(cls) -> Any:
-        """The workflows that came to their end."""
-        return cls.select().where(Workflow.state == FINISHED)
-
-    @classmethod
-    def canceled(cls) -> Any:
-        """The workflows that were canceled."""
-        return cls.select().where(Workflow.state == CANCELED)
+    ready = _in_state(READY, "The workflows whose next step is scheduled.")
+    performing = _in_state(PERFORMING, "The workflows that a step of is being performed.")
+    paused = _in_state(PAUSED, "The workflows that wait for :meth:`resume`.")
+    finished = _in_state(FINISHED, "The workflows that came to their end.")
+    canceled = _in_state(CANCELED, "The workflows that were canceled.")
 
     @classmethod
     def ongoing(cls) -> Any:
@@ -1421,7 +1370,7 @@ class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         return f"[{prefix.replace('%', '%%')}] {msg}", kwargs
 
 
-def _hero_label(hero_type: str | None, hero_id: str | None) -> str:
+def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
     return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
 
 
@@ -1456,12 +1405,11 @@ def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
         active._write(state=SKIPPED, outcome="skipped", finished_at=now)
     else:
         number += 1
-        StepExecution._insert(
-            workflow, workflow.current_step_name, number, now, state=SKIPPED, outcome="skipped", finished_at=now
-        )
+        ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now}
+        StepExecution._insert(workflow, number, workflow.current_step_name, now, **ended)
     if following:
         number += 1
-        StepExecution._schedule(drive, workflow, following, number, now + following.wait)
+        StepExecution._schedule(workflow, number, following.name, now + following.wait)
     workflow._write(
         state=READY if following else FINISHED,
         current_step_name=following and following.name,
@@ -1475,35 +1423,33 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     number = workflow.execution_count
     if active:
         active._write(reattempts=0, recoveries=0)
-        drive._enqueue_again(active, drive._route(workflow, definition))
+        drive._enqueue_again(active, drive._route(workflow, definition.name))
     else:
         number += 1
-        StepExecution._schedule(drive, workflow, definition, number, drive._now())
+        StepExecution._schedule(workflow, number, definition.name, drive._now())
     workflow._write(state=READY, execution_count=number, transitioned_at=None)
 
 
 def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
-    definition = workflow._definition(step_name)
+    workflow._definition(step_name)
     if active:
         active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
     number = workflow.execution_count + 1
-    execution = StepExecution._schedule(drive, workflow, definition, number, drive._now())
+    execution = StepExecution._schedule(workflow, number, step_name, drive._now())
     workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None)
     return execution
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Executions: one row for each attempt at a step
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Executions: one row for each attempt at a step ==================================================================
 
 
 class StepExecution(_Record):
     """One attempt at a step of a workflow: when it was due, when it ran, and what came of it."""
 
-    id = BigAutoField()
-    workflow = ForeignKeyField(Workflow, backref="executions", on_delete="CASCADE", index=False)
+    id = peewee.BigAutoField()
+    workflow = peewee.ForeignKeyField(Workflow, backref="executions", on_delete="CASCADE", index=False)
     #: 1, 2, 3, … within the workflow.
-    number = IntegerField()
+    number = peewee.IntegerField()
     step_name = _NameField()
     state = _NameField()
     outcome = _NameField(null=True)
@@ -1513,8 +1459,8 @@ class StepExecution(_Record):
     heartbeat_at = _UtcField(null=True)
     finished_at = _UtcField(null=True)
     #: Reattempts after errors, and recoveries after crashes, of this step so far.
-    reattempts = IntegerField(default=0)
-    recoveries = IntegerField(default=0)
+    reattempts = peewee.IntegerField(default=0)
+    recoveries = peewee.IntegerField(default=0)
     error_class_name = _NameField(null=True)
     error_message = _LongTextField(null=True)
     error_backtrace = _LongTextField(null=True)
@@ -1528,7 +1474,7 @@ class StepExecution(_Record):
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
 
         :returns: True; or False, and nothing was done, if it is not scheduled any more or its workflow is not ready.
-        :raises Exception: the step's error, once its outcome is committed, if the workflow was paused or canceled by it.
+        :raises Exception: the step's error, once its outcome is committed, if it paused or canceled the workflow.
         """
         attempt = _Attempt.claim(_drive(), self.id)
         if attempt is None:
@@ -1540,58 +1486,36 @@ class StepExecution(_Record):
         return True
 
     @classmethod
-    def _insert(cls, workflow: Workflow, step_name: str | None, number: int, due: datetime, **values: Any) -> Any:
-        values = {
-            "workflow": workflow.id,
-            "step_name": step_name,
-            "number": number,
-            "scheduled_for": due,
-            "created_at": _drive()._now(),
-            **values,
-        }
+    def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
+        values.update(workflow=workflow.id, number=number, step_name=step_name, scheduled_for=due)
+        values["created_at"] = _drive()._now()
         execution = cls(id=cls.insert(**values).execute(), **values)
         execution._dirty.clear()
         return execution
 
     @classmethod
-    def _schedule(
-        cls, drive: GenevaDrive, workflow: Workflow, definition: StepDefinition, number: int, due: datetime, **counts: int
-    ) -> StepExecution:
+    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **counts: int) -> StepExecution:
         """Insert a scheduled execution and queue it."""
-        job_id = str(uuid.uuid4())
-        execution = cls._insert(
-            workflow, definition.name, number, due, state=SCHEDULED, enqueued_at=drive._now(), job_id=job_id, **counts
-        )
-        drive._enqueue(execution, drive._route(workflow, definition))
+        drive = _drive()
+        queued = {"state": SCHEDULED, "enqueued_at": drive._now(), "job_id": str(uuid.uuid4())}
+        execution = cls._insert(workflow, number, step_name, due, **queued, **counts)
+        drive._enqueue([execution], drive._route(workflow, step_name))
         return execution
 
     @classmethod
-    def _schedule_first(cls, drive: GenevaDrive, workflows: list[Workflow]) -> None:
+    def _schedule_first(cls, workflows: list[Workflow]) -> None:
         """Insert and queue the first executions of new workflows of one class."""
-        if not workflows:
-            return
-        definition, now = workflows[0].steps[0], drive._now()
-        rows = [
-            {
-                "workflow": workflow.id,
-                "number": 1,
-                "step_name": definition.name,
-                "state": SCHEDULED,
-                "scheduled_for": now + definition.wait,
-                "enqueued_at": now,
-                "job_id": str(uuid.uuid4()),
-                "created_at": now,
-            }
-            for workflow in workflows
-        ]
-        cls.insert_many(rows).execute()
-        executions = list(cls.select().where(cls.workflow.in_([workflow.id for workflow in workflows])))
-        drive._enqueue_many(executions, drive._route(workflows[0], definition))
+        drive = _drive()
+        first, now = workflows[0].steps[0], drive._now()
+        same = {"number": 1, "step_name": first.name, "state": SCHEDULED, "scheduled_for": now + first.wait}
+        same.update(enqueued_at=now, created_at=now)
+        ids = [workflow.id for workflow in workflows]
+        cls.insert_many([{**same, "workflow": each, "job_id": str(uuid.uuid4())} for each in ids]).execute()
+        executions = list(cls.select().where(cls.workflow.in_(ids)))
+        drive._enqueue(executions, drive._route(workflows[0], first.name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The executor: one attempt, from claim to record
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The executor: one attempt, from claim to record =================================================================
 
 
 @dataclass(frozen=True)
@@ -1636,12 +1560,10 @@ class _Attempt:
             logger.error("execution %s stays scheduled: %s", execution_id, problem)
             return None
         if due_only and execution.scheduled_for > now:
-            drive._enqueue_again(execution, drive._route_of(workflow, execution.step_name))
+            drive._enqueue_again(execution, drive._route(workflow, execution.step_name))
             return None
         fence = (
-            (Workflow.id == workflow.id)
-            & (Workflow.execution_count == execution.number)
-            & (Workflow.state == READY)
+            (Workflow.id == workflow.id) & (Workflow.execution_count == execution.number) & (Workflow.state == READY)
         )
         if not Workflow.update(state=PERFORMING).where(fence).execute():
             return None
@@ -1679,9 +1601,13 @@ class _Attempt:
         return following
 
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
-        definition = next((each for each in self.workflow.steps if each.name == self.execution.step_name), None)
         try:
-            if definition and definition.transactional:
+            definition = self.workflow._definition(self.execution.step_name)
+        except StepNotDefinedError as error:  # no policy has a say in this
+            verdict = _Verdict("error", "pause", error=error, surfaces=True)
+            return verdict, self._record(verdict)
+        try:
+            if definition.transactional:
                 with self.drive._begin():
                     verdict = self._perform(definition)
                     return verdict, self._record(verdict, may_run_on)
@@ -1694,7 +1620,7 @@ class _Attempt:
 
     # -- performing -------------------------------------------------------------------------------------------------
 
-    def _perform(self, definition: StepDefinition | None) -> _Verdict:
+    def _perform(self, definition: StepDefinition) -> _Verdict:
         """Run the step.
 
         :raises BaseException: whatever the body raised.
@@ -1716,7 +1642,7 @@ class _Attempt:
             failure = failure or error
         raise cast(BaseException, failure)
 
-    def _perform_checked(self, definition: StepDefinition | None) -> _Verdict:
+    def _perform_checked(self, definition: StepDefinition) -> _Verdict:
         depth = self.drive._db.transaction_depth()
         try:
             verdict = self._flow(definition)
@@ -1728,11 +1654,9 @@ class _Attempt:
             verdict = replace(verdict, context=self.workflow.context)
         return verdict
 
-    def _flow(self, definition: StepDefinition | None) -> _Verdict:
+    def _flow(self, definition: StepDefinition) -> _Verdict:
         """The order of one attempt; errors are the caller's."""
         workflow, execution = self.workflow, self.execution
-        if definition is None:
-            raise StepNotDefinedError(workflow, execution.step_name)
         try:
             if workflow.hero is None and not workflow.may_proceed_without_hero:
                 workflow.logger.info("canceled: the hero is gone")
@@ -1758,13 +1682,11 @@ class _Attempt:
             return getattr(self.workflow, condition)()
         return condition(self.workflow) if callable(condition) else condition
 
-    def _judge(self, definition: StepDefinition | None, error: BaseException) -> _Verdict:
+    def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
         if not isinstance(error, (Exception, SystemExit)):
             # KeyboardInterrupt and its like are about the process, not about the step.
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
-        if definition is None:
-            return _Verdict("error", "pause", error=error, surfaces=True)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
         action, wait = policy._decide(self.workflow, error, reattempts)
@@ -1805,12 +1727,13 @@ class _Attempt:
         ended = {"state": state, "outcome": outcome, "finished_at": now, **_error_columns(verdict.error)}
         follows = self._what_follows(verdict, then, now)
         workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
-        run_on = run_on and follows is not None and self._runs_on(follows, now)
+        if follows and run_on and self._runs_on(follows, now):
+            workflow_state = PERFORMING
         changes = {
-            "state": PERFORMING if run_on else workflow_state,
-            "current_step_name": follows.definition.name if follows else None,
+            "state": workflow_state,
+            "current_step_name": follows["step_name"] if follows else None,
             "execution_count": self.execution.number + bool(follows),
-            "transitioned_at": None if workflow_state == READY else now,
+            "transitioned_at": None if workflow_state in (READY, PERFORMING) else now,
         }
         if then == "pause":
             changes["current_step_name"] = self.execution.step_name
@@ -1824,16 +1747,12 @@ class _Attempt:
         )
         if not Workflow.update(**changes).where(fence).execute():
             follows = self._interrupted(changes, follows, now)
-            run_on = False
         StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
-        following = None
-        if follows and run_on:
-            following = self._claim_next(follows, now)
-        elif follows:
-            self._schedule_next(follows, changes["state"])
-        return changes, ended, following
+        return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
 
-    def _interrupted(self, changes: dict[str, Any], follows: _Follows | None, now: datetime) -> _Follows | None:
+    def _interrupted(
+        self, changes: dict[str, Any], follows: dict[str, Any] | None, now: datetime
+    ) -> dict[str, Any] | None:
         """Someone paused or canceled the workflow while the step ran, or took the claim: amend `changes` to that."""
         row = Workflow._lock(Workflow.id == self.workflow.id)
         execution = StepExecution._lock(StepExecution.id == self.execution.id)
@@ -1851,63 +1770,38 @@ class _Attempt:
         row._write(**changes)
         return follows
 
-    def _what_follows(self, verdict: _Verdict, then: str, now: datetime) -> _Follows | None:
+    def _what_follows(self, verdict: _Verdict, then: str, now: datetime) -> dict[str, Any] | None:
+        """The columns of the next execution that the decision makes, or None."""
         execution = self.execution
         if then == "advance":
             definition = self.workflow._step_after(execution.step_name)
-            return definition and _Follows(definition, now + definition.wait)
+            return definition and {"step_name": definition.name, "due": now + definition.wait}
         if then == "repeat":
-            definition = _definition_or_stub(self.workflow, execution.step_name)
-            reattempts = execution.reattempts + (verdict.cause == "error")
-            recoveries = execution.recoveries + (verdict.cause == "death")
-            return _Follows(definition, now + verdict.wait, reattempts, recoveries)
+            return {
+                "step_name": execution.step_name,
+                "due": now + verdict.wait,
+                "reattempts": execution.reattempts + (verdict.cause == "error"),
+                "recoveries": execution.recoveries + (verdict.cause == "death"),
+            }
         return None
 
-    def _runs_on(self, follows: _Follows, now: datetime) -> bool:
+    def _runs_on(self, follows: dict[str, Any], now: datetime) -> bool:
         """Whether the next execution is due now, on the queue and with the priority that we are on."""
-        route = self.drive._route_of(self.workflow, self.execution.step_name)
-        return follows.due <= now and self.drive._route(self.workflow, follows.definition) == route
+        route = functools.partial(self.drive._route, self.workflow)
+        return follows["due"] <= now and route(follows["step_name"]) == route(self.execution.step_name)
 
-    def _claim_next(self, follows: _Follows, now: datetime) -> _Attempt:
-        execution = StepExecution._insert(
-            self.workflow,
-            follows.definition.name,
-            self.execution.number + 1,
-            follows.due,
-            state=IN_PROGRESS,
-            started_at=now,
-            heartbeat_at=now,
-            job_id=self.execution.job_id,
-            reattempts=follows.reattempts,
-            recoveries=follows.recoveries,
-        )
-        return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution)
-
-    def _schedule_next(self, follows: _Follows, workflow_state: str) -> None:
-        counts = {"reattempts": follows.reattempts, "recoveries": follows.recoveries}
+    def _go_on(self, follows: dict[str, Any], state: str, now: datetime) -> _Attempt | None:
+        """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
         number = self.execution.number + 1
-        if workflow_state == PAUSED:  # resume() will queue it
-            StepExecution._insert(
-                self.workflow, follows.definition.name, number, follows.due, state=SCHEDULED, **counts
-            )
+        if state == READY:
+            StepExecution._schedule(self.workflow, number, **follows)
+        elif state == PAUSED:  # resume() will queue it
+            StepExecution._insert(self.workflow, number, state=SCHEDULED, **follows)
         else:
-            StepExecution._schedule(self.drive, self.workflow, follows.definition, number, follows.due, **counts)
-
-
-@dataclass(frozen=True)
-class _Follows:
-    """The execution that follows another one."""
-
-    definition: StepDefinition
-    due: datetime
-    reattempts: int = 0
-    recoveries: int = 0
-
-
-def _definition_or_stub(workflow: Workflow, step_name: str) -> StepDefinition:
-    """The definition of a step, or one that carries its name through a process that does not define it."""
-    found = (each for each in workflow.steps if each.name == step_name)
-    return next(found, StepDefinition(name=step_name, body=step_name))
+            claimed = {"state": IN_PROGRESS, "started_at": now, "heartbeat_at": now, "job_id": self.execution.job_id}
+            execution = StepExecution._insert(self.workflow, number, **claimed, **follows)
+            return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution)
+        return None
 
 
 def _error_columns(error: BaseException | None) -> dict[str, str]:
@@ -1927,9 +1821,7 @@ def _error_columns(error: BaseException | None) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The drive: database, queues, housekeeping
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The drive: database, queues, housekeeping =======================================================================
 
 
 def _perform_step(execution_id: int) -> None:
@@ -1942,14 +1834,6 @@ def _housekeeping() -> None:
     _drive().housekeeping()
 
 
-def _is_callable(value: object) -> bool:
-    return callable(value)
-
-
-def _is_positive_int(value: object) -> bool:
-    return _is_int(value) and cast(int, value) > 0
-
-
 #: Each setting of the drive: its default, and a check with its description; without a check, it is a duration.
 SETTINGS: dict[str, tuple[Any, Callable[[Any], bool] | None, str]] = {
     "delete_completed_workflows_after": (timedelta(days=30), None, "a timedelta, seconds, or None to keep all"),
@@ -1957,10 +1841,10 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], bool] | None, str]] = {
     "stuck_scheduled_threshold": (timedelta(minutes=1), None, "a timedelta or seconds"),
     "stuck_recovery_action": ("reattempt", ("reattempt", "cancel").__contains__, '"reattempt" or "cancel"'),
     "max_recoveries": (5, lambda value: _is_int(value) and value >= 0, "an int, at least 0"),
-    "housekeeping_batch_size": (1000, _is_positive_int, "a positive int"),
-    "housekeeping_schedule": (crontab(), _is_callable, "a Huey crontab"),
+    "housekeeping_batch_size": (1000, lambda value: _is_int(value) and value > 0, "a positive int"),
+    "housekeeping_schedule": (crontab(), callable, "a Huey crontab"),
     "run_on": (timedelta(seconds=1), None, "a timedelta or seconds; 0 turns it off"),
-    "clock": (_utcnow, _is_callable, "a callable that returns an aware datetime"),
+    "clock": (_utcnow, callable, "a callable that returns an aware datetime"),
 }
 
 QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
@@ -2010,7 +1894,6 @@ class GenevaDrive:
         for name, (default, _, _) in SETTINGS.items():
             setattr(self, name, settings.get(name, default))
         self.database = database
-        self._embedded_models = _embedded_models(database)
         self._consumers: dict[str, Consumer] = {}
         self._heartbeat = _Heartbeat(self)
         self.queues = self._checked_queues(huey, queues)
@@ -2129,30 +2012,23 @@ class GenevaDrive:
             sections.append("embedded queue")
 
         def create() -> None:
+            if dialect == "postgresql":
+                self._db.execute_sql("SELECT pg_advisory_xact_lock(hashtext('geneva_drive_schema'))")
             for model in models:
                 model._schema.create_table(safe=True)
             for section in sections:
                 for statement in _schema_statements(section):
                     if not self._is_applied(statement):
-                        self._db.execute_sql(statement.replace("%", "%%") if dialect != "sqlite" else statement)
+                        self._db.execute_sql(statement)
 
-        with self._schema_lock():
-            create()
-
-    @contextlib.contextmanager
-    def _schema_lock(self) -> Iterator[None]:
-        """One process at a time; in a transaction, where the database can roll back its DDL."""
-        if self._dialect == "mysql":
+        if dialect == "mysql":  # whose DDL commits: a transaction would neither lock nor roll back
             self._db.execute_sql("SELECT GET_LOCK('geneva_drive_schema', 600)")
             try:
-                yield
+                create()
             finally:
                 self._db.execute_sql("SELECT RELEASE_LOCK('geneva_drive_schema')")
-            return
-        with self._begin():
-            if self._dialect == "postgresql":
-                self._db.execute_sql("SELECT pg_advisory_xact_lock(hashtext('geneva_drive_schema'))")
-            yield
+        else:
+            self._transact(create)
 
     def _is_applied(self, statement: str) -> bool:
         index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
@@ -2162,6 +2038,10 @@ class GenevaDrive:
         if column:
             return any(each.name == column[2] for each in self._db.get_columns(column[1]))
         raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
+
+    @functools.cached_property
+    def _embedded_models(self) -> tuple[Any, ...]:
+        return _embedded_models(self.database)
 
     # -- the queues -------------------------------------------------------------------------------------------------
 
@@ -2190,7 +2070,9 @@ class GenevaDrive:
             task.unregister()
         # Fixed names: the module may be vendored, under another name, on one side of the queue.
         perform = huey.task(name="geneva_drive_perform_step")(_perform_step)
-        periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment), name="geneva_drive_housekeeping")
+        periodic = huey.periodic_task(
+            lambda moment: self.housekeeping_schedule(moment), name="geneva_drive_housekeeping"
+        )
         huey._geneva_drive_tasks = (perform, periodic(_housekeeping))
         huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
         create_consumer = type(huey).create_consumer
@@ -2211,12 +2093,9 @@ class GenevaDrive:
             consumer._geneva_drive_swept = True
         self.housekeeping()
 
-    def _route_of(self, workflow: Workflow, step_name: str) -> tuple[str, int | None]:
-        return self._route(workflow, _definition_or_stub(workflow, step_name))
-
-    def _route(self, workflow: Workflow, definition: StepDefinition) -> tuple[str, int | None]:
+    def _route(self, workflow: Workflow, step_name: str | None) -> _Route:
         """The queue and priority of a step. A queue that a deploy took away gives way to the default one."""
-        options = workflow._huey_options(definition, workflow.options)
+        options = workflow._huey_options(step_name, workflow.options)
         queue = options.get("queue", DEFAULT_QUEUE)
         if queue not in self.queues:
             logger.error("%s", UnknownQueueError(workflow._label, queue, self.queues))
@@ -2234,15 +2113,12 @@ class GenevaDrive:
                 "PriorityRedisHuey, or leave the priority out"
             )
 
-    def _enqueue(self, execution: StepExecution, route: tuple[str, int | None]) -> None:
-        """Queue an execution: with the transaction that surrounds the call, or once it is committed."""
-        self._enqueue_many([execution], route)
-
-    def _enqueue_again(self, execution: StepExecution, route: tuple[str, int | None]) -> None:
+    def _enqueue_again(self, execution: StepExecution, route: _Route) -> None:
         execution._write(enqueued_at=self._now(), job_id=str(uuid.uuid4()))
-        self._enqueue(execution, route)
+        self._enqueue([execution], route)
 
-    def _enqueue_many(self, executions: list[StepExecution], route: tuple[str, int | None]) -> None:
+    def _enqueue(self, executions: list[StepExecution], route: _Route) -> None:
+        """Queue executions: with the transaction that surrounds the call, or once it is committed."""
         queue, priority = route
         huey, now = self.queues[queue], self._now()
 
@@ -2267,7 +2143,7 @@ class GenevaDrive:
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
             return
-        queue, _ = self._route_of(attempt.workflow, attempt.execution.step_name)
+        queue, _ = self._route(attempt.workflow, attempt.execution.step_name)
 
         def may_run_on() -> bool:
             consumer = self._consumers.get(queue)
@@ -2292,7 +2168,7 @@ class GenevaDrive:
         for name in names:
             if name not in self.queues:
                 raise UnknownQueueError("run()", name, self.queues)
-        if not _is_positive_int(workers):
+        if not _is_int(workers) or workers < 1:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
         stop = threading.Event()
         consumers = [self._quick_consumer(name, workers) for name in names]
@@ -2399,9 +2275,7 @@ class GenevaDrive:
     def _recover_scheduled(self) -> int:
         """Queue again, once per threshold, what is overdue: its message may be lost."""
         cutoff = self._now() - self.stuck_scheduled_threshold
-        is_ready = Workflow.select(SQL("1")).where(
-            (Workflow.id == StepExecution.workflow) & (Workflow.state == READY)
-        )
+        is_ready = Workflow.select(SQL("1")).where((Workflow.id == StepExecution.workflow) & (Workflow.state == READY))
         overdue = (
             SQL(f"t1.state = '{SCHEDULED}'")
             & (StepExecution.scheduled_for < cutoff)
@@ -2419,18 +2293,18 @@ class GenevaDrive:
         query = StepExecution.select().where(overdue).limit(self.housekeeping_batch_size)
         # The lock makes a second sweep wait, and then see that these are queued.
         executions = list(query.for_update() if self._db.for_update else query)
-        routes: dict[tuple[str, int | None], list[StepExecution]] = {}
+        routes: dict[_Route, list[StepExecution]] = {}
         workflows = {
             workflow.id: workflow
             for workflow in Workflow.select().where(Workflow.id.in_([each.workflow_id for each in executions]))
         }
         for execution in executions:
-            route = self._route_of(workflows[execution.workflow_id], execution.step_name)
+            route = self._route(workflows[execution.workflow_id], execution.step_name)
             routes.setdefault(route, []).append(execution)
         ids = [execution.id for execution in executions]
         StepExecution.update(enqueued_at=self._now()).where(StepExecution.id.in_(ids)).execute()
         for route, batch in routes.items():
-            self._enqueue_many(batch, route)
+            self._enqueue(batch, route)
         return len(executions)
 
     def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
@@ -2504,7 +2378,6 @@ class _Heartbeat:
         self.beating: set[int] = set()
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.wake = threading.Event()
 
     @contextlib.contextmanager
     def of(self, execution_id: int) -> Iterator[None]:
@@ -2525,7 +2398,7 @@ class _Heartbeat:
 
     def _run(self) -> None:
         while True:
-            self.wake.wait(self.drive.stuck_in_progress_threshold.total_seconds() / 4)
+            time.sleep(self.drive.stuck_in_progress_threshold.total_seconds() / 4)
             try:
                 self._beat()
             except Exception:
@@ -2539,50 +2412,17 @@ class _Heartbeat:
                 StepExecution.update(heartbeat_at=self.drive._now()).where(mine).execute()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedded queue: Huey's SQL storage on the drive's own database
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The embedded queue: Huey's SQL storage on the drive's own database ==============================================
 
 
 def _embedded_models(database: Any) -> tuple[Any, ...]:
-    """The four tables of Huey's SqlStorage, with names that no application uses and times in UTC."""
-
-    class Base(Model):
-        class Meta:
-            table_function = staticmethod(lambda model: QUEUE_TABLE_PREFIX + model.__name__.lower())
-
-    class KV(Base):
-        queue = _NameField()
-        key = _NameField()
-        value = BytesBlobField()
-
-        class Meta:
-            primary_key = CompositeKey("queue", "key")
-
-    class Schedule(Base):
-        id = BigAutoField()
-        queue = _NameField()
-        data = BytesBlobField()
-        # Without utc=True, producers and consumers in different time zones would disagree.
-        timestamp = TimestampField(resolution=1000, utc=True)
-
-    class Task(Base):
-        id = BigAutoField()
-        queue = _NameField()
-        data = BytesBlobField()
-        priority = FloatField(default=0.0)
-
-    class Counter(Base):
-        queue = _NameField()
-        key = _NameField()
-        value = IntegerField()
-
-        class Meta:
-            primary_key = CompositeKey("queue", "key")
-
-    models = (KV, Schedule, Task, Counter)
+    """The four models of Huey's SqlStorage, bent to live in an application's database, for years."""
+    models = SqlStorage.create_models(types.SimpleNamespace(database=database))
     for model in models:
-        model.bind(database)
+        model._meta.set_table_name(QUEUE_TABLE_PREFIX + model._meta.table_name)
+        if model._meta.auto_increment:
+            model.id.field_type = peewee.BigAutoField.field_type  # 31 bits of messages are used up one day
+    models[1].timestamp.utc = True  # or producers and consumers in different time zones disagree
     return models
 
 
@@ -2592,7 +2432,11 @@ class _EmbeddedStorage(SqlStorage):
     def __init__(self, name: str, drive: GenevaDrive) -> None:
         BaseStorage.__init__(self, name)  # SqlStorage's own wants a connected database
         self.drive = drive
-        self.KV, self.Schedule, self.Task, self.Counter = drive._embedded_models
+
+    KV = property(lambda self: self.drive._embedded_models[0])
+    Schedule = property(lambda self: self.drive._embedded_models[1])
+    Task = property(lambda self: self.drive._embedded_models[2])
+    Counter = property(lambda self: self.drive._embedded_models[3])
 
     @property
     def database(self) -> Database:
@@ -2615,9 +2459,7 @@ class _EmbeddedStorage(SqlStorage):
         self.drive._drop_dead_connection()  # never in a transaction: a silent reconnect would tear it in two
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The schema file
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The schema file =================================================================================================
 
 SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 
@@ -2632,16 +2474,14 @@ def _schema_statements(section: str) -> list[str]:
     except FileNotFoundError as error:
         raise GenevaDriveError(f"{SCHEMA_FILE} is missing: the module needs it at its side") from error
     parts = re.split(r"^-- section: (.+)$", text, flags=re.MULTILINE)
-    for names, body in zip(parts[1::2], parts[2::2]):
+    for names, body in zip(parts[1::2], parts[2::2], strict=True):
         if section in names.strip().split(", "):
             code = re.sub(r"--.*", "", body)
             return [" ".join(statement.split()) for statement in code.split(";") if statement.strip()]
     raise GenevaDriveError(f"{SCHEMA_FILE} has no section {section!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Help for tests
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Help for tests ==================================================================================================
 
 
 class TestHelpers:

@@ -1,0 +1,2337 @@
+"""The tests of GenevaDrive: every engine test runs on SQLite, PostgreSQL and MariaDB or MySQL, real ones.
+
+Crashes, races and duplicates come first. The servers are started by conftest.py.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import uuid
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from queue import Empty
+
+import peewee
+import pytest
+from huey import MemoryHuey, PriorityRedisHuey, RedisHuey, crontab
+from peewee import BooleanField, CharField, CompositeKey, IntegerField, Model, SqliteDatabase, TextField, UUIDField
+from playhouse.db_url import connect
+from playhouse.pool import PooledSqliteDatabase
+
+import geneva_drive as gd
+from conftest import SERVERS
+from geneva_drive import ExceptionPolicy, GenevaDrive, StepExecution, Workflow, cancel_if, on_exception, step
+
+HERE = Path(__file__).parent
+START = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+fork = multiprocessing.get_context("fork")
+
+
+class User(Model):
+    name = CharField(default="ada")
+    active = BooleanField(default=True)
+    visits = IntegerField(default=0)
+
+    class Meta:
+        table_name = "test_users"
+
+
+class Effect(Model):
+    """One row for each time that a step's body did something."""
+
+    what = CharField()
+
+    class Meta:
+        table_name = "test_effects"
+
+
+class Ticket(Model):
+    id = UUIDField(primary_key=True)
+
+    class Meta:
+        table_name = "test_tickets"
+
+
+class Country(Model):
+    code = CharField(primary_key=True)
+
+    class Meta:
+        table_name = "test_countries"
+
+
+MODELS = [User, Effect, Ticket, Country]
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self):
+        self.now = START
+
+    def __call__(self):
+        return self.now
+
+    def forward(self, **duration):
+        self.now += timedelta(**duration)
+
+
+class Database:
+    """A database of the session with its URL, from which other processes connect anew."""
+
+    def __init__(self, url):
+        self.url = url
+        self.peewee = open_database(url)
+        GenevaDrive(self.peewee).create_tables()
+        for model in MODELS:
+            model.bind(self.peewee)
+        self.peewee.drop_tables(MODELS)
+        self.peewee.create_tables(MODELS)
+
+
+def open_database(url):
+    if url.startswith("sqlite"):
+        return connect(url, pragmas={"journal_mode": "wal", "foreign_keys": 1, "synchronous": 0}, timeout=20)
+    return connect(url)
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def database(request, servers):
+    return Database(servers.empty(request.param))
+
+
+@pytest.fixture
+def db(database):
+    for model in MODELS:
+        model.bind(database.peewee)
+    yield database.peewee
+    while database.peewee.session_rollback():
+        pass
+
+
+@pytest.fixture
+def drive(db):
+    drive = GenevaDrive(db)
+    drive.huey.flush()
+    for model in [StepExecution, Workflow, *MODELS]:
+        model.delete().execute()
+    return drive
+
+
+@pytest.fixture
+def clock(drive):
+    drive.clock = Clock()
+    return drive.clock
+
+
+@pytest.fixture
+def hero(drive):
+    return User.create()
+
+
+@pytest.fixture
+def helpers(drive):
+    return gd.TestHelpers()
+
+
+def reload(workflow):
+    return Workflow.get_by_id(workflow.id)
+
+
+def history(workflow):
+    return [(each.step_name, each.state, each.outcome) for each in workflow.execution_history]
+
+
+def scheduled(workflow):
+    return workflow.execution_history.where(StepExecution.state == "scheduled").get()
+
+
+def effects():
+    return [row.what for row in Effect.select().order_by(Effect.id)]
+
+
+def did(what):
+    Effect.create(what=what)
+
+
+def messages(drive, queue="default"):
+    huey = drive.queues[queue]
+    return sorted(task.args[0] for task in huey.pending() + huey.scheduled())
+
+
+def nothing_written(drive):
+    assert Workflow.select().count() == 0
+    assert StepExecution.select().count() == 0
+    assert [message for queue in drive.queues for message in messages(drive, queue)] == []
+
+
+def work_off(drive, queue="default", limit=200):
+    """What a consumer's scheduler and worker do, in this thread: run all messages that are due."""
+    huey = drive.queues[queue]
+    for _ in range(limit):
+        task = huey.dequeue()
+        if task is None:
+            return
+        huey.execute(task)
+    raise AssertionError("the queue does not come to an end")
+
+
+def in_processes(count, target, *arguments):
+    """Run `target(number, *arguments, results)` in forked processes; returns what they put into `results`."""
+    results = fork.Queue()
+    processes = [fork.Process(target=target, args=(number, *arguments, results)) for number in range(count)]
+    for process in processes:
+        process.start()
+    collected = []
+    while any(process.is_alive() for process in processes):
+        with contextlib.suppress(Empty):
+            while True:
+                collected.append(results.get(timeout=0.05))
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    with contextlib.suppress(Empty):
+        while True:
+            collected.append(results.get(timeout=0.05))
+    return collected
+
+
+def python(*arguments, **kwargs):
+    """A Python process that finds this checkout."""
+    env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **kwargs.pop("env", {})}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=env, **kwargs)
+
+
+def until(condition, seconds=30):
+    """Wait for another process; the state that is waited for is asserted, not the time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+class Plain(Workflow):
+    @step
+    def one(self):
+        did("one")
+
+    @step(wait=timedelta(days=2))
+    def two(self):
+        did("two")
+
+    @step
+    def three(self):
+        did("three")
+
+
+class Quick(Workflow):
+    @step
+    def one(self):
+        did("one")
+
+    @step
+    def two(self):
+        did("two")
+
+    @step
+    def three(self):
+        did("three")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Races, duplicates and crashes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _create_rounds(number, url, hero_ids, barrier, results):
+    db = open_database(url)
+    User.bind(db)
+    GenevaDrive(db)
+    for hero_id in hero_ids:
+        hero = User(id=hero_id)
+        barrier.wait(timeout=60)
+        try:
+            results.put(("created", hero_id, Plain.create(hero=hero).id))
+        except gd.AlreadyOngoingError as error:
+            results.put(("refused", hero_id, error.workflow_id))
+
+
+def test_of_two_processes_that_create_the_same_workflow_at_once_one_succeeds(database, drive):
+    rounds = 1000
+    hero_ids = list(range(1, rounds + 1))
+    database.peewee.close()
+    results = in_processes(2, _create_rounds, database.url, hero_ids, fork.Barrier(2))
+    created = {hero_id: workflow_id for what, hero_id, workflow_id in results if what == "created"}
+    refused = {hero_id: workflow_id for what, hero_id, workflow_id in results if what == "refused"}
+    assert len(results) == 2 * rounds
+    assert sorted(created) == hero_ids
+    assert refused == created
+    assert Workflow.ongoing().count() == StepExecution.select().count() == rounds
+
+
+def _create_tables(number, url, barrier, results):
+    drive = GenevaDrive(open_database(url))
+    barrier.wait(timeout=60)
+    drive.create_tables()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_eight_processes_create_the_tables_at_once(servers, kind):
+    for _ in range(20):
+        url = servers.empty(kind)
+        in_processes(8, _create_tables, url, fork.Barrier(8))
+        db = open_database(url)
+        GenevaDrive(db)
+        names = {each.name for table in ENGINE_TABLES + QUEUE_TABLES for each in db.get_indexes(table)}
+        assert set(SCHEMA_INDEXES) <= names
+        db.close()
+
+
+def _execute(number, url, execution_id, barrier, results):
+    db = open_database(url)
+    for model in MODELS:
+        model.bind(db)
+    GenevaDrive(db)
+    execution = StepExecution.get_by_id(execution_id)
+    barrier.wait(timeout=60)
+    results.put(execution.execute())
+
+
+def test_one_execution_given_to_three_processes_runs_once(database, drive, hero):
+    for _ in range(10):
+        workflow = Quick.create(hero=hero, allow_multiple=True)
+        execution = scheduled(workflow)
+        database.peewee.close()
+        results = in_processes(3, _execute, database.url, execution.id, fork.Barrier(3))
+        assert sorted(results) == [False, False, True]
+    assert effects() == ["one"] * 10
+
+
+def test_one_execution_given_to_six_threads_runs_once(db, drive, hero):
+    for _ in range(10):
+        execution = scheduled(Quick.create(hero=hero, allow_multiple=True))
+        barrier, results = threading.Barrier(6), []
+
+        def run(execution=execution, barrier=barrier, results=results):
+            mine = StepExecution.get_by_id(execution.id)
+            barrier.wait(timeout=60)
+            results.append(mine.execute())
+            db.close()
+
+        threads = [threading.Thread(target=run) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(results) == [False] * 5 + [True]
+    assert effects() == ["one"] * 10
+
+
+def test_get_or_create_by_six_threads_gives_one_workflow(db, drive, hero):
+    barrier, results = threading.Barrier(6), []
+
+    def run():
+        barrier.wait(timeout=60)
+        results.append(Plain.get_or_create(hero=hero))
+        db.close()
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({workflow.id for workflow, _ in results}) == 1
+    assert sorted(created for _, created in results) == [False] * 5 + [True]
+
+
+def test_creating_and_canceling_in_two_threads_never_fails(db, drive, hero):
+    failures = []
+
+    def run(work):
+        try:
+            for _ in range(50):
+                work()
+        except Exception as error:
+            failures.append(error)
+        finally:
+            db.close()
+
+    def cancel():
+        for workflow in Plain.ongoing():
+            with contextlib.suppress(gd.InvalidStateError):
+                workflow.cancel()
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in (lambda: Plain.get_or_create(hero=hero), cancel)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert Plain.ongoing().count() <= 1
+
+
+def test_a_second_message_for_an_execution_changes_nothing(drive, hero):
+    workflow = Plain.create(hero=hero)
+    execution = scheduled(workflow)
+    assert execution.execute() is True
+    before = history(workflow)
+    assert StepExecution.get_by_id(execution.id).execute() is False
+    assert history(workflow) == before
+    assert effects() == ["one"]
+
+
+def test_a_message_for_a_paused_or_canceled_workflow_changes_nothing(drive, hero):
+    workflow = Plain.create(hero=hero)
+    workflow.pause()
+    work_off(drive)
+    assert scheduled(workflow).execute() is False
+    assert (reload(workflow).state, history(workflow)) == ("paused", [("one", "scheduled", None)])
+    workflow.cancel()
+    assert workflow.execution_history.get().execute() is False
+    assert effects() == []
+
+
+def test_a_message_that_comes_too_early_is_queued_again_for_its_time(drive, hero):
+    workflow = Plain.create(hero=hero)
+    scheduled(workflow).execute()
+    execution = scheduled(workflow)
+    drive.huey.flush()
+    drive._perform(execution.id)
+    assert history(workflow)[-1] == ("two", "scheduled", None)
+    (task,) = drive.huey.scheduled()
+    assert task.args == (execution.id,)
+    assert task.eta.replace(tzinfo=timezone.utc) == execution.scheduled_for
+
+
+def test_an_attempt_that_lost_its_claim_records_nothing(drive, clock, hero, caplog):
+    class Slow(Workflow):
+        @step
+        def work(self):
+            if not effects():
+                did("slow")
+                self.context["by"] = "the dead"
+                clock.forward(minutes=10)
+                assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+            else:
+                did("again")
+
+        @step
+        def after(self):
+            did("after")
+
+    workflow = Slow.create(hero=hero)
+    assert scheduled(workflow).execute() is True
+    assert history(workflow) == [("work", "failed", "recovered"), ("work", "scheduled", None)]
+    assert reload(workflow).context == {}
+    assert "claim was lost" in caplog.text
+    gd.TestHelpers().speedrun_workflow(workflow)
+    assert effects() == ["slow", "again", "after"]
+
+
+def test_a_step_whose_process_died_runs_again_and_pauses_after_too_many_deaths(drive, clock, hero):
+    class Deadly(Workflow):
+        @step
+        def work(self):
+            did("work")
+
+    drive.max_recoveries = 2
+    workflow = Deadly.create(hero=hero)
+    for death in range(3):
+        assert gd._Attempt.claim(drive, scheduled(workflow).id) is not None  # and then its process is no more
+        assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+        clock.forward(minutes=3)
+        assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+        assert reload(workflow).state == ("ready" if death < 2 else "paused")
+    assert history(workflow) == [("work", "failed", "recovered")] * 3
+    reload(workflow).resume()
+    assert scheduled(workflow).recoveries == 0
+    gd.TestHelpers().speedrun_workflow(workflow)
+    assert (reload(workflow).state, effects()) == ("finished", ["work"])
+
+
+def test_a_step_whose_process_died_is_canceled_where_that_is_asked_for(drive, clock, hero):
+    drive.stuck_recovery_action = "cancel"
+    workflow = Plain.create(hero=hero)
+    gd._Attempt.claim(drive, scheduled(workflow).id)
+    clock.forward(minutes=3)
+    drive.housekeeping()
+    assert (reload(workflow).state, history(workflow)) == ("canceled", [("one", "failed", "recovered")])
+
+
+def test_a_process_that_is_interrupted_leaves_its_step_to_be_run_again(drive, hero):
+    class Interrupted(Workflow):
+        @step
+        def work(self):
+            if not effects():
+                did("interrupted")
+                raise KeyboardInterrupt
+            did("done")
+
+    workflow = Interrupted.create(hero=hero)
+    with pytest.raises(KeyboardInterrupt):
+        scheduled(workflow).execute()
+    assert history(workflow) == [("work", "failed", "recovered"), ("work", "scheduled", None)]
+    gd.TestHelpers().speedrun_workflow(workflow)
+    assert effects() == ["interrupted", "done"]
+
+
+def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(drive, hero):
+    drive.stuck_in_progress_threshold = 0.2
+
+    class Long(Workflow):
+        @step
+        def work(self):
+            started = StepExecution.get().heartbeat_at
+            until(lambda: StepExecution.get().heartbeat_at > started + timedelta(seconds=0.6))
+            assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+            did("work")
+
+    workflow = Long.create(hero=hero)
+    assert scheduled(workflow).execute() is True
+    assert history(workflow) == [("work", "completed", "success")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Counts the statements and transactions of a database."""
+
+    def __init__(self, db, monkeypatch):
+        self.statements, self.transactions = [], 0
+        begin = db.begin
+
+        def counting(*arguments, **kwargs):
+            self.transactions += 1
+            return begin(*arguments, **kwargs)
+
+        monkeypatch.setattr(db, "begin", counting)
+        monkeypatch.setattr(db, "query_hooks", [lambda event: self.statements.append(event.sql)])
+
+    def of(self, work):
+        """What `work` costs: its result, its statements on the engine's and the queue's tables, its transactions."""
+        self.statements.clear()
+        self.transactions = 0
+        result = work()
+        return result, [sql for sql in self.statements if "geneva_drive" in sql], self.transactions
+
+
+def test_claiming_a_queued_step_is_one_transaction(db, drive, hero, monkeypatch):
+    workflow = Quick.create(hero=hero)
+    execution = scheduled(workflow)
+    counter = Counter(db, monkeypatch)
+    attempt, statements, transactions = counter.of(lambda: gd._Attempt.claim(drive, execution.id, due_only=True))
+    assert attempt.execution.state == "in_progress"
+    assert (len(statements), transactions) == (3, 1)
+
+
+def test_ending_a_step_and_claiming_the_next_is_one_transaction_of_four_statements(db, drive, hero, monkeypatch):
+    workflow = Quick.create(hero=hero)
+    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    assert attempt.workflow.hero == hero
+    counter = Counter(db, monkeypatch)
+    verdict = gd._Verdict("step", "return")
+    following, statements, transactions = counter.of(lambda: attempt._record(verdict, lambda: True))
+    assert following.execution.step_name == "two"
+    assert (len(statements), transactions) == (4, 1)
+
+
+def test_ending_a_step_before_a_wait_is_one_transaction_of_four_statements(db, drive, hero, monkeypatch):
+    workflow = Plain.create(hero=hero)
+    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    counter = Counter(db, monkeypatch)
+    _, statements, transactions = counter.of(lambda: attempt._record(gd._Verdict("step", "return")))
+    assert (len(statements), transactions) == (4, 1)
+    assert messages(drive)[-1] == scheduled(workflow).id
+
+
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_an_interruption_costs_three_statements_more_at_most(db, drive, hero, monkeypatch, call):
+    workflow = Plain.create(hero=hero)
+    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    getattr(reload(workflow), call)()
+    counter = Counter(db, monkeypatch)
+    _, statements, transactions = counter.of(lambda: attempt._record(gd._Verdict("step", "return"), lambda: True))
+    assert len(statements) <= 7
+    assert transactions == 1
+
+
+def test_creating_a_workflow_is_one_transaction_of_three_statements(db, drive, hero, monkeypatch):
+    counter = Counter(db, monkeypatch)
+    workflow, statements, transactions = counter.of(lambda: Plain.create(hero=hero))
+    assert (len(statements), transactions) == (3, 1)
+    assert messages(drive) == [scheduled(workflow).id]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_workflow_is_ready_and_its_first_step_is_queued(drive, clock, hero):
+    class Delayed(Workflow):
+        @step(wait=90)
+        def one(self):
+            pass
+
+    workflow = Delayed.create(hero=hero, context={"invoice": 7})
+    assert type(workflow) is Delayed
+    assert (workflow.state, workflow.current_step_name, workflow.created_at) == ("ready", "one", START)
+    row = reload(workflow)
+    assert row == workflow and row.__data__ == workflow.__data__
+    assert (row.type, row.hero_type, row.hero_id, row.hero) == ("Delayed", "User", str(hero.id), hero)
+    (execution,) = row.execution_history
+    assert (execution.state, execution.number, execution.enqueued_at) == ("scheduled", 1, START)
+    assert execution.scheduled_for == START + timedelta(seconds=90)
+    (task,) = drive.huey.scheduled()
+    assert (task.args, task.kwargs, task.id) == ((execution.id,), {}, execution.job_id)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: User.create(), lambda: Ticket.create(id=uuid.uuid4()), lambda: Country.create(code="Åland ")]
+)
+def test_a_hero_may_have_any_key(drive, helpers, make):
+    hero = make()
+    workflow = Quick.create(hero=hero)
+    assert reload(workflow).hero == hero
+    with pytest.raises(gd.AlreadyOngoingError):
+        Quick.create(hero=type(hero).get_by_id(hero._pk))
+    helpers.speedrun_workflow(workflow)
+    assert [each.id for each in Quick.for_hero(hero)] == [workflow.id]
+
+
+def test_a_key_in_another_form_is_the_same_hero(drive):
+    ticket = Ticket.create(id=uuid.uuid4())
+    Quick.create(hero=ticket)
+    with pytest.raises(gd.AlreadyOngoingError):
+        Quick.create(hero=Ticket(id=ticket.id.hex.upper()))
+    with pytest.raises(gd.AlreadyOngoingError):
+        Quick.create(hero=Ticket(id=str(ticket.id)))
+
+
+def test_heroes_that_differ_in_case_or_spaces_are_different(drive, helpers):
+    codes = ["abc", "ABC", "abc ", " abc", "àbc", "\U0001f600"]
+    for code in codes:
+        if drive._dialect == "mysql" and code != "abc":
+            hero = Country(code=code)  # the application's own table may not tell them apart; the library does
+        else:
+            hero = Country.create(code=code)
+        Plain.create(hero=hero)
+    assert Plain.ongoing().count() == len(codes)
+    assert sorted(each.hero_id for each in Plain.ready()) == sorted(codes)
+    for code in codes:
+        with pytest.raises(gd.AlreadyOngoingError):
+            Plain.create(hero=Country(code=code))
+        assert [each.hero_id for each in Plain.for_hero(Country(code=code))] == [code]
+
+
+def test_types_and_ids_that_read_the_same_when_put_together_are_kept_apart(drive):
+    class A(Workflow):
+        workflow_type = "A"
+
+        @step
+        def one(self):
+            pass
+
+    class AB(A):
+        workflow_type = "AB"
+
+    class Thing(Model):
+        name = CharField(primary_key=True)
+
+        class Meta:
+            hero_type = "B"
+
+    class OtherThing(Model):
+        name = CharField(primary_key=True)
+
+        class Meta:
+            hero_type = "B1"
+
+    A.create(hero=Thing(name="12"))
+    A.create(hero=OtherThing(name="2"))
+    AB.create(hero=Thing(name="12"))
+    assert Workflow.ongoing().count() == 3
+
+
+def test_without_a_hero_and_with_allow_multiple_there_is_no_limit(drive, hero):
+    class Free(Workflow):
+        may_proceed_without_hero = True
+
+        @step
+        def one(self):
+            did(str(self.hero))
+
+    Free.create(), Free.create(hero=None)
+    Free.create(hero=hero)
+    Free.create(hero=hero, allow_multiple=True), Free.create(hero=hero, allow_multiple=True)
+    assert Free.get_or_create(hero=hero)[1] is False
+    assert Free.get_or_create()[1] is True
+    assert Free.ready().count() == 6
+
+
+def test_the_second_create_names_the_ongoing_workflow(drive, hero):
+    first = Plain.create(hero=hero)
+    with pytest.raises(gd.AlreadyOngoingError, match=rf"User {hero.id}.*Plain.*workflow {first.id}") as caught:
+        Plain.create(hero=hero)
+    assert caught.value.workflow_id == first.id
+    assert isinstance(caught.value, peewee.IntegrityError)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.workflow_id) == (str(caught.value), first.id)
+
+
+def test_a_refused_create_does_not_spoil_the_callers_transaction(db, drive, hero):
+    first = Plain.create(hero=hero)
+    with db.atomic():
+        with pytest.raises(gd.AlreadyOngoingError) as caught:
+            Plain.create(hero=hero)
+        User.create(name="after")
+    assert caught.value.workflow_id == first.id
+    assert User.select().where(User.name == "after").count() == 1
+
+
+def test_a_rollback_leaves_neither_rows_nor_messages(db, drive, hero):
+    with pytest.raises(ZeroDivisionError), db.atomic():
+        Plain.create(hero=hero)
+        Quick.create_many([hero])
+        raise ZeroDivisionError
+    nothing_written(drive)
+
+
+def test_an_outside_queue_gets_its_messages_after_the_outermost_commit(db, drive, hero):
+    outside = MemoryHuey("outside", results=False)
+    drive = GenevaDrive(db, huey=outside)
+    with db.atomic():
+        with db.atomic():
+            workflow = Plain.create(hero=hero)
+        assert messages(drive) == []
+    assert messages(drive) == [scheduled(workflow).id]
+    with pytest.raises(ZeroDivisionError), db.atomic():
+        Quick.create(hero=hero)
+        raise ZeroDivisionError
+    assert messages(drive) == [scheduled(workflow).id]
+
+
+def test_a_queue_that_is_down_costs_a_log_line_and_no_workflow(db, drive, hero, caplog):
+    down = RedisHuey("down", host="127.0.0.1", port=1, results=False)
+    drive = GenevaDrive(db, huey=down)
+    drive.clock = Clock()
+    workflow = Quick.create(hero=hero)
+    assert reload(workflow).state == "ready"
+    assert "housekeeping makes up for it" in caplog.text
+    clock, drive = drive.clock, GenevaDrive(db)  # the queue is up again
+    drive.clock = clock
+    clock.forward(minutes=2)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_create_many_creates_all(db, drive, outside):
+    if outside:
+        drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False))
+    User.insert_many([{"name": str(number)} for number in range(2500)]).execute()
+    assert Quick.create_many(User.select()) == 2500
+    assert Quick.ready().count() == 2500
+    assert messages(drive) == [row.id for row in StepExecution.select(StepExecution.id).order_by(StepExecution.id)]
+    assert len({row.token for row in Workflow.select()}) == 2500
+    first = Workflow.select().order_by(Workflow.id).get()
+    assert scheduled(first).execute() is True
+    assert reload(first).current_step_name == "two"
+
+
+def test_create_many_is_all_or_nothing_and_names_the_conflict(drive):
+    heroes = [User.create(name=str(number)) for number in range(5)]
+    ongoing = Plain.create(hero=heroes[3])
+    with pytest.raises(gd.AlreadyOngoingError) as caught:
+        Plain.create_many(heroes)
+    assert caught.value.workflow_id == ongoing.id
+    assert Workflow.select().count() == 1
+    assert Plain.create_many(heroes, on_conflict="ignore") == 4
+    assert Plain.create_many(heroes, on_conflict="ignore") == 0
+    with pytest.raises(gd.AlreadyOngoingError):
+        Quick.create_many([heroes[0], heroes[0]])
+    assert Quick.create_many([heroes[0], heroes[0]], on_conflict="ignore") == 1
+    with pytest.raises(ValueError, match="on_conflict"):
+        Quick.create_many([], on_conflict="replace")
+    assert Quick.create_many([]) == 0
+
+
+class Keyless(Model):
+    name = CharField()
+
+    class Meta:
+        primary_key = False
+
+
+class TwoKeys(Model):
+    a = IntegerField()
+    b = IntegerField()
+
+    class Meta:
+        primary_key = CompositeKey("a", "b")
+
+
+class Stepless(Workflow):
+    pass
+
+
+class Premium(Workflow):
+    step_options = {"queue": "premium"}
+
+    @step
+    def one(self):
+        pass
+
+
+BAD_CREATES = [
+    (lambda: Plain.create(hero=User()), ValueError, r"this User has no id yet: save it"),
+    (lambda: Plain.create(hero="ada"), TypeError, r"saved instance of a Peewee model, not 'ada'"),
+    (lambda: Plain.create(hero=User), TypeError, r"saved instance of a Peewee model"),
+    (lambda: Plain.create(), TypeError, r"saved instance of a Peewee model, not None"),
+    (lambda: Plain.create(hero=TwoKeys(a=1, b=2)), TypeError, r"TwoKeys cannot be a hero.*one column"),
+    (lambda: Plain.create(hero=Keyless(name="x")), TypeError, r"Keyless cannot be a hero"),
+    (lambda: Plain.create(hero=Country(code="x" * 256)), ValueError, r"Country has 256 characters, over 255"),
+    (lambda: Plain.create(hero=Country(code="a\0b")), ValueError, r"Country holds a NUL"),
+    (lambda: Plain.create(hero=Country(code="\ud800")), ValueError, r"Country holds .*lone surrogate"),
+    (lambda: Plain.create(hero=User(id=1), context=[1]), TypeError, r"context must be a dict"),
+    (lambda: Plain.create(hero=User(id=1), context={1: 2}), TypeError, r"context must be a dict with text keys"),
+    (lambda: Plain.create(hero=User(id=1), context={"a": {1, 2}}), TypeError, r"context is not JSON.*set"),
+    (lambda: Plain.create(hero=User(id=1), context={"a": float("nan")}), ValueError, r"context is not JSON"),
+    (lambda: Plain.create(hero=User(id=1), context={"a": "x" * 140_000}), ValueError, r"context takes 1400\d\d bytes"),
+    (lambda: Plain.create(hero=User(id=1), allow_multiple="no"), TypeError, r"Plain.create.*allow_multiple.*'no'"),
+    (lambda: Plain.create(hero=User(id=1), options=3), gd.StepConfigurationError, r"Plain.create.*options: must be"),
+    (lambda: Plain.create(hero=User(id=1), options={"que": 1}), gd.StepConfigurationError, r"'que': use queue or"),
+    (lambda: Plain.create(hero=User(id=1), options={"priority": "1"}), gd.StepConfigurationError, r"priority .*'1'"),
+    (lambda: Plain.create(hero=User(id=1), options={"queue": "vip"}), gd.UnknownQueueError, r"'vip'.*one of default"),
+    (lambda: Premium.create(hero=User(id=1)), gd.UnknownQueueError, r"Premium.one .*'premium'.*one of default"),
+    (lambda: Stepless.create(hero=User(id=1)), gd.StepConfigurationError, r"Stepless.*no steps.*@step"),
+    (lambda: Workflow.create(hero=User(id=1)), gd.StepConfigurationError, r"no steps"),
+    (lambda: Plain.create_many([User(id=1), User()]), ValueError, r"this User has no id yet"),
+    (lambda: Plain.get_or_create(hero=User()), ValueError, r"this User has no id yet"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_CREATES)))
+def test_bad_input_is_named_and_nothing_is_written(drive, number):
+    call, error, text = BAD_CREATES[number]
+    with pytest.raises(error, match=text):
+        call()
+    nothing_written(drive)
+
+
+def test_an_ambiguous_hero_name_lists_the_models(drive):
+    namespace = {"__name__": "billing", "Model": Model}
+    exec("class Invoice(Model): pass", namespace)
+    other = {"__name__": "shipping", "Model": Model}
+    exec("class Invoice(Model): pass", other)
+    with pytest.raises(gd.ConfigurationError, match=r"'Invoice' is ambiguous: billing.Invoice, shipping.Invoice"):
+        Plain.create(hero=namespace["Invoice"](id=1))
+    nothing_written(drive)
+    exec("class Invoice(Model):\n class Meta:\n  hero_type = 'shipped'", other)
+    del namespace, other
+
+
+def test_a_hero_type_is_not_inherited(drive):
+    class Animal(Model):
+        class Meta:
+            hero_type = "animal"
+
+    class Dog(Animal):
+        pass
+
+    assert Plain.create(hero=Animal(id=1)).hero_type == "animal"
+    assert Plain.create(hero=Dog(id=1)).hero_type == "Dog"
+
+
+def test_a_stale_instance_cannot_turn_back_the_state(drive, hero):
+    workflow = Plain.create(hero=hero)
+    stale = reload(workflow)
+    workflow.cancel()
+    stale.context["note"] = "late"
+    stale.save()
+    assert (reload(workflow).state, reload(workflow).context) == ("canceled", {"note": "late"})
+    stale.state = "ready"
+    with pytest.raises(TypeError, match=r"save\(\) keeps the context only, not state"):
+        stale.save()
+    assert reload(workflow).state == "canceled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step does, and what is recorded of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _raise(error):
+    raise error
+
+
+OUTCOMES = {
+    "return": ({}, lambda self: None, "completed", "success", "ready", "second"),
+    "reattempt": ({}, lambda self: self.reattempt(wait=5), "completed", "reattempted", "ready", "first"),
+    "skip": ({}, lambda self: self.skip(), "skipped", "skipped", "ready", "second"),
+    "skip_if": ({"skip_if": True}, lambda self: did("body"), "skipped", "skipped", "ready", "second"),
+    "cancel": ({}, lambda self: self.cancel(), "canceled", "canceled", "canceled", None),
+    "pause": ({}, lambda self: self.pause(), "canceled", "canceled", "paused", "first"),
+    "finish": ({}, lambda self: self.finish(), "completed", "success", "finished", None),
+    "error": ({}, lambda self: 1 / 0, "failed", "failed", "paused", "first"),
+    "error, pause": ({"on_exception": "pause"}, lambda self: 1 / 0, "failed", "failed", "paused", "first"),
+    "error, skip": ({"on_exception": "skip"}, lambda self: 1 / 0, "skipped", "skipped", "ready", "second"),
+    "error, cancel": ({"on_exception": "cancel"}, lambda self: 1 / 0, "failed", "canceled", "canceled", None),
+    "error, reattempt": ({"on_exception": "reattempt"}, lambda self: 1 / 0, "failed", "reattempted", "ready", "first"),
+    "exhausted": (
+        {"on_exception": "reattempt", "max_reattempts": 0},
+        *(lambda self: 1 / 0, "failed", "failed", "paused", "first"),
+    ),
+    "exhausted, skip": (
+        {"on_exception": "reattempt", "max_reattempts": 0, "terminal_action": "skip"},
+        *(lambda self: 1 / 0, "skipped", "skipped", "ready", "second"),
+    ),
+    "exhausted, cancel": (
+        {"on_exception": "reattempt", "max_reattempts": 0, "terminal_action": "cancel"},
+        *(lambda self: 1 / 0, "failed", "canceled", "canceled", None),
+    ),
+    "handler, reattempt": (
+        {"on_exception": lambda self, error: self.reattempt(wait=7)},
+        *(lambda self: 1 / 0, "failed", "reattempted", "ready", "first"),
+    ),
+    "handler, skip": (
+        {"on_exception": lambda self, error: self.skip()},
+        *(lambda self: 1 / 0, "skipped", "skipped", "ready", "second"),
+    ),
+    "handler, cancel": (
+        {"on_exception": lambda self, error: self.cancel()},
+        *(lambda self: 1 / 0, "failed", "canceled", "canceled", None),
+    ),
+    "handler, finish": (
+        {"on_exception": lambda self, error: self.finish()},
+        *(lambda self: 1 / 0, "failed", "failed", "finished", None),
+    ),
+    "handler without a call": (
+        {"on_exception": lambda self, error: None},
+        *(lambda self: 1 / 0, "failed", "failed", "paused", "first"),
+    ),
+    "handler that fails": (
+        {"on_exception": lambda self, error: [].pop()},
+        *(lambda self: 1 / 0, "failed", "failed", "paused", "first"),
+    ),
+    "context that is not JSON": (
+        {},
+        *(lambda self: self.context.update(it=self), "failed", "failed", "paused", "first"),
+    ),
+    "SystemExit": (
+        {"on_exception": "skip"},
+        *(lambda self: sys.exit(3), "skipped", "skipped", "ready", "second"),
+    ),
+    "asynchronous": ({}, lambda self: asyncio.sleep(0), "completed", "success", "ready", "second"),
+}
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_each_outcome_is_recorded(drive, clock, hero, name, transactional):
+    options, body, state, outcome, workflow_state, stands_at = OUTCOMES[name]
+
+    class Outcome(Workflow):
+        @step(transactional=transactional, **options)
+        def first(self):
+            return body(self)
+
+        @step(wait=60)
+        def second(self):
+            pass
+
+    workflow = Outcome.create(hero=hero)
+    clock.forward(seconds=1)
+    try:
+        assert scheduled(workflow).execute() is True
+        raised = None
+    except BaseException as error:
+        raised = error
+    row, execution = reload(workflow), workflow.execution_history.get()
+    assert (execution.state, execution.outcome) == (state, outcome)
+    assert (row.state, row.current_step_name) == (workflow_state, stands_at)
+    assert (execution.started_at, execution.finished_at) == (clock.now, clock.now)
+    assert (row.transitioned_at is None) == (workflow_state == "ready")
+    failing = body(None) is None if name in ("return",) else None
+    assert failing in (True, None)
+    is_error = execution.error_class_name is not None
+    assert is_error == any(word in name for word in ("error", "exhausted", "handler", "not JSON", "SystemExit"))
+    if is_error:
+        assert execution.error_message is not None and "Traceback" in execution.error_backtrace
+    assert (raised is not None) == (is_error and workflow_state in ("paused", "canceled") or name == "SystemExit")
+    active = [each for each in workflow.execution_history if each.state in gd.ACTIVE]
+    if workflow_state == "ready":
+        (following,) = active
+        assert (following.step_name, following.number, following.reattempts) == (
+            stands_at,
+            2,
+            int(outcome == "reattempted" and is_error),
+        )
+        assert messages(drive)[-1] == following.id
+    else:
+        assert active == []
+    assert effects() == []
+
+
+def test_transactional_steps_commit_their_writes_with_the_outcome_and_errors_roll_them_back(drive, hero, helpers):
+    class Transfer(Workflow):
+        @step(transactional=True, on_exception="reattempt")
+        def book(self):
+            did("booked")
+            if Workflow.get_by_id(self.id).execution_history.count() == 1:
+                raise ConnectionError
+
+        @step(transactional=True)
+        def stop(self):
+            did("stopped")
+            self.pause()
+
+    workflow = Transfer.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert effects() == []
+    helpers.speedrun_workflow(workflow)
+    assert effects() == ["booked", "stopped"]
+    assert [outcome for _, _, outcome in history(workflow)] == ["reattempted", "success", "canceled"]
+
+
+def test_a_transactional_step_that_lost_its_claim_leaves_no_writes(drive, clock, hero):
+    class Transfer(Workflow):
+        @step(transactional=True)
+        def book(self):
+            did("booked")
+            clock.forward(minutes=10)
+            # On SQLite no other connection could do this while the transaction is open.
+            drive.housekeeping()
+
+    workflow = Transfer.create(hero=hero)
+    scheduled(workflow).execute()
+    assert effects() == []
+    assert history(workflow) == [("book", "in_progress", None)]
+
+
+def test_an_error_keeps_its_class_message_and_traceback_whatever_is_in_them(drive, hero, helpers):
+    class Odd(Workflow):
+        @step(on_exception="skip")
+        def one(self):
+            raise ValueError("NUL \0, surrogate \ud800, smile \U0001f600")
+
+        @step(on_exception="skip")
+        def two(self):
+            raise ValueError("x" * 1_000_000)
+
+        @step(on_exception="skip")
+        def three(self):
+            class Unprintable(Exception):
+                def __str__(self):
+                    raise RuntimeError("no")
+
+            raise Unprintable
+
+    workflow = Odd.create(hero=hero)
+    helpers.speedrun_workflow(workflow)
+    one, two, three = workflow.execution_history
+    assert one.error_class_name == "ValueError"
+    assert one.error_message == "NUL \\x00, surrogate \\ud800, smile \U0001f600"
+    assert "in one" in one.error_backtrace
+    assert two.error_message == "x" * gd.MAX_ERROR_CHARS
+    assert three.error_class_name.endswith("Unprintable")
+    assert "cannot be shown" in three.error_message
+
+
+LEAVES_OPEN = {
+    "session": lambda db: db.session_start(),
+    "atomic": lambda db: db.atomic().__enter__(),
+    "raw": lambda db: db.begin(),
+}
+
+
+@pytest.mark.parametrize("way", LEAVES_OPEN)
+def test_a_transaction_left_open_is_rolled_back_and_an_error(db, drive, hero, way):
+    class Sloppy(Workflow):
+        @step
+        def one(self):
+            LEAVES_OPEN[way](db)
+            did("lost")
+
+    workflow = Sloppy.create(hero=hero)
+    with pytest.raises(gd.TransactionLeftOpenError, match="one left a transaction open"):
+        scheduled(workflow).execute()
+    assert (reload(workflow).state, effects()) == ("paused", [])
+    assert not db.in_transaction()
+
+
+def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
+    class Exits(Workflow):
+        @step(on_exception="skip")
+        def one(self):
+            sys.exit("goodbye")
+
+    workflow = Exits.create(hero=hero)
+    with pytest.raises(SystemExit):
+        scheduled(workflow).execute()
+    assert reload(workflow).state == "finished"
+    assert workflow.execution_history.get().error_class_name == "SystemExit"
+
+
+def test_the_context_is_saved_with_the_outcome_and_discarded_with_an_error(drive, hero, helpers):
+    class Remembers(Workflow):
+        @step
+        def one(self):
+            self.context["seen"] = ["é", None, 1.5]
+            self.context.setdefault("by", {})["step"] = "one"
+
+        @step(on_exception="reattempt")
+        def two(self):
+            assert self.context == {"seen": ["é", None, 1.5], "by": {"step": "one"}}
+            self.context["two"] = True
+            if self.execution_history.count() == 2:
+                raise ConnectionError
+
+        @step
+        def three(self):
+            self.context = {"replaced": True}
+            self.cancel()
+
+    workflow = Remembers.create(hero=hero)
+    helpers.speedrun_workflow(workflow)
+    assert [outcome for _, _, outcome in history(workflow)] == ["success", "reattempted", "success", "canceled"]
+    assert reload(workflow).context == {"replaced": True}
+
+
+def test_flow_control_does_not_fall_to_except_exception(drive, hero, helpers):
+    class Careful(Workflow):
+        @step
+        async def one(self):
+            try:
+                await asyncio.sleep(0)
+                self.skip()
+            except Exception:
+                did("caught")
+            did("went on")
+
+        @step
+        def two(self):
+            did("two")
+
+    workflow = Careful.create(hero=hero)
+    helpers.speedrun_workflow(workflow)
+    assert (effects(), history(workflow)[0]) == (["two"], ("one", "skipped", "skipped"))
+
+
+def test_the_order_of_one_attempt(drive, hero, helpers):
+    class Ordered(Workflow):
+        @cancel_if
+        def first_condition(self):
+            did("first condition")
+
+        @cancel_if
+        def second_condition(self):
+            did("second condition")
+
+        def before_step_execution(self, execution):
+            did(f"before {execution.state}")
+
+        def after_step_execution(self, execution):
+            did(f"after {execution.state}")
+            raise RuntimeError("is logged")
+
+        @contextlib.contextmanager
+        def around_step_execution(self, execution):
+            did("around in")
+            yield
+            did("around out")
+
+        @step(skip_if=lambda self: did("skip_if"))
+        def one(self):
+            did("body")
+
+        @step(skip_if="always")
+        def two(self):
+            did("never")
+
+        def always(self):
+            return True
+
+    helpers.speedrun_workflow(Ordered.create(hero=hero))
+    assert effects() == [
+        *("first condition", "second condition", "skip_if", "before in_progress", "around in", "body", "around out"),
+        *("after completed", "first condition", "second condition", "after skipped"),
+    ]
+
+
+def test_errors_in_conditions_and_hooks_count_as_the_steps(drive, hero, helpers):
+    class Hooks(Workflow):
+        @cancel_if
+        def condition(self):
+            return 1 / self.context.get("divisor", 1)
+
+        def before_step_execution(self, execution):
+            if self.context["fail"] == "before":
+                raise KeyError("before")
+
+        @contextlib.contextmanager
+        def around_step_execution(self, execution):
+            if self.context["fail"] == "around":
+                raise KeyError("around")
+            yield
+
+        @step
+        def one(self):
+            did("body")
+
+    for number, fail in enumerate(["before", "around"]):
+        workflow = Hooks.create(hero=hero, context={"fail": fail, "divisor": 10**400}, allow_multiple=True)
+        with pytest.raises(OverflowError if number is None else (KeyError, OverflowError)):
+            helpers.speedrun_workflow(workflow)
+        assert reload(workflow).state == "paused"
+    workflow = Hooks.create(hero=hero, context={"fail": "", "divisor": 0})
+    with pytest.raises(ZeroDivisionError):
+        helpers.speedrun_workflow(workflow)
+    assert effects() == []
+
+
+def test_each_attempt_of_a_run_on_has_a_fresh_workflow_and_hero(drive, hero):
+    instances = []
+
+    class Fresh(Workflow):
+        @step
+        def one(self):
+            instances.append((self, self.hero))
+            self.remark = "mine"
+            User.update(visits=5).execute()
+            self.context["kept"] = True
+
+        @step
+        def two(self):
+            instances.append((self, self.hero))
+            assert not hasattr(self, "remark")
+            assert (self.hero.visits, self.context) == (5, {"kept": True})
+
+    workflow = Fresh.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert reload(workflow).state == "finished"
+    (one, hero_one), (two, hero_two) = instances
+    assert one is not two and hero_one is not hero_two
+
+
+def test_a_run_on_needs_no_second_message_and_can_be_turned_off(drive, hero):
+    workflow = Quick.create(hero=hero)
+    (message,) = messages(drive)
+    drive.huey.flush()
+    drive._perform(message)
+    assert reload(workflow).state == "finished"
+    assert len({each.job_id for each in workflow.execution_history}) == 1
+    drive.run_on = 0
+    workflow = Quick.create(hero=hero)
+    (message,) = messages(drive)
+    drive.huey.flush()
+    drive._perform(message)
+    assert reload(workflow).current_step_name == "two"
+    assert messages(drive) == [scheduled(workflow).id]
+
+
+def test_a_run_on_stops_where_queue_or_priority_change(db, drive, hero):
+    drive = GenevaDrive(db, queues=["premium"])
+
+    class Changing(Workflow):
+        @step
+        def one(self):
+            did("one")
+
+        @step(options={"queue": "premium"})
+        def two(self):
+            did("two")
+
+        @step(options={"queue": "premium", "priority": 5})
+        def three(self):
+            did("three")
+
+    workflow = Changing.create(hero=hero)
+    work_off(drive)
+    assert effects() == ["one"]
+    drive._perform(scheduled(workflow).id)
+    assert effects() == ["one", "two"]
+    (task,) = [task for task in drive.queues["premium"].pending() if task.priority == 5]
+    assert task.args == (scheduled(workflow).id,)
+    work_off(drive, "premium")
+    assert reload(workflow).state == "finished"
+
+
+def test_queue_and_priority_of_step_instance_and_class_win_in_this_order(db, drive, hero):
+    drive = GenevaDrive(db, queues=["premium", "bulk"])
+
+    class Base(Workflow):
+        step_options = {"queue": "premium", "priority": 1}
+
+        @step
+        def one(self):
+            pass
+
+        @step(options={"priority": 9})
+        def two(self):
+            pass
+
+    class Child(Base):
+        step_options = {"priority": 2}
+
+    workflow = Child.create(hero=hero, options={"queue": "bulk"})
+    assert drive._route(workflow, "one") == ("bulk", 2)
+    assert drive._route(workflow, "two") == ("bulk", 9)
+    (task,) = drive.queues["bulk"].pending()
+    assert task.priority == 2
+    assert messages(drive) == messages(drive, "premium") == []
+    assert drive._route(Base.create(hero=hero), "one") == ("premium", 1)
+
+
+def test_a_queue_that_a_deploy_took_away_gives_way_to_the_default_one(db, drive, hero, caplog):
+    drive = GenevaDrive(db, queues=["premium"])
+    drive.clock = Clock()
+    workflow = Premium.create(hero=hero)
+    clock, drive = drive.clock, GenevaDrive(db)
+    drive.clock = clock
+    clock.forward(minutes=5)
+    drive.housekeeping()
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+    assert "'premium', which this drive does not have" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_wait_doubles_up_to_ten_minutes_with_jitter():
+    policy = ExceptionPolicy("reattempt")
+    for reattempts in range(2000):
+        base = min(2.0**reattempts, 600) if reattempts < 20 else 600
+        seconds = policy.delay(reattempts).total_seconds()
+        assert base * 0.89 <= seconds <= min(base * 1.11, 600)
+    assert len({policy.delay(3) for _ in range(20)}) > 1
+    assert ExceptionPolicy("reattempt", wait=15, jitter=0, backoff=1).delay(7) == timedelta(seconds=15)
+
+
+def test_a_reattempt_after_an_error_waits_as_its_policy_says(drive, clock, hero):
+    class Backoff(Workflow):
+        exception_policies = [ExceptionPolicy("reattempt", wait=10, backoff=3, jitter=0, max_reattempts=3)]
+
+        @step
+        def call(self):
+            raise TimeoutError
+
+    workflow = Backoff.create(hero=hero)
+    waits = []
+    for _ in range(3):
+        scheduled(workflow).execute()
+        waits.append((scheduled(workflow).scheduled_for - clock.now).total_seconds())
+    assert waits == [10, 30, 90]
+    with pytest.raises(TimeoutError):
+        scheduled(workflow).execute()
+    assert reload(workflow).state == "paused"
+    reload(workflow).resume()
+    assert scheduled(workflow).reattempts == 0
+
+
+def test_reattempt_calls_and_recoveries_do_not_count_as_error_reattempts(drive, clock, hero):
+    class Mixed(Workflow):
+        @step(on_exception="reattempt", max_reattempts=1)
+        def call(self):
+            turn = self.execution_history.count()
+            if turn in (1, 4):
+                raise TimeoutError
+            if turn in (2, 3):
+                self.reattempt()
+
+    workflow = Mixed.create(hero=hero)
+    for _ in range(3):
+        scheduled(workflow).execute()
+    assert scheduled(workflow).reattempts == 1
+    gd._Attempt.claim(drive, scheduled(workflow).id)
+    clock.forward(minutes=5)
+    drive.housekeeping()
+    assert (scheduled(workflow).reattempts, scheduled(workflow).recoveries) == (1, 1)
+    scheduled(workflow).execute()
+    assert reload(workflow).state == "finished"
+
+
+def test_the_policy_that_applies_is_the_steps_then_the_latest_specific_then_the_latest_blanket(drive, helpers):
+    class Policies(Workflow):
+        exception_policies = [
+            ExceptionPolicy("cancel", matching=LookupError),
+            ExceptionPolicy("pause"),
+            ExceptionPolicy("skip", matching=(KeyError, "test_geneva_drive.OddError", "gone.Error")),
+        ]
+
+        @step(on_exception=ExceptionPolicy("pause", matching=IndexError))
+        def call(self):
+            raise {"key": KeyError, "index": IndexError, "lookup": LookupError, "odd": OddError, "value": ValueError}[
+                self.context["kind"]
+            ]
+
+    class Child(Policies):
+        @on_exception
+        def handle(self, error):
+            did("handled")
+            self.finish()
+
+    expected = {"key": "finished", "index": "paused", "lookup": "canceled", "odd": "finished", "value": "paused"}
+    for kind, state in expected.items():
+        workflow = Policies.create(hero=User.create(), context={"kind": kind})
+        helpers.speedrun_workflow(workflow, raise_errors=False)
+        assert (kind, reload(workflow).state) == (kind, state)
+    workflow = Child.create(hero=User.create(), context={"kind": "value"})
+    helpers.speedrun_workflow(workflow, raise_errors=False)
+    assert (reload(workflow).state, effects()) == ("finished", ["handled"])
+
+
+class OddError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("report", ["terminal_only", "always", "never"])
+@pytest.mark.parametrize("action", ["pause", "cancel", "skip", "reattempt"])
+def test_report_says_when_the_error_leaves_the_task(drive, hero, action, report):
+    class Reports(Workflow):
+        exception_policies = [ExceptionPolicy(action, report=report)]
+
+        @step
+        def one(self):
+            raise OddError
+
+    workflow = Reports.create(hero=hero)
+    raises = report == "always" or (report == "terminal_only" and action in ("pause", "cancel"))
+    with pytest.raises(OddError) if raises else contextlib.nullcontext():
+        drive._perform(scheduled(workflow).id)
+    assert len(history(workflow)) >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls from outside
+# ---------------------------------------------------------------------------------------------------------------------
+
+CALLS = ["cancel", "pause", "skip", "resume", "resume_at", "reattempt", "finish"]
+
+
+def in_state(drive, state):
+    """A workflow in some state, made by the ordinary means."""
+    workflow = Plain.create(hero=User.create())
+    if state == "performing":
+        gd._Attempt.claim(drive, scheduled(workflow).id)
+    elif state == "paused":
+        workflow.pause()
+    elif state == "canceled":
+        workflow.cancel()
+    elif state == "finished":
+        gd.TestHelpers().speedrun_workflow(workflow)
+    return reload(workflow)
+
+
+@pytest.mark.parametrize("state", ["ready", "performing", "paused", "finished", "canceled"])
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_from_outside_are_allowed_or_refused_as_the_table_says(drive, clock, state, call):
+    after = {
+        ("cancel", "ready"): "canceled",
+        ("cancel", "performing"): "canceled",
+        ("cancel", "paused"): "canceled",
+        ("pause", "ready"): "paused",
+        ("pause", "performing"): "performing",
+        ("skip", "ready"): "ready",
+        ("skip", "paused"): "ready",
+        ("resume", "paused"): "ready",
+        ("resume_at", "paused"): "ready",
+    }.get((call, state))
+    workflow = in_state(drive, state)
+    before = history(workflow)
+    arguments = ["three"] if call == "resume_at" else []
+    if after is None:
+        with pytest.raises(gd.InvalidStateError, match=rf"Plain {workflow.id} is {state}; {call}\(\) was refused"):
+            getattr(workflow, call)(*arguments)
+        assert history(workflow) == before
+        assert reload(workflow).state == state
+    else:
+        getattr(workflow, call)(*arguments)
+        assert (workflow.state, reload(workflow).state) == (after, after)
+        assert reload(workflow).__data__ == workflow.__data__
+    assert reload(workflow).current_step_name == {
+        ("skip", "ready"): "two",
+        ("skip", "paused"): "two",
+        ("resume_at", "paused"): "three",
+    }.get((call, state), None if reload(workflow).state in ("finished", "canceled") else "one")
+
+
+def test_canceling_takes_the_scheduled_execution_along(drive, hero):
+    for pause_first in (False, True):
+        workflow = Plain.create(hero=hero)
+        if pause_first:
+            workflow.pause()
+        workflow.cancel()
+        assert history(workflow) == [("one", "canceled", "canceled")]
+
+
+def test_a_workflow_canceled_while_performing_records_the_step_and_goes_no_further(drive, hero):
+    class Canceled(Workflow):
+        @step
+        def one(self):
+            Workflow.get_by_id(self.id).cancel()
+            assert reload(self).state == "canceled"
+            self.context["done"] = True
+            did("went on")
+
+        @step
+        def two(self):
+            did("two")
+
+    workflow = Canceled.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert history(workflow) == [("one", "completed", "success")]
+    row = reload(workflow)
+    assert (row.state, row.current_step_name, row.context) == ("canceled", None, {"done": True})
+    assert effects() == ["went on"]
+
+
+@pytest.mark.parametrize("ending", ["return", "reattempt", "pause", "cancel", "finish", "error"])
+def test_a_pause_asked_for_while_performing_takes_hold_when_the_step_is_recorded(drive, clock, hero, ending):
+    class Paused(Workflow):
+        @step
+        def one(self):
+            controller = Workflow.get_by_id(self.id)
+            controller.pause()
+            with pytest.raises(gd.InvalidStateError, match="performing, and about to pause"):
+                controller.pause()
+            if ending == "error":
+                raise OddError
+            if ending != "return":
+                getattr(self, ending)()
+
+        @step(wait=60)
+        def two(self):
+            did("two")
+
+    workflow = Paused.create(hero=hero)
+    with pytest.raises(OddError) if ending == "error" else contextlib.nullcontext():
+        drive._perform(scheduled(workflow).id)
+    row = reload(workflow)
+    assert row.state == {"cancel": "canceled", "finish": "finished"}.get(ending, "paused")
+    assert row.pause_requested is False
+    following = [(each.step_name, each.scheduled_for) for each in row.execution_history if each.state == "scheduled"]
+    expected = {"return": [("two", START + timedelta(seconds=60))], "reattempt": [("one", START)]}
+    assert following == expected.get(ending, [])
+    if row.state == "paused":
+        row.resume()
+        assert row.state == "ready"
+        assert messages(drive)[-1] == scheduled(row).id
+
+
+def test_resuming_keeps_the_time_of_what_was_scheduled_and_queues_it_again(drive, clock, hero):
+    workflow = Plain.create(hero=hero)
+    scheduled(workflow).execute()
+    before = scheduled(workflow)
+    reload(workflow).pause()
+    drive.huey.flush()
+    clock.forward(hours=1)
+    row = reload(workflow)
+    row.resume()
+    after = scheduled(workflow)
+    assert (after.id, after.scheduled_for) == (before.id, before.scheduled_for)
+    (task,) = drive.huey.scheduled()
+    assert task.args == (after.id,)
+    row.pause()
+    drive.huey.flush()
+    clock.forward(days=30)
+    row.resume()
+    assert [task.args for task in drive.huey.pending()] == [(after.id,)]
+
+
+def test_resuming_a_failed_step_runs_it_now(drive, clock, hero, helpers):
+    class Fails(Workflow):
+        @step(wait=timedelta(days=1))
+        def one(self):
+            if not self.hero.active:
+                raise OddError
+
+    User.update(active=False).execute()
+    workflow = Fails.create(hero=hero)
+    helpers.perform_next_step(workflow, raise_errors=False)
+    clock.forward(days=3)
+    workflow.resume()
+    execution = scheduled(workflow)
+    assert (execution.number, execution.scheduled_for) == (2, clock.now)
+    User.update(active=True).execute()
+    helpers.speedrun_workflow(workflow)
+    assert workflow.state == "finished"
+
+
+def test_skipping_a_paused_workflow_records_the_step_it_stood_at(drive, hero, helpers):
+    class Fails(Workflow):
+        @step
+        def one(self):
+            raise OddError
+
+        @step
+        def two(self):
+            did("two")
+
+    workflow = Fails.create(hero=hero)
+    helpers.perform_next_step(workflow, raise_errors=False)
+    workflow.skip()
+    assert history(workflow) == [("one", "failed", "failed"), ("one", "skipped", "skipped"), ("two", "scheduled", None)]
+    workflow.skip()
+    assert (workflow.state, history(workflow)[-1]) == ("finished", ("two", "skipped", "skipped"))
+
+
+def test_a_controller_that_loads_a_performing_workflow_is_outside(drive, hero):
+    class Inspects(Workflow):
+        @step
+        def one(self):
+            other = Workflow.get_by_id(self.id)
+            for call in (other.skip, other.finish, other.reattempt, other.resume):
+                with pytest.raises(gd.InvalidStateError):
+                    call()
+            did("went on")
+
+    scheduled(Inspects.create(hero=hero)).execute()
+    assert effects() == ["went on"]
+
+
+def test_calls_work_inside_a_transaction_of_the_caller_and_are_rolled_back_with_it(db, drive, hero):
+    workflow = Plain.create(hero=hero)
+    with pytest.raises(ZeroDivisionError), db.atomic():
+        workflow.pause()
+        raise ZeroDivisionError
+    assert reload(workflow).state == "ready"
+    with db.atomic():
+        reload(workflow).cancel()
+    assert reload(workflow).state == "canceled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a deploy may take away
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_workflow_whose_class_is_gone_stays_scheduled_and_can_be_canceled(drive, clock, hero, caplog):
+    workflow = Plain.create(hero=hero)
+    Workflow.update(type="GoneSince").execute()
+    gone = reload(workflow)
+    assert type(gone) is Workflow
+    assert scheduled(gone).execute() is False
+    assert "'GoneSince', which no class defines" in caplog.text
+    assert (reload(gone).state, history(gone)) == ("ready", [("one", "scheduled", None)])
+    clock.forward(minutes=5)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    gone.pause()
+    for call in (gone.resume, gone.skip):
+        with pytest.raises(gd.WorkflowNotDefinedError, match="GoneSince"):
+            call()
+    gone.cancel()
+    assert (reload(gone).state, history(gone)) == ("canceled", [("one", "canceled", "canceled")])
+
+
+def test_a_workflow_whose_class_is_gone_is_still_recovered(drive, clock, hero):
+    workflow = Plain.create(hero=hero)
+    gd._Attempt.claim(drive, scheduled(workflow).id)
+    Workflow.update(type="GoneSince").execute()
+    clock.forward(minutes=5)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    assert history(workflow) == [("one", "failed", "recovered"), ("one", "scheduled", None)]
+
+
+def test_a_workflow_whose_heros_model_is_gone_stays_scheduled(drive, hero, caplog):
+    workflow = Plain.create(hero=hero)
+    Workflow.update(hero_type="GoneModel").execute()
+    assert scheduled(workflow).execute() is False
+    assert "no model called 'GoneModel'" in caplog.text
+    assert reload(workflow).state == "ready"
+
+
+def test_a_paused_workflow_whose_step_is_gone_goes_on_with_another(drive, hero, helpers):
+    workflow = Plain.create(hero=hero)
+    StepExecution.update(step_name="renamed").execute()
+    Workflow.update(current_step_name="renamed").execute()
+    with pytest.raises(gd.StepNotDefinedError, match=r"has no step 'renamed' \(it has: one, two, three\)"):
+        scheduled(workflow).execute()
+    row = reload(workflow)
+    assert (row.state, history(row)) == ("paused", [("renamed", "failed", "failed")])
+    assert row.execution_history.get().error_class_name.endswith("StepNotDefinedError")
+    for call in (row.resume, row.skip, lambda: row.resume_at("nowhere")):
+        with pytest.raises(gd.StepNotDefinedError):
+            call()
+    row.resume_at("three")
+    helpers.speedrun_workflow(row)
+    assert (row.state, effects()) == ("finished", ["three"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queries and rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Animal(Workflow):
+    @step
+    def feed(self):
+        pass
+
+
+class Dog(Animal):
+    pass
+
+
+class Cat(Animal):
+    workflow_type = "felines.Cat"
+
+
+def test_queries_span_subclasses_and_rows_come_back_as_their_class(drive):
+    dog, cat, plain = Dog.create(hero=User.create()), Cat.create(hero=User.create()), Plain.create(hero=User.create())
+    assert {type(each) for each in Animal.select()} == {Dog, Cat}
+    assert [each.id for each in Dog.ready()] == [dog.id]
+    assert [type(each) for each in Workflow.select().order_by(Workflow.id)] == [Dog, Cat, Plain]
+    assert Cat.get(Workflow.hero_id == cat.hero_id) == cat
+    assert Animal.get_or_none(Workflow.id == plain.id) is None
+    later = Animal.ongoing().where(Workflow.created_at > dog.created_at).order_by(Workflow.id.desc())
+    assert list(later) == [cat]
+    joined = Dog.select(Workflow, StepExecution).join(StepExecution).where(StepExecution.state == "scheduled")
+    assert [(type(each), each.id) for each in joined] == [(Dog, dog.id)]
+    assert [type(each.workflow) for each in StepExecution.select().order_by(StepExecution.id)] == [Dog, Cat, Plain]
+    assert Workflow.select(Workflow.id).tuples().count() == len(Workflow) == 3
+
+
+def test_updates_and_deletions_on_a_subclass_touch_its_rows_alone(drive):
+    dog, cat, plain = Dog.create(hero=User.create()), Cat.create(hero=User.create()), Plain.create(hero=User.create())
+    assert Animal.update(context={"fed": True}).execute() == 2
+    assert (reload(dog).context, reload(cat).context, reload(plain).context) == ({"fed": True}, {"fed": True}, {})
+    StepExecution.delete().execute()
+    assert Cat.delete().execute() == 1
+    assert {each.id for each in Workflow.select()} == {dog.id, plain.id}
+
+
+def test_rows_can_be_changed_while_a_query_is_iterated(drive):
+    User.insert_many([{"name": str(number)} for number in range(300)]).execute()
+    Plain.create_many(User.select())
+    for workflow in Plain.ready():
+        workflow.pause()
+    for workflow in Plain.paused():
+        workflow.resume()
+    assert Plain.ready().count() == 300
+
+
+def test_times_are_aware_utc_with_microseconds_and_compare(drive, clock, hero):
+    clock.now = datetime(2026, 7, 1, 14, 30, 0, 123456, tzinfo=timezone(timedelta(hours=2)))
+    workflow = Plain.create(hero=hero)
+    assert workflow.created_at == clock.now
+    row = reload(workflow)
+    assert row.created_at == clock.now and row.created_at.tzinfo is timezone.utc
+    assert Plain.ready().where(Workflow.created_at == clock.now).count() == 1
+    assert Plain.ready().where(Workflow.created_at < clock.now).count() == 0
+    assert Plain.ready().where(Workflow.created_at >= datetime(2026, 7, 1, 12, 30, 0, 123456)).count() == 1
+    clock.now = clock.now.replace(microsecond=0)
+    assert reload(Plain.create(hero=User.create())).created_at == clock.now
+
+
+def test_neighbours_and_keys_of_a_workflow(drive, hero, helpers):
+    class Keys(Workflow):
+        @step
+        def one(self):
+            did(self.idempotency_key)
+            if len(effects()) == 1:
+                self.reattempt()
+
+        @step
+        def two(self):
+            did(self.idempotency_key)
+
+    workflow = Keys.create(hero=hero)
+    assert (workflow.previous_step_name, workflow.next_step_name) == (None, "two")
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.previous_step_name, workflow.next_step_name) == (None, None)
+    first, again, second = effects()
+    assert first == again != second
+    StepExecution.delete().execute(), Workflow.delete().execute(), Effect.delete().execute()
+    other = Keys.create(hero=hero)  # on SQLite with the same id
+    helpers.speedrun_workflow(other)
+    assert not {first, second} & set(effects())
+
+
+def test_events_tell_of_steps_and_transitions_and_a_failing_receiver_harms_nothing(drive, hero, helpers, caplog):
+    told = []
+
+    def fails(sender, workflow, *arguments, **kwargs):
+        raise RuntimeError("receiver")
+
+    def started(sender, workflow, execution):
+        told.append(("started", execution.step_name, execution.state))
+
+    def finished(sender, workflow, execution):
+        told.append(("finished", execution.step_name, execution.outcome))
+
+    def transitioned(sender, workflow, old, new):
+        assert isinstance(workflow, Plain)
+        told.append((old, new))
+
+    events = (gd.step_started, gd.step_finished, gd.workflow_transitioned)
+    for event, receiver in zip(events, (started, finished, transitioned)):
+        event.connect(fails)
+        event.connect(receiver)
+    try:
+        workflow = Plain.create(hero=hero)
+        helpers.perform_next_step(workflow)
+        workflow.cancel()
+    finally:
+        for event, receiver in zip(events, (started, finished, transitioned)):
+            event.disconnect(fails)
+            event.disconnect(receiver)
+    assert told == [
+        *[(None, "ready"), ("ready", "performing"), ("started", "one", "in_progress"), ("performing", "ready")],
+        *[("finished", "one", "success"), ("ready", "canceled")],
+    ]
+    assert "receiver fails failed" in caplog.text
+
+
+def test_the_logger_says_what_a_line_is_about(drive, hero, caplog):
+    class Talks(Workflow):
+        @step
+        def one(self):
+            self.logger.info("100%% of %s", "it", extra={"more": 1})
+
+    workflow = Talks.create(hero=hero)
+    with caplog.at_level(logging.INFO, "geneva_drive"):
+        scheduled(workflow).execute()
+    (record,) = [record for record in caplog.records if "of it" in record.getMessage()]
+    execution = workflow.execution_history.get()
+    prefix = f"[Talks {workflow.id} of User {hero.id} step one execution {execution.id}]"
+    assert record.getMessage() == f"{prefix} 100% of it"
+    assert (record.workflow_id, record.step_name, record.more) == (workflow.id, "one", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Definitions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def names(cls):
+    return [definition.name for definition in cls.steps]
+
+
+def test_parents_steps_come_first_overrides_change_bodies_and_redeclarations_options(drive, hero, helpers):
+    class Parent(Workflow):
+        @step(wait=60, on_exception="skip")
+        def one(self):
+            did("parent's one")
+
+        @step(wait=60)
+        def two(self):
+            did("parent's two")
+
+    class Child(Parent):
+        def one(self):
+            did("child's one")
+
+        @step
+        def two(self):
+            super().two()
+            did("child's two")
+
+        @step(before_step="one")
+        def zero(self):
+            did("zero")
+
+    assert names(Child) == ["zero", "one", "two"]
+    assert [each.wait.total_seconds() for each in Child.steps] == [0, 60, 0]
+    assert names(Parent) == ["one", "two"]
+    helpers.speedrun_workflow(Child.create(hero=hero))
+    assert effects() == ["zero", "child's one", "parent's two", "child's two"]
+
+
+def test_a_mixin_brings_its_steps_conditions_and_policies(drive, hero, helpers):
+    class Audited:
+        @cancel_if
+        def inactive(self):
+            return not self.hero.active
+
+        @step
+        def audit(self):
+            did("audit")
+
+    class Order(Audited, Workflow):
+        @step
+        def ship(self):
+            did("ship")
+
+    helpers.speedrun_workflow(Order.create(hero=hero))
+    assert effects() == ["audit", "ship"]
+    late = Order.create(hero=User.create(active=False))
+    helpers.speedrun_workflow(late)
+    assert late.state == "canceled"
+
+
+def test_a_list_makes_several_steps_of_one_body(drive, clock, hero, helpers):
+    class Polls(Workflow):
+        @step
+        def begin(self):
+            pass
+
+        polling = [step("check"), *(step("check", wait=60) for _ in range(2)), step("check", name="last_check")]
+        again = step("check", wait=5)
+
+        @step
+        def end(self):
+            pass
+
+        def check(self):
+            did(self.current_step_name)
+
+    assert names(Polls) == ["begin", "polling_1", "polling_2", "polling_3", "last_check", "again", "end"]
+    helpers.speedrun_workflow(Polls.create(hero=hero))
+    assert effects() == ["polling_1", "polling_2", "polling_3", "last_check", "again"]
+
+
+def test_a_decorator_around_a_step_leaves_it_a_step(drive, hero, helpers):
+    import functools
+
+    def loud(method):
+        @functools.wraps(method)
+        def wrapper(self):
+            did("loud")
+            return method(self)
+
+        return wrapper
+
+    class Loud(Workflow):
+        @loud
+        @step(wait=3)
+        def one(self):
+            did("one")
+
+    assert Loud.steps[0].wait == timedelta(seconds=3)
+    helpers.speedrun_workflow(Loud.create(hero=hero))
+    assert effects() == ["loud", "one"]
+
+
+BAD_DEFINITIONS = {
+    "@step(wait=-1)\ndef send(self): pass": r"Bad.send: wait must be neither negative",
+    "@step(wait='1')\ndef send(self): pass": r"Bad.send: wait must be a timedelta or a number of seconds, not '1'",
+    "@step(wait=True)\ndef send(self): pass": r"Bad.send: wait must be",
+    "@step(wait=float('nan'))\ndef send(self): pass": r"Bad.send: wait must be",
+    "@step(wait=1e300)\ndef send(self): pass": r"Bad.send: wait must be",
+    "@step(wiat=1)\ndef send(self): pass": r"Bad.send: unknown option 'wiat': use wait, skip_if",
+    "@step(skip_if=3)\ndef send(self): pass": r"Bad.send: skip_if must be",
+    "@step(skip_if='nowhere')\ndef send(self): pass": r"Bad.send: skip_if names no method: 'nowhere'",
+    "@step(on_exception='explode')\ndef send(self): pass": r"Bad.send: on_exception must be .* not 'explode'",
+    "@step(on_exception=ValueError)\ndef send(self): pass": r"Bad.send: on_exception must be",
+    "@step(max_reattempts=3)\ndef send(self): pass": r"Bad.send: max_reattempts goes with on_exception=\"reattempt\"",
+    "@step(on_exception='reattempt', max_reattempts=-1)\ndef send(self): pass": r"Bad.send: .*max_reattempts must be",
+    "@step(on_exception='reattempt', terminal_action='x')\ndef send(self): pass": r"Bad.send: .*terminal_action must",
+    "@step(before_step='nowhere')\ndef send(self): pass": r"Bad.send: there is no step 'nowhere'",
+    "@step\ndef a(self): pass\n@step(before_step='a', after_step='a')\ndef send(self): pass": r"Bad.send: .*exclude",
+    "@step(transactional=1)\ndef send(self): pass": r"Bad.send: transactional must be a bool",
+    "@step(options={'q': 1})\ndef send(self): pass": r"Bad.send: options: unknown option 'q'",
+    "@step(name='')\ndef send(self): pass": r"a step's name must be text",
+    "@step\ndef pause(self): pass": r"Bad.pause: a step must not be called 'pause'",
+    "@step\ndef id(self): pass": r"Bad.id: a step must not be called 'id'",
+    "@step(name='state')\ndef send(self): pass": r"Bad.state: a step must not be called 'state'",
+    "@step\ndef send(self): pass\n@step\ndef send(self): pass": r"Bad.send: the step is declared twice",
+    "@step\ndef send(self): pass\ndef send(self): pass": r"Bad.send: the step is declared twice",
+    "@step\ndef send(self): pass\n@step(name='send')\ndef other(self): pass": r"Bad.send: the step is declared twice",
+    "many = [step('nowhere')]": r"Bad.many_1: its body 'nowhere' is not a method",
+    "step_options = {'priority': 'high'}": r"Bad.step_options: priority must be an int",
+    "step_options = 3": r"Bad.step_options: must be a dict",
+    "exception_policies = [3]": r"Bad.exception_policies: must hold ExceptionPolicy objects",
+    "exception_policies = ExceptionPolicy('skip')": r"Bad.exception_policies: must be a list",
+    "workflow_type = 3": r"Bad: workflow_type must be text",
+    "name = CharField()": r"Bad.name: workflows share one table",
+    "class Meta: table_name = 'mine'": r"Bad.Meta: workflows share one table",
+    "one = step(3)": r"@step is for methods, not for 3",
+}
+
+
+@pytest.mark.parametrize("body", BAD_DEFINITIONS)
+def test_a_wrong_definition_names_class_step_and_fix(body):
+    code = "class Bad(Workflow):\n" + "\n".join(f"    {line}" for line in body.splitlines())
+    with pytest.raises(gd.StepConfigurationError, match=BAD_DEFINITIONS[body]):
+        exec(code, {**globals(), "__name__": "elsewhere"})
+    assert "Bad" not in gd._workflow_classes
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("explode",), "the action must be one of pause, cancel, skip, reattempt"),
+        (("skip", 3), "matching must name exception classes, not 3"),
+        (("skip", int), "matching must name exception classes"),
+        (("reattempt", None, -1), "wait must be neither negative"),
+        (("reattempt", None, 1, 0.5), "backoff must be a number, at least 1"),
+        (("reattempt", None, 1, 2, 3), "jitter must be a fraction"),
+        (("reattempt", None, 1, 2, 0, "x"), "max_wait must be"),
+        (("reattempt", None, 1, 2, 0, 1, 2.5), "max_reattempts must be an int or None"),
+        (("reattempt", None, 1, 2, 0, 1, 2, "reattempt"), "terminal_action must be one of pause, cancel, skip"),
+        (("reattempt", None, 1, 2, 0, 1, 2, "skip", "often"), "report must be one of terminal_only"),
+    ],
+)
+def test_a_wrong_policy_says_so(arguments, text):
+    with pytest.raises(gd.StepConfigurationError, match=text):
+        ExceptionPolicy(*arguments)
+
+
+def test_two_classes_of_one_type_are_an_error_unless_one_is_the_other_imported_again(tmp_path, monkeypatch):
+    source = "from geneva_drive import Workflow, step\nclass Twin(Workflow):\n    @step\n    def one(self): pass\n"
+    for module in ("twin_a", "twin_b"):
+        (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import importlib
+
+    first = importlib.import_module("twin_a")
+    again = importlib.reload(first)
+    assert gd._workflow_classes["Twin"] is again.Twin
+    with pytest.raises(gd.StepConfigurationError, match=r"twin_b.Twin: the type 'Twin' belongs to twin_a.Twin"):
+        importlib.import_module("twin_b")
+    assert gd._workflow_classes["Twin"] is again.Twin
+
+
+def test_of_classes_local_to_functions_the_latest_wins():
+    def define():
+        class Local(Workflow):
+            @step
+            def one(self):
+                pass
+
+        return Local
+
+    define()
+    latest = define()
+    assert gd._workflow_classes["Local"] is latest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drive, its settings and its tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, text",
+    [
+        (["app.db"], {}, r"takes a Peewee database, not 'app.db'"),
+        ([], {"max_recovery": 3}, r"unknown setting 'max_recovery' of GenevaDrive: use .*max_recoveries"),
+        ([], {"max_recoveries": -1}, r"max_recoveries must be an int, at least 0, not -1"),
+        ([], {"stuck_recovery_action": "skip"}, r"stuck_recovery_action must be \"reattempt\" or \"cancel\""),
+        ([], {"run_on": "1"}, r"run_on must be a timedelta or seconds"),
+        ([], {"stuck_in_progress_threshold": None}, r"stuck_in_progress_threshold must be"),
+        ([], {"housekeeping_batch_size": 0}, r"housekeeping_batch_size must be a positive int"),
+        ([], {"housekeeping_schedule": 5}, r"housekeeping_schedule must be a Huey crontab"),
+        ([], {"clock": START}, r"clock must be a callable"),
+        ([], {"huey": "redis"}, r"huey must be a Huey instance, not 'redis'"),
+        ([], {"queues": "premium"}, r"queues must be a dict"),
+        ([], {"queues": ["default"]}, r"text other than 'default'"),
+        ([], {"queues": {"premium": "redis"}}, r"'premium' must be a Huey instance"),
+    ],
+)
+def test_a_wrong_setting_raises_at_construction(arguments, settings, text):
+    before = gd._current_drive
+    with pytest.raises(gd.ConfigurationError, match=text):
+        GenevaDrive(*(arguments or [SqliteDatabase(":memory:")]), **settings)
+    assert gd._current_drive is before
+
+
+def test_settings_are_attributes_and_checked_there_too(drive):
+    drive.run_on = 3
+    assert drive.run_on == timedelta(seconds=3)
+    drive.delete_completed_workflows_after = None
+    assert drive.delete_completed_workflows_after is None
+    with pytest.raises(gd.ConfigurationError, match="max_recoveries"):
+        drive.max_recoveries = "many"
+
+
+def test_without_a_drive_a_workflow_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(gd, "_current_drive", None)
+    with pytest.raises(gd.ConfigurationError, match="construct GenevaDrive"):
+        Plain.create(hero=User(id=1))
+
+
+def test_constructing_a_drive_runs_no_sql():
+    class Untouchable(SqliteDatabase):
+        def _connect(self):
+            raise AssertionError("connected")
+
+    drive = GenevaDrive(Untouchable("nowhere.db"), queues=["premium"])
+    assert sorted(drive.queues) == ["default", "premium"]
+
+
+def test_a_proxy_may_be_initialized_after_the_drive(tmp_path):
+    proxy = peewee.DatabaseProxy()
+    drive = GenevaDrive(proxy)
+    with pytest.raises(gd.ConfigurationError, match="DatabaseProxy .* not initialized"):
+        drive.create_tables()
+    db = SqliteDatabase(tmp_path / "proxy.db", pragmas={"journal_mode": "wal"})
+    proxy.initialize(db)
+    for model in MODELS:
+        model.bind(proxy)
+    proxy.create_tables(MODELS)
+    drive.create_tables()
+    workflow = Quick.create(hero=User.create())
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+    with pytest.raises(ZeroDivisionError), proxy.atomic():
+        Quick.create(hero=User.create())
+        raise ZeroDivisionError
+    assert (Quick.select().count(), messages(drive)) == (1, [])
+    db.close()
+
+
+def test_a_pool_serves_as_well(tmp_path):
+    db = PooledSqliteDatabase(tmp_path / "pool.db", max_connections=4, timeout=5)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    drive.create_tables()
+    db.create_tables(MODELS)
+    workflow = Quick.create(hero=User.create())
+    drive.run(workers=2, until=lambda: reload(workflow).state == "finished")
+    assert effects() == ["one", "two", "three"]
+    db.close_all()
+
+
+def test_an_unsupported_database_is_refused_before_anything_is_created():
+    from playhouse.cockroachdb import CockroachDatabase
+
+    class Oracle(peewee.Database):
+        def _connect(self):
+            raise AssertionError("connected")
+
+    for database in (Oracle("db"), CockroachDatabase("db")):
+        drive = GenevaDrive(database)
+        with pytest.raises(gd.UnsupportedDatabaseError, match=f"{type(database).__name__} is not supported"):
+            drive.create_tables()
+
+
+ENGINE_TABLES = ["geneva_drive_workflows", "geneva_drive_step_executions"]
+QUEUE_TABLES = [f"geneva_drive_huey_{name}" for name in ("kv", "schedule", "task", "counter")]
+SCHEMA_INDEXES = sorted(set(re.findall(r"^create (?:unique )?index (\w+)", gd.SCHEMA_FILE.read_text(), re.MULTILINE)))
+
+
+def test_the_schema_file_speaks_of_the_models_tables_and_columns():
+    for section in ("every database", "postgresql", "sqlite", "mysql", "embedded queue"):
+        for statement in gd._schema_statements(section):
+            assert statement == statement.strip() and not statement.isupper()
+            table = re.search(r" on (\w+)|alter table (\w+)", statement)
+            assert (table[1] or table[2]) in ENGINE_TABLES + QUEUE_TABLES
+            columns = re.search(r"\((.*?)\)", statement.split(" on ")[-1]) if " on " in statement else None
+            known = {field.column_name for model in (Workflow, StepExecution) for field in model._meta.sorted_fields}
+            known |= {"queue", "timestamp", "priority", "ongoing", "active"}
+            for column in columns[1].split(", ") if columns else ():
+                assert column.split()[0] in known, statement
+    for states, expected in ((gd.ONGOING, "one_ongoing_workflow"), (gd.ACTIVE, "one_active_execution")):
+        listed = "(" + ", ".join(f"'{state}'" for state in states) + ")"
+        assert gd.SCHEMA_FILE.read_text().count(f"state in {listed}") == 2, expected
+
+
+def test_create_tables_is_idempotent_and_completes_what_was_begun(database, db, drive):
+    tables = set(db.get_tables())
+    assert set(ENGINE_TABLES + QUEUE_TABLES) <= tables
+    db.execute_sql(
+        "drop index geneva_drive_hero" + (" on geneva_drive_workflows" if drive._dialect == "mysql" else "")
+    )
+    drive.create_tables()
+    assert "geneva_drive_hero" in {each.name for each in db.get_indexes("geneva_drive_workflows")}
+    drive.create_tables()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_an_outside_queue_needs_no_tables_of_its_own(servers, kind):
+    db = open_database(servers.empty(kind))
+    GenevaDrive(db, huey=MemoryHuey("outside")).create_tables()
+    assert sorted(db.get_tables()) == sorted(ENGINE_TABLES)
+    db.close()
+
+
+def test_the_database_itself_refuses_a_second_active_execution(drive, hero):
+    workflow = Plain.create(hero=hero)
+    execution = scheduled(workflow)
+    values = {**execution.__data__, "number": 2}
+    del values["id"]
+    for state in gd.ACTIVE:
+        with pytest.raises(peewee.IntegrityError):
+            StepExecution.insert(**{**values, "state": state}).execute()
+    StepExecution.insert(**{**values, "state": "completed"}).execute()
+
+
+def test_an_applications_own_task_and_schedule_tables_are_left_alone(db, drive, hero):
+    assert not {"task", "schedule", "kv", "counter"} & set(db.get_tables())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Housekeeping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_housekeeping_deletes_what_is_over_long_since_in_batches(drive, clock, helpers):
+    drive.housekeeping_batch_size = 2
+    workflows = [Quick.create(hero=User.create()) for _ in range(5)]
+    for workflow in workflows[:4]:
+        helpers.speedrun_workflow(workflow)
+    workflows[4].cancel()
+    paused, ready = Plain.create(hero=User.create()), Plain.create(hero=User.create())
+    paused.pause()
+    clock.forward(days=29)
+    recent = Quick.create(hero=User.create())
+    recent.cancel()
+    assert drive.housekeeping()["workflows_cleaned_up"] == 0
+    clock.forward(days=2)
+    counts = drive.housekeeping()
+    assert (counts["workflows_cleaned_up"], counts["step_executions_cleaned_up"]) == (5, 13)
+    assert {each.id for each in Workflow.select()} == {paused.id, ready.id, recent.id}
+    drive.delete_completed_workflows_after = None
+    clock.forward(days=999)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 0
+
+
+def test_housekeeping_queues_again_what_is_overdue_once_per_threshold(drive, clock):
+    drive.housekeeping_batch_size = 2
+    due = [Plain.create(hero=User.create()) for _ in range(5)]
+    waiting = Plain.create(hero=User.create())
+    scheduled(waiting).execute()
+    paused = Plain.create(hero=User.create())
+    paused.pause()
+    drive.huey.flush()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    clock.forward(seconds=61)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 5
+    assert messages(drive) == sorted(scheduled(each).id for each in due)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    clock.forward(seconds=61)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 5
+    assert scheduled(paused).execute() is False
+
+
+def test_two_sweeps_at_once_recover_each_execution_once(database, db, drive, clock):
+    for _ in range(20):
+        gd._Attempt.claim(drive, scheduled(Plain.create(hero=User.create())).id)
+        Quick.create(hero=User.create())
+    drive.huey.flush()
+    clock.forward(minutes=5)
+    results = []
+
+    def sweep():
+        results.append(drive.housekeeping())
+        db.close()
+
+    threads = [threading.Thread(target=sweep) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(each["stuck_in_progress_recovered"] for each in results) == 20
+    assert sum(each["stuck_scheduled_recovered"] for each in results) == 20
+    assert Workflow.ready().count() == 40
+
+
+def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, caplog):
+    workflows = [Plain.create(hero=User.create()) for _ in range(3)]
+    for workflow in workflows:
+        gd._Attempt.claim(drive, scheduled(workflow).id)
+    broken = workflows[1].execution_history.get()
+    spare = {**broken.__data__, "number": 2, "state": "completed"}
+    del spare["id"]
+    StepExecution.insert(**spare).execute()  # the number that the recovery would take
+    clock.forward(minutes=5)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 2
+    assert f"execution {broken.id} cannot be recovered" in caplog.text
+    assert reload(workflows[1]).state == "performing"
+    assert reload(workflows[2]).state == "ready"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help for tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_helpers_work_inside_a_tests_own_transaction(db, drive, hero, helpers):
+    class Writes(Workflow):
+        @step(on_exception="skip")
+        def one(self):
+            did("kept")
+            raise OddError
+
+        @step(on_exception="skip")
+        def two(self):
+            with db.atomic():
+                did("nested")
+            db.execute_sql("select nonsense from nowhere")
+
+        @step(transactional=True)
+        def three(self):
+            did("three")
+
+    with db.atomic() as transaction:
+        workflow = Writes.create(hero=hero)
+        helpers.speedrun_workflow(workflow)
+        assert workflow.state == "finished"
+        assert {"kept", "three"} <= set(effects())
+        transaction.rollback()
+    nothing_written(drive)
+    assert effects() == []
+
+
+def test_a_step_can_be_performed_out_of_turn(drive, hero, helpers):
+    workflow = Plain.create(hero=hero)
+    helpers.perform_step_inline(workflow, "two")
+    assert history(workflow) == [
+        ("one", "canceled", "canceled"),
+        ("two", "completed", "success"),
+        ("three", "scheduled", None),
+    ]
+    assert (workflow.current_step_name, effects()) == ("three", ["two"])
+
+
+def test_failed_assertions_show_the_history(drive, hero, helpers):
+    class Fails(Workflow):
+        @step
+        def one(self):
+            raise OddError("what went wrong")
+
+    workflow = Fails.create(hero=hero)
+    helpers.speedrun_workflow(workflow, raise_errors=False)
+    with pytest.raises(AssertionError, match=r"(?s)is paused: expected.*finished.*one .*failed.*what went wrong"):
+        helpers.assert_workflow_state(workflow, "finished")
+    with pytest.raises(AssertionError, match=r"an execution of one that is completed"):
+        helpers.assert_step_executed(workflow, "one")
+    with pytest.raises(AssertionError, match=r"no step is scheduled"):
+        helpers.perform_next_step(workflow)
+
+    class Endless(Workflow):
+        @step
+        def one(self):
+            self.reattempt()
+
+    with pytest.raises(AssertionError, match=r"not over after 7 steps"):
+        helpers.speedrun_workflow(Endless.create(hero=hero), max_iterations=7)
+
+
+class TestWithUnittest(gd.TestHelpers, unittest.TestCase):
+    def test_the_mixin_works_under_unittest(self):
+        db = SqliteDatabase(":memory:")
+        GenevaDrive(db).create_tables()
+        for model in MODELS:
+            model.bind(db)
+        db.create_tables(MODELS)
+        workflow = Quick.create(hero=User.create())
+        self.speedrun_workflow(workflow)
+        self.assert_workflow_state(workflow, "finished")
+        self.assert_step_executed(workflow, "two")
+        db.close()
+
+
+def test_the_mixin_itself_is_not_collected():
+    assert gd.TestHelpers.__test__ is False
+    assert TestWithUnittest.__test__ is True
