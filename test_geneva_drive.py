@@ -2252,6 +2252,266 @@ def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Consumers: real processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+APP = '''
+import os, sys, time
+from huey import PriorityRedisHuey
+from peewee import CharField, Model
+from playhouse.db_url import connect
+from geneva_drive import GenevaDrive, Workflow, step
+
+url = os.environ["APP_URL"]
+options = {"pragmas": {"journal_mode": "wal"}, "timeout": 20} if url.startswith("sqlite") else {}
+db = connect(url, **options)
+redis = os.environ.get("APP_REDIS")
+drive = GenevaDrive(db, huey=PriorityRedisHuey("app", url=redis, results=False) if redis else None, queues=["premium"])
+drive.stuck_in_progress_threshold = float(os.environ.get("APP_THRESHOLD", 120))
+huey = drive.huey
+
+class Customer(Model):
+    name = CharField()
+    class Meta:
+        database = db
+        table_name = "app_customers"
+
+class Trace(Model):
+    what = CharField()
+    class Meta:
+        database = db
+        table_name = "app_traces"
+
+def trace(what):
+    Trace.create(what=what)
+
+class Welcome(Workflow):
+    @step
+    def one(self):
+        trace(f"one {self.hero.name}")
+
+    @step(wait=0.3)
+    def two(self):
+        trace("two")
+
+    @step
+    def three(self):
+        trace(f"three {os.getpid()}")
+
+class Slow(Workflow):
+    @step
+    def one(self):
+        trace("one begins")
+        while not os.path.exists(os.environ["APP_GATE"]):
+            time.sleep(0.02)
+        trace("one ends")
+
+    @step
+    def two(self):
+        trace("two")
+
+if __name__ == "__main__":
+    command = sys.argv[1]
+    if command == "setup":
+        db.create_tables([Customer, Trace])
+        drive.create_tables()
+    elif command == "create":
+        kind = {"Welcome": Welcome, "Slow": Slow}[sys.argv[2]]
+        print(kind.create(hero=Customer.create(name="Ada"), options={"queue": sys.argv[3]} if sys.argv[3:] else None).id)
+    elif command == "run":
+        drive.run(workers=2)
+'''
+
+
+class App:
+    """An application in a folder of its own, driven through real processes."""
+
+    def __init__(self, folder, url, redis=None):
+        self.folder = folder
+        (folder / "app.py").write_text(APP)
+        self.gate = folder / "gate"
+        self.env = {"APP_URL": url, "APP_GATE": str(self.gate), **({"APP_REDIS": redis} if redis else {})}
+        self.processes = []
+        self.db = open_database(url)
+        self.run("setup")
+        for model in (Workflow, StepExecution):
+            model.bind(self.db)
+
+    def start(self, *arguments, **env):
+        with (self.folder / f"log{len(self.processes)}").open("w") as log:
+            process = python(*arguments, cwd=self.folder, env={**self.env, **env}, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def run(self, *arguments, **env):
+        process = python("app.py", *arguments, cwd=self.folder, env={**self.env, **env}, stdout=subprocess.PIPE, text=True)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        return output.strip()
+
+    def consumer(self, *options, queue="huey", **env):
+        quick = ("-d", "0.02", "-m", "0.1", *options)
+        return self.start("-m", "huey.bin.huey_consumer", f"app.{queue}", *quick, **env)
+
+    def create(self, *arguments, **env):
+        return int(self.run("create", *arguments, **env))
+
+    def state(self, workflow_id):
+        return Workflow.get_by_id(workflow_id).state
+
+    def traces(self):
+        return [row[0] for row in self.db.execute_sql("select what from app_traces order by id").fetchall()]
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.db.close()
+
+
+@pytest.fixture(params=SERVERS)
+def app(request, servers, tmp_path):
+    app = App(tmp_path, servers.empty(request.param))
+    yield app
+    app.close()
+
+
+@pytest.mark.parametrize("options", [["-w", "2"], ["-w", "2", "-k", "process"]], ids=["threads", "processes"])
+def test_a_script_run_as_main_and_a_consumer_that_imports_it_share_their_workflows(app, options):
+    workflow = app.create("Welcome")
+    consumer = app.consumer(*options)
+    until(lambda: app.state(workflow) == "finished")
+    assert app.traces()[:2] == ["one Ada", "two"]
+    later = app.create("Welcome")
+    until(lambda: app.state(later) == "finished")
+    assert len(app.traces()) == 6
+    consumer.send_signal(signal.SIGINT)
+    assert consumer.wait(timeout=30) == 0
+
+
+def test_a_consumer_on_redis_takes_over_what_was_committed_here(servers, tmp_path):
+    app = App(tmp_path, servers.empty("sqlite"), servers.redis())
+    try:
+        workflow = app.create("Welcome")
+        app.consumer("-w", "2", "-k", "process")
+        until(lambda: app.state(workflow) == "finished")
+        assert "geneva_drive_huey_task" in app.db.get_tables()  # for the premium queue, which is embedded
+        assert app.db.execute_sql("select count(*) from geneva_drive_huey_task").fetchone() == (0,)
+    finally:
+        app.close()
+
+
+@pytest.mark.parametrize("way", ["run", "consumer"])
+def test_draining_ends_the_step_under_way_and_leaves_the_next_in_the_tables(app, way):
+    workflow = app.create("Slow")
+    process = app.start("app.py", "run") if way == "run" else app.consumer("-g", "TERM")
+    until(lambda: "one begins" in app.traces())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # for the signal to arrive before the step ends; whether it did, the assertions tell
+    app.gate.touch()
+    assert process.wait(timeout=30) == 0
+    assert app.traces() == ["one begins", "one ends"]
+    assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
+    app.start("app.py", "run")
+    until(lambda: app.state(workflow) == "finished")
+    assert app.traces() == ["one begins", "one ends", "two"]
+
+
+def test_a_killed_consumers_step_runs_again_in_the_next_one(app):
+    workflow = app.create("Slow")
+    consumer = app.consumer(APP_THRESHOLD="0.5")
+    until(lambda: app.traces() == ["one begins"])
+    consumer.send_signal(signal.SIGKILL)
+    consumer.wait()
+    app.gate.touch()
+    until(lambda: StepExecution.get().heartbeat_at < datetime.now(timezone.utc) - timedelta(seconds=0.6))
+    app.consumer(APP_THRESHOLD="0.5")  # sweeps as it starts
+    until(lambda: app.state(workflow) == "finished")
+    assert app.traces() == ["one begins", "one begins", "one ends", "two"]
+    assert [each.outcome for each in StepExecution.select().order_by(StepExecution.id)] == [
+        *("recovered", "success", "success")
+    ]
+
+
+def test_a_named_queue_is_served_by_its_own_consumer(app):
+    workflow = app.create("Welcome", "premium")
+    (app.folder / "premium.py").write_text("import app\nhuey = app.drive.queues['premium']\n")
+    app.start("-m", "huey.bin.huey_consumer", "premium.huey", "-d", "0.02", "-m", "0.1")
+    until(lambda: app.state(workflow) == "finished")
+    everything = app.create("Welcome", "premium"), app.create("Welcome")
+    app.start("app.py", "run")
+    until(lambda: [app.state(each) for each in everything] == ["finished"] * 2)
+
+
+def test_the_schedule_is_in_utc_whatever_the_time_zones_of_producer_and_consumer(app):
+    before = time.time()
+    workflow = app.create("Welcome", TZ="Asia/Tokyo")
+    app.consumer(TZ="America/New_York")
+    until(lambda: app.state(workflow) == "finished")
+    assert time.time() - before < 30
+    one, two, three = Workflow.get_by_id(workflow).execution_history
+    assert two.started_at - one.finished_at >= timedelta(seconds=0.3)
+
+
+def test_each_queue_has_the_periodic_housekeeping(db, drive):
+    drive = GenevaDrive(db, queues={"outside": MemoryHuey("outside")}, housekeeping_schedule=crontab(minute="7"))
+    for huey in drive.queues.values():
+        assert [type(task).__name__ for task in huey.read_periodic(datetime(2026, 1, 1, 1, 7))] == [
+            "geneva_drive_housekeeping"
+        ]
+        assert huey.read_periodic(datetime(2026, 1, 1, 1, 8)) == []
+
+
+def test_a_second_drive_on_the_same_outside_queue_takes_its_tasks_over(db, drive, hero):
+    outside = MemoryHuey("outside", results=False)
+    GenevaDrive(db, huey=outside)
+    drive = GenevaDrive(db, huey=outside)
+    workflow = Quick.create(hero=hero)
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+    assert len(outside._registry.periodic_tasks) == 1
+
+
+def test_immediate_mode_runs_the_steps_after_the_commit(db, drive, hero):
+    drive = GenevaDrive(db, huey=MemoryHuey("now", results=False, immediate=True))
+    with db.atomic():
+        workflow = Quick.create(hero=hero)
+        assert effects() == []
+    assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+
+
+def test_a_priority_is_refused_where_the_queue_knows_none(db, drive, hero, servers):
+    class Urgent(Workflow):
+        @step(options={"priority": 5})
+        def one(self):
+            did("urgent")
+
+    drive = GenevaDrive(db, huey=RedisHuey("plain", url=servers.redis(), results=False))
+    with pytest.raises(gd.ConfigurationError, match=r"Urgent.one asks for a priority.*PriorityRedisHuey"):
+        Urgent.create(hero=hero)
+    assert Workflow.select().count() == 0
+    drive = GenevaDrive(db, huey=PriorityRedisHuey("sorted", url=servers.redis(), results=False))
+    drive.huey.flush()
+    Quick.create(hero=hero)
+    Urgent.create(hero=hero)
+    work_off(drive)
+    assert effects() == ["urgent", "one", "two", "three"]
+
+
+def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db, drive, hero):
+    drive = GenevaDrive(db, queues=["premium"])
+    with pytest.raises(gd.UnknownQueueError, match=r"run\(\) asks for the queue 'vip'"):
+        drive.run(queues=["vip"])
+    with pytest.raises(gd.ConfigurationError, match="workers must be a positive int"):
+        drive.run(workers=0)
+    workflow, premium = Quick.create(hero=hero), Premium.create(hero=hero)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    drive.run(workers=2, queues=["premium"], until=lambda: reload(premium).state == "finished")
+    assert reload(workflow).state == "ready"
+    drive.run(workers=1, until=lambda: reload(workflow).state == "finished")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Help for tests
 # ---------------------------------------------------------------------------------------------------------------------
 
