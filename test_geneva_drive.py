@@ -122,8 +122,7 @@ def db(database):
 @pytest.fixture
 def drive(db):
     drive = GenevaDrive(db)
-    drive.huey.flush()
-    for model in [StepExecution, Workflow, *MODELS]:
+    for model in [*drive._embedded_models, StepExecution, Workflow, *MODELS]:
         model.delete().execute()
     return drive
 
