@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copyreg
 import functools
 import importlib
 import inspect
@@ -164,14 +165,7 @@ class GenevaDriveError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The constructors below take data, not the message; without this, an error could not cross processes.
-        return _rebuild_error, (type(self), self.args, self.__dict__)
-
-
-def _rebuild_error(cls: type[GenevaDriveError], args: tuple[Any, ...], attributes: dict[str, Any]) -> GenevaDriveError:
-    error = cls.__new__(cls)
-    error.args = args
-    error.__dict__.update(attributes)
-    return error
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConfigurationError(GenevaDriveError, TypeError):
@@ -354,25 +348,21 @@ class ExceptionPolicy:
     report: str = "terminal_only"
 
     def __post_init__(self) -> None:
-        where = f"ExceptionPolicy({self.action!r})"
-        _require(
-            self.action in ON_EXCEPTION_ACTIONS, where, f"the action must be one of {', '.join(ON_EXCEPTION_ACTIONS)}"
-        )
-        names = ", ".join(TERMINAL_ACTIONS)
-        _require(self.terminal_action in TERMINAL_ACTIONS, where, f"terminal_action must be one of {names}")
-        _require(self.report in REPORTS, where, f"report must be one of {', '.join(REPORTS)}, not {self.report!r}")
-        limit = self.max_reattempts
+        where, limit = f"ExceptionPolicy({self.action!r})", self.max_reattempts
+        for choice, name, among in (
+            (self.action, "the action", ON_EXCEPTION_ACTIONS),
+            (self.terminal_action, "terminal_action", TERMINAL_ACTIONS),
+            (self.report, "report", REPORTS),
+        ):
+            _require(choice in among, where, f"{name} must be one of {', '.join(among)}, not {choice!r}")
         _require(limit is None or (_is_int(limit) and limit >= 0), where, "max_reattempts must be an int or None")
         _require(_is_fraction(self.backoff) and self.backoff >= 1, where, "backoff must be a number, at least 1")
         _require(_is_fraction(self.jitter) and self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
         object.__setattr__(self, "wait", _require_duration(self.wait, where, "wait"))
         object.__setattr__(self, "max_wait", _require_duration(self.max_wait, where, "max_wait"))
         for kind in self._matchers():
-            _require(
-                isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException)),
-                where,
-                f"matching must name exception classes, not {kind!r}",
-            )
+            is_matcher = isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException))
+            _require(is_matcher, where, f"matching must name exception classes, not {kind!r}")
 
     def matches(self, error: BaseException) -> bool:
         """Whether the policy is meant for `error`."""
@@ -534,6 +524,7 @@ class _Blueprint:
         for key, value in vars(cls).items():
             for name, body, options in _declared_steps(key, value):
                 where = f"{self.cls.__name__}.{name}"
+                _require(_is_name(name), where, f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
                 _require(name not in declared, where, "the step is declared twice: rename one of them")
                 declared.add(name)
                 for each in (key, name):
@@ -553,27 +544,17 @@ class _Blueprint:
         for option in options:
             _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
         _require(callable(getattr(self.cls, body, None)), where, f"its body {body!r} is not a method of the class")
-        definition = StepDefinition(
-            name=name,
-            body=body,
-            wait=_require_duration(options.get("wait", 0), where, "wait"),
-            skip_if=self._skip_if(where, options.get("skip_if")),
-            policy=_step_policy(where, options),
-            transactional=options.get("transactional", False),
-            options=_checked_options(options.get("options", {}), f"{where}: options"),
-        )
-        _require(isinstance(definition.transactional, bool), where, "transactional must be a bool")
-        self._place(where, definition, options.get("before_step"), options.get("after_step"))
-
-    def _skip_if(self, where: str, skip_if: Any) -> Any:
-        _require(
-            skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if),
-            where,
-            f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}",
-        )
+        skip_if, transactional = options.get("skip_if"), options.get("transactional", False)
+        is_condition = skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if)
+        _require(is_condition, where, f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}")
         if isinstance(skip_if, str):
             _require(callable(getattr(self.cls, skip_if, None)), where, f"skip_if names no method: {skip_if!r}")
-        return skip_if
+        _require(isinstance(transactional, bool), where, "transactional must be a bool")
+        wait = _require_duration(options.get("wait", 0), where, "wait")
+        huey_options = _checked_options(options.get("options", {}), f"{where}: options")
+        policy = _step_policy(where, options)
+        definition = StepDefinition(name, body, wait, skip_if, policy, transactional, huey_options)
+        self._place(where, definition, options.get("before_step"), options.get("after_step"))
 
     def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
         _require(before is None or after is None, where, "before_step and after_step exclude each other")
@@ -583,10 +564,8 @@ class _Blueprint:
             del self.steps[place], names[place]
         beside = after if before is None else before
         if beside is not None:
-            problem = (
-                f"there is no step {beside!r} before this one to be placed beside: use {', '.join(names) or 'none'}"
-            )
-            _require(beside in names, where, problem)
+            known = ", ".join(names) or "none"
+            _require(beside in names, where, f"there is no step {beside!r} yet to be placed beside: use {known}")
             place = names.index(beside) + (before is None)
         self.steps.insert(place, definition)
 
@@ -610,9 +589,7 @@ def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str, dict[str, 
         items = [(key, getattr(value, "_geneva_drive_step", value))]
     for name, declaration in items:
         if isinstance(declaration, _Declaration):
-            name = declaration.options.get("name", name)
-            _require(_is_name(name), str(name), f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
-            yield name, declaration.body or key, declaration.options
+            yield declaration.options.get("name", name), declaration.body or key, declaration.options
 
 
 def _is_name(name: object) -> bool:
@@ -1824,14 +1801,18 @@ def _error_columns(error: BaseException | None) -> dict[str, str]:
 # ==== The drive: database, queues, housekeeping =======================================================================
 
 
-def _perform_step(execution_id: int) -> None:
+def perform_step(execution_id: int) -> None:
     """The Huey task behind every step."""
     _drive()._perform(execution_id)
 
 
-def _housekeeping() -> None:
+def housekeeping() -> None:
     """The periodic Huey task."""
     _drive().housekeeping()
+
+
+# Huey names tasks by module and function: on one side of a queue the module may be vendored, and called otherwise.
+perform_step.__module__ = housekeeping.__module__ = "geneva_drive"
 
 
 #: Each setting of the drive: its default, and a check with its description; without a check, it is a duration.
@@ -2068,12 +2049,9 @@ class GenevaDrive:
         """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
         for task in getattr(huey, "_geneva_drive_tasks", ()):
             task.unregister()
-        # Fixed names: the module may be vendored, under another name, on one side of the queue.
-        perform = huey.task(name="geneva_drive_perform_step")(_perform_step)
-        periodic = huey.periodic_task(
-            lambda moment: self.housekeeping_schedule(moment), name="geneva_drive_housekeeping"
-        )
-        huey._geneva_drive_tasks = (perform, periodic(_housekeeping))
+        perform = huey.task()(perform_step)
+        periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
+        huey._geneva_drive_tasks = (perform, periodic)
         huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
         create_consumer = type(huey).create_consumer
 

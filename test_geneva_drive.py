@@ -1933,11 +1933,11 @@ BAD_DEFINITIONS = {
     "@step(max_reattempts=3)\ndef send(self): pass": r"Bad.send: max_reattempts goes with on_exception=\"reattempt\"",
     "@step(on_exception='reattempt', max_reattempts=-1)\ndef send(self): pass": r"Bad.send: .*max_reattempts must be",
     "@step(on_exception='reattempt', terminal_action='x')\ndef send(self): pass": r"Bad.send: .*terminal_action must",
-    "@step(before_step='nowhere')\ndef send(self): pass": r"Bad.send: there is no step 'nowhere'",
+    "@step(before_step='nowhere')\ndef send(self): pass": r"Bad.send: there is no step 'nowhere' yet",
     "@step\ndef a(self): pass\n@step(before_step='a', after_step='a')\ndef send(self): pass": r"Bad.send: .*exclude",
     "@step(transactional=1)\ndef send(self): pass": r"Bad.send: transactional must be a bool",
     "@step(options={'q': 1})\ndef send(self): pass": r"Bad.send: options: unknown option 'q'",
-    "@step(name='')\ndef send(self): pass": r"a step's name must be text",
+    "@step(name='')\ndef send(self): pass": r"Bad.: a step's name must be text",
     "@step\ndef pause(self): pass": r"Bad.pause: a step must not be called 'pause'",
     "@step\ndef id(self): pass": r"Bad.id: a step must not be called 'id'",
     "@step(name='state')\ndef send(self): pass": r"Bad.state: a step must not be called 'state'",
@@ -2138,9 +2138,7 @@ def test_the_schema_file_speaks_of_the_models_tables_and_columns():
 def test_create_tables_is_idempotent_and_completes_what_was_begun(database, db, drive):
     tables = set(db.get_tables())
     assert set(ENGINE_TABLES + QUEUE_TABLES) <= tables
-    db.execute_sql(
-        "drop index geneva_drive_hero" + (" on geneva_drive_workflows" if drive._dialect == "mysql" else "")
-    )
+    db.execute_sql("drop index geneva_drive_hero" + (" on geneva_drive_workflows" if drive._dialect == "mysql" else ""))
     drive.create_tables()
     assert "geneva_drive_hero" in {each.name for each in db.get_indexes("geneva_drive_workflows")}
     drive.create_tables()
@@ -2254,7 +2252,7 @@ def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, c
 # Consumers: real processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-APP = '''
+APP = """
 import os, sys, time
 from huey import PriorityRedisHuey
 from peewee import CharField, Model
@@ -2319,7 +2317,7 @@ if __name__ == "__main__":
         print(kind.create(hero=Customer.create(name="Ada"), options={"queue": sys.argv[3]} if sys.argv[3:] else None).id)
     elif command == "run":
         drive.run(workers=2)
-'''
+"""
 
 
 class App:
@@ -2343,7 +2341,9 @@ class App:
         return process
 
     def run(self, *arguments, **env):
-        process = python("app.py", *arguments, cwd=self.folder, env={**self.env, **env}, stdout=subprocess.PIPE, text=True)
+        process = python(
+            "app.py", *arguments, cwd=self.folder, env={**self.env, **env}, stdout=subprocess.PIPE, text=True
+        )
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
         return output.strip()
@@ -2455,9 +2455,7 @@ def test_the_schedule_is_in_utc_whatever_the_time_zones_of_producer_and_consumer
 def test_each_queue_has_the_periodic_housekeeping(db, drive):
     drive = GenevaDrive(db, queues={"outside": MemoryHuey("outside")}, housekeeping_schedule=crontab(minute="7"))
     for huey in drive.queues.values():
-        assert [type(task).__name__ for task in huey.read_periodic(datetime(2026, 1, 1, 1, 7))] == [
-            "geneva_drive_housekeeping"
-        ]
+        assert [type(task).__name__ for task in huey.read_periodic(datetime(2026, 1, 1, 1, 7))] == ["housekeeping"]
         assert huey.read_periodic(datetime(2026, 1, 1, 1, 8)) == []
 
 
@@ -2509,6 +2507,7 @@ def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db
     assert reload(workflow).state == "ready"
     drive.run(workers=1, until=lambda: reload(workflow).state == "finished")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Help for tests
