@@ -76,30 +76,15 @@ from playhouse.signals import Signal
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "AlreadyOngoingError",
-    "ConfigurationError",
-    "ExceptionPolicy",
-    "GenevaDrive",
-    "GenevaDriveError",
-    "InvalidStateError",
-    "StepConfigurationError",
-    "StepDefinition",
-    "StepExecution",
-    "StepNotDefinedError",
-    "TestHelpers",
-    "TransactionLeftOpenError",
-    "UnknownQueueError",
-    "UnsupportedDatabaseError",
-    "Workflow",
-    "WorkflowNotDefinedError",
-    "cancel_if",
-    "on_exception",
-    "step",
-    "step_finished",
-    "step_started",
+    "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
+    "InvalidStateError", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
+    "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnsupportedDatabaseError", "Workflow",
+    "WorkflowNotDefinedError", "cancel_if", "on_exception", "step", "step_finished", "step_started",
     "workflow_transitioned",
 ]
+# fmt: on
 
 logger = logging.getLogger("geneva_drive")
 logger.addHandler(logging.NullHandler())
@@ -291,9 +276,9 @@ def _duration(value: object) -> timedelta:
 
     :raises ValueError: if it is something else; the text says what is wrong with it.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+    if _is_number(value):
         with contextlib.suppress(OverflowError):
-            value = timedelta(seconds=float(value))
+            value = timedelta(seconds=float(cast(float, value)))
     if not isinstance(value, timedelta):
         raise ValueError(f"must be a timedelta or a number of seconds, not {value!r}")
     if not NO_WAIT <= value <= LONGEST_WAIT:
@@ -317,8 +302,8 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_fraction(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -356,8 +341,8 @@ class ExceptionPolicy:
         ):
             _require(choice in among, where, f"{name} must be one of {', '.join(among)}, not {choice!r}")
         _require(limit is None or (_is_int(limit) and limit >= 0), where, "max_reattempts must be an int or None")
-        _require(_is_fraction(self.backoff) and self.backoff >= 1, where, "backoff must be a number, at least 1")
-        _require(_is_fraction(self.jitter) and self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
+        _require(_is_number(self.backoff) and self.backoff >= 1, where, "backoff must be a number, at least 1")
+        _require(_is_number(self.jitter) and 0 <= self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
         object.__setattr__(self, "wait", _require_duration(self.wait, where, "wait"))
         object.__setattr__(self, "max_wait", _require_duration(self.max_wait, where, "max_wait"))
         for kind in self._matchers():
@@ -434,9 +419,12 @@ class StepDefinition:
 
 # ==== The language in which steps are declared ========================================================================
 
+# fmt: off
 STEP_OPTIONS = (
-    "wait skip_if on_exception max_reattempts terminal_action before_step after_step transactional options name"
-).split()
+    "wait", "skip_if", "on_exception", "max_reattempts", "terminal_action",
+    "before_step", "after_step", "transactional", "options", "name",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -982,7 +970,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return workflow
 
     @classmethod
-    def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Any, bool]:  # type: ignore[override]
+    def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Any, bool]:
         """The hero's ongoing workflow of this class, or a new one; safe when several processes ask at once.
 
         :param kwargs: as for :meth:`create`, for a new one.
@@ -1339,7 +1327,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
 class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        about = self.extra
+        about = cast("dict[str, Any]", self.extra)
         kwargs["extra"] = {**about, **kwargs.get("extra", {})}
         step_name = f" step {about['step_name']}" if about["step_name"] else ""
         execution = f" execution {about['execution_id']}" if about["execution_id"] else ""
@@ -1752,7 +1740,7 @@ class _Attempt:
         execution = self.execution
         if then == "advance":
             definition = self.workflow._step_after(execution.step_name)
-            return definition and {"step_name": definition.name, "due": now + definition.wait}
+            return {"step_name": definition.name, "due": now + definition.wait} if definition else None
         if then == "repeat":
             return {
                 "step_name": execution.step_name,
@@ -1775,8 +1763,8 @@ class _Attempt:
         elif state == PAUSED:  # resume() will queue it
             StepExecution._insert(self.workflow, number, state=SCHEDULED, **follows)
         else:
-            claimed = {"state": IN_PROGRESS, "started_at": now, "heartbeat_at": now, "job_id": self.execution.job_id}
-            execution = StepExecution._insert(self.workflow, number, **claimed, **follows)
+            claim = dict(state=IN_PROGRESS, started_at=now, heartbeat_at=now, job_id=self.execution.job_id, **follows)
+            execution = StepExecution._insert(self.workflow, number, **claim)
             return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution)
         return None
 

@@ -5,7 +5,6 @@ Crashes, races and duplicates come first. The servers are started by conftest.py
 
 import asyncio
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from queue import Empty
 import peewee
 import pytest
 from huey import MemoryHuey, PriorityRedisHuey, RedisHuey, crontab
-from peewee import BooleanField, CharField, CompositeKey, IntegerField, Model, SqliteDatabase, TextField, UUIDField
+from peewee import BooleanField, CharField, CompositeKey, IntegerField, Model, SqliteDatabase, UUIDField
 from playhouse.db_url import connect
 from playhouse.pool import PooledSqliteDatabase
 
@@ -589,7 +588,8 @@ def test_a_new_workflow_is_ready_and_its_first_step_is_queued(drive, clock, hero
     assert type(workflow) is Delayed
     assert (workflow.state, workflow.current_step_name, workflow.created_at) == ("ready", "one", START)
     row = reload(workflow)
-    assert row == workflow and row.__data__ == workflow.__data__
+    assert row == workflow
+    assert row.__data__ == workflow.__data__
     assert (row.type, row.hero_type, row.hero_id, row.hero) == ("Delayed", "User", str(hero.id), hero)
     (execution,) = row.execution_history
     assert (execution.state, execution.number, execution.enqueued_at) == ("scheduled", 1, START)
@@ -623,11 +623,7 @@ def test_a_key_in_another_form_is_the_same_hero(drive):
 def test_heroes_that_differ_in_case_or_spaces_are_different(drive, helpers):
     codes = ["abc", "ABC", "abc ", " abc", "àbc", "\U0001f600"]
     for code in codes:
-        if drive._dialect == "mysql" and code != "abc":
-            hero = Country(code=code)  # the application's own table may not tell them apart; the library does
-        else:
-            hero = Country.create(code=code)
-        Plain.create(hero=hero)
+        Plain.create(hero=Country(code=code))  # the application's own table may not tell them apart on MySQL
     assert Plain.ongoing().count() == len(codes)
     assert sorted(each.hero_id for each in Plain.ready()) == sorted(codes)
     for code in codes:
@@ -965,13 +961,12 @@ def test_each_outcome_is_recorded(drive, clock, hero, name, transactional):
     assert (row.state, row.current_step_name) == (workflow_state, stands_at)
     assert (execution.started_at, execution.finished_at) == (clock.now, clock.now)
     assert (row.transitioned_at is None) == (workflow_state == "ready")
-    failing = body(None) is None if name in ("return",) else None
-    assert failing in (True, None)
     is_error = execution.error_class_name is not None
     assert is_error == any(word in name for word in ("error", "exhausted", "handler", "not JSON", "SystemExit"))
     if is_error:
-        assert execution.error_message is not None and "Traceback" in execution.error_backtrace
-    assert (raised is not None) == (is_error and workflow_state in ("paused", "canceled") or name == "SystemExit")
+        assert execution.error_message is not None
+        assert "Traceback" in execution.error_backtrace
+    assert (raised is not None) == ((is_error and workflow_state in ("paused", "canceled")) or name == "SystemExit")
     active = [each for each in workflow.execution_history if each.state in gd.ACTIVE]
     if workflow_state == "ready":
         (following,) = active
@@ -1176,7 +1171,7 @@ def test_errors_in_conditions_and_hooks_count_as_the_steps(drive, hero, helpers)
     class Hooks(Workflow):
         @cancel_if
         def condition(self):
-            return 1 / self.context.get("divisor", 1)
+            return 1 // self.context["divisor"]
 
         def before_step_execution(self, execution):
             if self.context["fail"] == "before":
@@ -1192,9 +1187,9 @@ def test_errors_in_conditions_and_hooks_count_as_the_steps(drive, hero, helpers)
         def one(self):
             did("body")
 
-    for number, fail in enumerate(["before", "around"]):
-        workflow = Hooks.create(hero=hero, context={"fail": fail, "divisor": 10**400}, allow_multiple=True)
-        with pytest.raises(OverflowError if number is None else (KeyError, OverflowError)):
+    for fail in ("before", "around"):
+        workflow = Hooks.create(hero=User.create(), context={"fail": fail, "divisor": 2})
+        with pytest.raises(KeyError, match=fail):
             helpers.speedrun_workflow(workflow)
         assert reload(workflow).state == "paused"
     workflow = Hooks.create(hero=hero, context={"fail": "", "divisor": 0})
@@ -1224,7 +1219,8 @@ def test_each_attempt_of_a_run_on_has_a_fresh_workflow_and_hero(drive, hero):
     drive._perform(scheduled(workflow).id)
     assert reload(workflow).state == "finished"
     (one, hero_one), (two, hero_two) = instances
-    assert one is not two and hero_one is not hero_two
+    assert one is not two
+    assert hero_one is not hero_two
 
 
 def test_a_run_on_needs_no_second_message_and_can_be_turned_off(drive, hero):
@@ -1732,7 +1728,8 @@ def test_times_are_aware_utc_with_microseconds_and_compare(drive, clock, hero):
     workflow = Plain.create(hero=hero)
     assert workflow.created_at == clock.now
     row = reload(workflow)
-    assert row.created_at == clock.now and row.created_at.tzinfo is timezone.utc
+    assert row.created_at == clock.now
+    assert row.created_at.tzinfo is timezone.utc
     assert Plain.ready().where(Workflow.created_at == clock.now).count() == 1
     assert Plain.ready().where(Workflow.created_at < clock.now).count() == 0
     assert Plain.ready().where(Workflow.created_at >= datetime(2026, 7, 1, 12, 30, 0, 123456)).count() == 1
@@ -1965,7 +1962,7 @@ def test_a_wrong_definition_names_class_step_and_fix(body):
 
 
 @pytest.mark.parametrize(
-    "arguments, text",
+    ("arguments", "text"),
     [
         (("explode",), "the action must be one of pause, cancel, skip, reattempt"),
         (("skip", 3), "matching must name exception classes, not 3"),
@@ -2019,7 +2016,7 @@ def test_of_classes_local_to_functions_the_latest_wins():
 
 
 @pytest.mark.parametrize(
-    "arguments, settings, text",
+    ("arguments", "settings", "text"),
     [
         (["app.db"], {}, r"takes a Peewee database, not 'app.db'"),
         ([], {"max_recovery": 3}, r"unknown setting 'max_recovery' of GenevaDrive: use .*max_recoveries"),
@@ -2070,7 +2067,7 @@ def test_constructing_a_drive_runs_no_sql():
 def test_a_proxy_may_be_initialized_after_the_drive(tmp_path):
     proxy = peewee.DatabaseProxy()
     drive = GenevaDrive(proxy)
-    with pytest.raises(gd.ConfigurationError, match="DatabaseProxy .* not initialized"):
+    with pytest.raises(gd.ConfigurationError, match=r"DatabaseProxy .* not initialized"):
         drive.create_tables()
     db = SqliteDatabase(tmp_path / "proxy.db", pragmas={"journal_mode": "wal"})
     proxy.initialize(db)
@@ -2122,7 +2119,8 @@ SCHEMA_INDEXES = sorted(set(re.findall(r"^create (?:unique )?index (\w+)", gd.SC
 def test_the_schema_file_speaks_of_the_models_tables_and_columns():
     for section in ("every database", "postgresql", "sqlite", "mysql", "embedded queue"):
         for statement in gd._schema_statements(section):
-            assert statement == statement.strip() and not statement.isupper()
+            assert statement == statement.strip()
+            assert not statement.isupper()
             table = re.search(r" on (\w+)|alter table (\w+)", statement)
             assert (table[1] or table[2]) in ENGINE_TABLES + QUEUE_TABLES
             columns = re.search(r"\((.*?)\)", statement.split(" on ")[-1]) if " on " in statement else None
@@ -2314,7 +2312,8 @@ if __name__ == "__main__":
         drive.create_tables()
     elif command == "create":
         kind = {"Welcome": Welcome, "Slow": Slow}[sys.argv[2]]
-        print(kind.create(hero=Customer.create(name="Ada"), options={"queue": sys.argv[3]} if sys.argv[3:] else None).id)
+        options = {"queue": sys.argv[3]} if sys.argv[3:] else None
+        print(kind.create(hero=Customer.create(name="Ada"), options=options).id)
     elif command == "run":
         drive.run(workers=2)
 """
@@ -2448,7 +2447,7 @@ def test_the_schedule_is_in_utc_whatever_the_time_zones_of_producer_and_consumer
     app.consumer(TZ="America/New_York")
     until(lambda: app.state(workflow) == "finished")
     assert time.time() - before < 30
-    one, two, three = Workflow.get_by_id(workflow).execution_history
+    one, two, _three = Workflow.get_by_id(workflow).execution_history
     assert two.started_at - one.finished_at >= timedelta(seconds=0.3)
 
 
@@ -2470,7 +2469,7 @@ def test_a_second_drive_on_the_same_outside_queue_takes_its_tasks_over(db, drive
 
 
 def test_immediate_mode_runs_the_steps_after_the_commit(db, drive, hero):
-    drive = GenevaDrive(db, huey=MemoryHuey("now", results=False, immediate=True))
+    GenevaDrive(db, huey=MemoryHuey("now", results=False, immediate=True))
     with db.atomic():
         workflow = Quick.create(hero=hero)
         assert effects() == []
