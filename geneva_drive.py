@@ -746,38 +746,25 @@ def _hero_type(model: type[Model]) -> str:
     return model.__name__ if name is None or name in parents else str(name)
 
 
-def _models_called(hero_type: str) -> list[type[Model]]:
-    found: dict[type[Model], None] = {}
-    models = list(Model.__subclasses__())
-    while models:
-        model = models.pop(0)
-        models += model.__subclasses__()
-        if _hero_type(model) == hero_type:
-            found[model] = None
-    return list(found)
-
-
-def _require_unambiguous(hero_type: str, models: list[type[Model]]) -> None:
-    settled = [model for model in models if not any(_may_replace(model, other) for other in models if other != model)]
-    if len(settled) > 1:
-        names = ", ".join(f"{model.__module__}.{model.__qualname__}" for model in settled)
-        raise ConfigurationError(
-            f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
-        )
-
-
 def _hero_model(hero_type: str) -> type[Model] | None:
     """The model called `hero_type`, or None if there is none.
 
     :raises ConfigurationError: if there are several.
     """
-    if hero_type not in _hero_models:
-        models = _models_called(hero_type)
-        _require_unambiguous(hero_type, models)
-        if not models:
-            return None
-        _hero_models[hero_type] = models[-1]
-    return _hero_models[hero_type]
+    if hero_type in _hero_models:
+        return _hero_models[hero_type]
+    found: list[type[Model]] = []
+    models = Model.__subclasses__()
+    for model in models:
+        models += model.__subclasses__()
+        if _hero_type(model) == hero_type:
+            found = [each for each in found if not _may_replace(model, each)] + [model]
+    if len(set(found)) > 1:
+        names = ", ".join(f"{model.__module__}.{model.__qualname__}" for model in found)
+        raise ConfigurationError(
+            f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
+        )
+    return _hero_models.setdefault(hero_type, found[0]) if found else None
 
 
 def _hero_key(hero: Any) -> tuple[str, str]:
@@ -805,7 +792,8 @@ def _hero_key(hero: Any) -> tuple[str, str]:
         raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
     hero_type = _hero_type(model)
     if _hero_models.get(hero_type) is not model:
-        _require_unambiguous(hero_type, _models_called(hero_type))
+        _hero_models.pop(hero_type, None)
+        _hero_model(hero_type)
         _hero_models[hero_type] = model
     return hero_type, hero_id
 
@@ -877,8 +865,9 @@ class _Record(Model):
     @classmethod
     def _lock(cls, *where: Any) -> Any:
         """The row, or None, locked until the transaction ends: a plain read could be served from an old snapshot."""
-        query = cls._meta.model.select().where(*where)
-        if cls._meta.database.for_update:  # SQLite's transactions hold the one write lock anyway
+        query, database = cls._meta.model.select().where(*where), cls._meta.database
+        # SQLite's transactions hold the one write lock anyway; outside of one there is neither snapshot nor lock.
+        if database.for_update and database.in_transaction():
             query = query.for_update()
         return query.get_or_none()
 
@@ -1351,8 +1340,7 @@ Workflow._blueprint = _Blueprint(Workflow, frozenset())
 
 
 def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
-    if active and active.state != IN_PROGRESS:
-        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
+    _drop(drive, active)
     workflow._write(state=CANCELED, current_step_name=None, transitioned_at=drive._now(), pause_requested=False)
 
 
@@ -1364,45 +1352,45 @@ def _paused(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None
 
 
 def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
-    following = workflow._step_after(cast(str, workflow.current_step_name))
-    number, now = workflow.execution_count, drive._now()
+    following, now = workflow._step_after(cast(str, workflow.current_step_name)), drive._now()
+    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now}
     if active:
-        active._write(state=SKIPPED, outcome="skipped", finished_at=now)
+        active._write(**ended)
     else:
-        number += 1
-        ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now}
-        StepExecution._insert(workflow, number, workflow.current_step_name, now, **ended)
+        workflow._write(execution_count=workflow.execution_count + 1)
+        StepExecution._insert(workflow, workflow.execution_count, workflow.current_step_name, now, **ended)
     if following:
-        number += 1
-        StepExecution._schedule(workflow, number, following.name, now + following.wait)
-    workflow._write(
-        state=READY if following else FINISHED,
-        current_step_name=following and following.name,
-        execution_count=number,
-        transitioned_at=None if following else now,
-    )
+        _enter(workflow, following.name, now + following.wait)
+    else:
+        workflow._write(state=FINISHED, current_step_name=None, transitioned_at=now)
 
 
 def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
     definition = workflow._definition(workflow.current_step_name)
-    number = workflow.execution_count
     if active:
         active._write(reattempts=0, recoveries=0)
         drive._enqueue_again(active, drive._route(workflow, definition.name))
+        workflow._write(state=READY, transitioned_at=None)
     else:
-        number += 1
-        StepExecution._schedule(workflow, number, definition.name, drive._now())
-    workflow._write(state=READY, execution_count=number, transitioned_at=None)
+        _enter(workflow, definition.name, drive._now())
 
 
 def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
     workflow._definition(step_name)
-    if active:
+    _drop(drive, active)
+    return _enter(workflow, step_name, drive._now())
+
+
+def _drop(drive: GenevaDrive, active: StepExecution | None) -> None:
+    if active and active.state != IN_PROGRESS:  # which records by itself what came of it
         active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
+
+
+def _enter(workflow: Workflow, step_name: str, due: datetime) -> StepExecution:
+    """Schedule a new execution and make the workflow stand at it."""
     number = workflow.execution_count + 1
-    execution = StepExecution._schedule(workflow, number, step_name, drive._now())
     workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None)
-    return execution
+    return StepExecution._schedule(workflow, number, step_name, due)
 
 
 # ==== Executions: one row for each attempt at a step ==================================================================
