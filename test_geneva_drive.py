@@ -5,19 +5,27 @@ Crashes, races and duplicates come first. The servers are started by conftest.py
 
 import asyncio
 import contextlib
+import csv
 import logging
+import mailbox
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import threading
 import time
 import unittest
 import uuid
+from collections import Counter
 from datetime import datetime, timedelta, timezone
+from email.utils import parseaddr
 from pathlib import Path
 from queue import Empty
 
@@ -32,7 +40,7 @@ import geneva_drive as gd
 from conftest import SERVERS
 from geneva_drive import ExceptionPolicy, GenevaDrive, StepExecution, Workflow, cancel_if, on_exception, step
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 START = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 fork = multiprocessing.get_context("fork")
 
@@ -246,9 +254,7 @@ class Quick(Workflow):
         did("three")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Races, duplicates and crashes
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Races, duplicates and crashes ===================================================================================
 
 
 def _create_rounds(number, url, hero_ids, barrier, results):
@@ -305,33 +311,28 @@ def _execute(number, url, execution_id, barrier, results):
     results.put(execution.execute())
 
 
-def test_one_execution_given_to_three_processes_runs_once(database, drive, hero):
-    for _ in range(10):
-        workflow = Quick.create(hero=hero, allow_multiple=True)
-        execution = scheduled(workflow)
-        database.peewee.close()
-        results = in_processes(3, _execute, database.url, execution.id, fork.Barrier(3))
-        assert sorted(results) == [False, False, True]
-    assert effects() == ["one"] * 10
+def test_one_execution_given_to_six_threads_and_three_processes_at_once_runs_once(database, db, drive, hero):
+    def run(execution_id, barrier, results):
+        execution = StepExecution.get_by_id(execution_id)
+        barrier.wait(timeout=60)
+        results.append(execution.execute())
+        db.close()
 
-
-def test_one_execution_given_to_six_threads_runs_once(db, drive, hero):
     for _ in range(10):
         execution = scheduled(Quick.create(hero=hero, allow_multiple=True))
-        barrier, results = threading.Barrier(6), []
-
-        def run(execution=execution, barrier=barrier, results=results):
-            mine = StepExecution.get_by_id(execution.id)
-            barrier.wait(timeout=60)
-            results.append(mine.execute())
-            db.close()
-
-        threads = [threading.Thread(target=run) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(results) == [False] * 5 + [True]
+        db.close()
+        barrier, results, here = fork.Barrier(9), fork.Queue(), []
+        processes = [
+            fork.Process(target=_execute, args=(number, database.url, execution.id, barrier, results))
+            for number in range(3)
+        ]
+        threads = [threading.Thread(target=run, args=(execution.id, barrier, here)) for _ in range(6)]
+        for each in processes + threads:
+            each.start()
+        there = [results.get(timeout=60) for _ in processes]
+        for each in processes + threads:
+            each.join()
+        assert sorted(here + there) == [False] * 8 + [True]
     assert effects() == ["one"] * 10
 
 
@@ -499,12 +500,10 @@ def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(driv
     assert history(workflow) == [("work", "completed", "success")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it costs
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== What it costs ===================================================================================================
 
 
-class Counter:
+class Costs:
     """Counts the statements and transactions of a database."""
 
     def __init__(self, db, monkeypatch):
@@ -529,8 +528,8 @@ class Counter:
 def test_claiming_a_queued_step_is_one_transaction(db, drive, hero, monkeypatch):
     workflow = Quick.create(hero=hero)
     execution = scheduled(workflow)
-    counter = Counter(db, monkeypatch)
-    attempt, statements, transactions = counter.of(lambda: gd._Attempt.claim(drive, execution.id, due_only=True))
+    costs = Costs(db, monkeypatch)
+    attempt, statements, transactions = costs.of(lambda: gd._Attempt.claim(drive, execution.id, due_only=True))
     assert attempt.execution.state == "in_progress"
     assert (len(statements), transactions) == (3, 1)
 
@@ -539,9 +538,9 @@ def test_ending_a_step_and_claiming_the_next_is_one_transaction_of_four_statemen
     workflow = Quick.create(hero=hero)
     attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
     assert attempt.workflow.hero == hero
-    counter = Counter(db, monkeypatch)
+    costs = Costs(db, monkeypatch)
     verdict = gd._Verdict("step", "return")
-    following, statements, transactions = counter.of(lambda: attempt._record(verdict, lambda: True))
+    following, statements, transactions = costs.of(lambda: attempt._record(verdict, lambda: True))
     assert following.execution.step_name == "two"
     assert (len(statements), transactions) == (4, 1)
 
@@ -549,8 +548,8 @@ def test_ending_a_step_and_claiming_the_next_is_one_transaction_of_four_statemen
 def test_ending_a_step_before_a_wait_is_one_transaction_of_four_statements(db, drive, hero, monkeypatch):
     workflow = Plain.create(hero=hero)
     attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
-    counter = Counter(db, monkeypatch)
-    _, statements, transactions = counter.of(lambda: attempt._record(gd._Verdict("step", "return")))
+    costs = Costs(db, monkeypatch)
+    _, statements, transactions = costs.of(lambda: attempt._record(gd._Verdict("step", "return")))
     assert (len(statements), transactions) == (4, 1)
     assert messages(drive)[-1] == scheduled(workflow).id
 
@@ -560,22 +559,20 @@ def test_an_interruption_costs_three_statements_more_at_most(db, drive, hero, mo
     workflow = Plain.create(hero=hero)
     attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
     getattr(reload(workflow), call)()
-    counter = Counter(db, monkeypatch)
-    _, statements, transactions = counter.of(lambda: attempt._record(gd._Verdict("step", "return"), lambda: True))
+    costs = Costs(db, monkeypatch)
+    _, statements, transactions = costs.of(lambda: attempt._record(gd._Verdict("step", "return"), lambda: True))
     assert len(statements) <= 7
     assert transactions == 1
 
 
 def test_creating_a_workflow_is_one_transaction_of_three_statements(db, drive, hero, monkeypatch):
-    counter = Counter(db, monkeypatch)
-    workflow, statements, transactions = counter.of(lambda: Plain.create(hero=hero))
+    costs = Costs(db, monkeypatch)
+    workflow, statements, transactions = costs.of(lambda: Plain.create(hero=hero))
     assert (len(statements), transactions) == (3, 1)
     assert messages(drive) == [scheduled(workflow).id]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Starting ========================================================================================================
 
 
 def test_a_new_workflow_is_ready_and_its_first_step_is_queued(drive, clock, hero):
@@ -865,9 +862,7 @@ def test_a_stale_instance_cannot_turn_back_the_state(drive, hero):
     assert reload(workflow).state == "canceled"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a step does, and what is recorded of it
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== What a step does, and what is recorded of it ====================================================================
 
 
 def _raise(error):
@@ -1305,9 +1300,7 @@ def test_a_queue_that_a_deploy_took_away_gives_way_to_the_default_one(db, drive,
     assert "'premium', which this drive does not have" in caplog.text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Policies
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Policies ========================================================================================================
 
 
 def test_the_wait_doubles_up_to_ten_minutes_with_jitter():
@@ -1414,9 +1407,7 @@ def test_report_says_when_the_error_leaves_the_task(drive, hero, action, report)
     assert len(history(workflow)) >= 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calls from outside
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Calls from outside ==============================================================================================
 
 CALLS = ["cancel", "pause", "skip", "resume", "resume_at", "reattempt", "finish"]
 
@@ -1613,9 +1604,7 @@ def test_calls_work_inside_a_transaction_of_the_caller_and_are_rolled_back_with_
     assert reload(workflow).state == "canceled"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a deploy may take away
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== What a deploy may take away =====================================================================================
 
 
 def test_a_workflow_whose_class_is_gone_stays_scheduled_and_can_be_canceled(drive, clock, hero, caplog):
@@ -1670,9 +1659,7 @@ def test_a_paused_workflow_whose_step_is_gone_goes_on_with_another(drive, hero, 
     assert (row.state, effects()) == ("finished", ["three"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Queries and rows
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Queries and rows ================================================================================================
 
 
 class Animal(Workflow):
@@ -1812,9 +1799,7 @@ def test_the_logger_says_what_a_line_is_about(drive, hero, caplog):
     assert (record.workflow_id, record.step_name, record.more) == (workflow.id, "one", 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Definitions
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Definitions =====================================================================================================
 
 
 def names(cls):
@@ -2010,9 +1995,7 @@ def test_of_classes_local_to_functions_the_latest_wins():
     assert gd._workflow_classes["Local"] is latest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The drive, its settings and its tables
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The drive, its settings and its tables ==========================================================================
 
 
 @pytest.mark.parametrize(
@@ -2165,9 +2148,7 @@ def test_an_applications_own_task_and_schedule_tables_are_left_alone(db, drive, 
     assert not {"task", "schedule", "kv", "counter"} & set(db.get_tables())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Housekeeping
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Housekeeping ====================================================================================================
 
 
 def test_housekeeping_deletes_what_is_over_long_since_in_batches(drive, clock, helpers):
@@ -2246,9 +2227,7 @@ def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, c
     assert reload(workflows[2]).state == "ready"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Consumers: real processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Consumers: real processes =======================================================================================
 
 APP = """
 import os, sys, time
@@ -2508,9 +2487,7 @@ def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Help for tests
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Help for tests ==================================================================================================
 
 
 def test_the_helpers_work_inside_a_tests_own_transaction(db, drive, hero, helpers):
@@ -2592,3 +2569,178 @@ class TestWithUnittest(gd.TestHelpers, unittest.TestCase):
 def test_the_mixin_itself_is_not_collected():
     assert gd.TestHelpers.__test__ is False
     assert TestWithUnittest.__test__ is True
+
+
+# ==== Examples and README =============================================================================================
+
+
+def test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once(tmp_path):
+    command = [HERE / "examples" / "signup.py", "--seconds-per-day", "0.4"]
+
+    def start():
+        return python(*command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    # Each run is killed once it has shown some more lines: in the import, among the welcomes, in the waits.
+    for lines in (1, 2, 3, 4):
+        process = start()
+        for _ in range(lines):
+            process.stdout.readline()
+        process.kill()
+        process.communicate()
+    finished, _ = start().communicate(timeout=120)
+    assert "stopped before the end" not in finished
+    again, _ = start().communicate(timeout=120)
+    assert "nothing left to do" in again
+    with contextlib.closing(sqlite3.connect(tmp_path / "signup.db")) as db:
+        workflows = dict(db.execute("select hero_id, state from geneva_drive_workflows").fetchall())
+        people = db.execute("select id, email, status from person").fetchall()
+    with (HERE / "examples" / "people.csv").open(encoding="utf-8", newline="") as file:
+        assert sorted(email for _, email, _ in people) == sorted({row["email"].lower() for row in csv.DictReader(file)})
+    assert workflows == {str(person): "canceled" if status == "closed" else "finished" for person, _, status in people}
+    mails = {"subscribed": 3, "unsubscribed": 2, "closed": 0}
+    expected = Counter({email: mails[status] for _, email, status in people if mails[status]})
+    with contextlib.closing(mailbox.Maildir(tmp_path / "signup.maildir")) as maildir:
+        sent = list(maildir)
+    assert Counter(parseaddr(message["To"])[1] for message in sent) == expected
+    assert len({message["Message-ID"] for message in sent}) == len(sent)
+
+
+def test_the_signup_example_names_file_and_line_of_a_malformed_row(tmp_path):
+    (tmp_path / "people.csv").write_text(
+        "name,email,plan,status\nAda,ada@example.com,free,subscribed\nBob,bob,free,x\n"
+    )
+    command = (HERE / "examples" / "signup.py", "people.csv")
+    process = python(*command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "people.csv:3: 'bob' is not a valid email" in errors
+    assert not (tmp_path / "signup.db").exists()
+
+
+@pytest.mark.parametrize("queue", ["sqlite", "redis"])
+def test_the_two_processes_example_shares_its_workflows(servers, tmp_path, queue):
+    env = {"REDIS_URL": servers.redis()} if queue == "redis" else {}
+    shutil.copy(HERE / "examples" / "two_processes" / "app.py", tmp_path)
+    consumer = python("-m", "huey.bin.huey_consumer", "app.huey", "-w", "2", "-m", "0.2", "-q", cwd=tmp_path, env=env)
+    try:
+        application = python("app.py", "3", cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        output, _ = application.communicate(timeout=60)
+        assert "all orders are shipped" in output
+        with contextlib.closing(sqlite3.connect(tmp_path / "orders.db")) as db:
+            rows = db.execute('select charged_by, shipped_by from "order"').fetchall()
+        assert rows == [(consumer.pid, consumer.pid)] * 3
+    finally:
+        consumer.kill()
+        consumer.wait()
+
+
+def test_the_readmes_programs_run(tmp_path):
+    program, steps, unit_test = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "app.py").write_text(program)
+    (tmp_path / "steps.py").write_text(steps)
+    (tmp_path / "test_app.py").write_text(unit_test)
+    for arguments, expected in (
+        (["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n"),
+        (["-c", "import steps; print(*(step.name for step in steps.PaymentWorkflow.steps))"], "charge book ask_for_"),
+        (["-m", "unittest", "-q", "test_app"], "welcome, ada@example.com"),
+    ):
+        process = python("-W", "error", *arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert output.startswith(expected)
+
+
+def test_the_readmes_first_two_commands_are_those_of_a_fresh_clone():
+    first, second = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[:2]
+    assert first.startswith("python3 -m venv .venv && ")
+    assert first.endswith("examples/signup.py\n")
+    assert second.startswith("python3 -m venv .venv && ")
+    assert second.endswith("-m pytest\n")
+
+
+# ==== Packaging: the schema file is found beside the module, however the library was installed ========================
+
+TRY_THE_TABLES = """
+import sqlite3
+from peewee import SqliteDatabase
+from {module} import SCHEMA_FILE, GenevaDrive
+
+assert SCHEMA_FILE.exists(), SCHEMA_FILE
+database = SqliteDatabase("app.db")
+GenevaDrive(database).create_tables()
+assert "geneva_drive_one_ongoing_workflow" in [index.name for index in database.get_indexes("geneva_drive_workflows")]
+print(SCHEMA_FILE.resolve())
+"""
+
+
+def run(*command, cwd):
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def schema_file_taken(python, cwd, module="geneva_drive"):
+    """The schema file that a Python, started in a folder, makes the tables with."""
+    cwd.mkdir(exist_ok=True)
+    return Path(run(python, "-c", TRY_THE_TABLES.format(module=module), cwd=cwd))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the project, for building leaves litter."""
+    litter = shutil.ignore_patterns(".git", ".venv", ".*cache", "__pycache__", "build", "dist", "*.egg-info")
+    return Path(shutil.copytree(HERE, tmp_path_factory.mktemp("source") / "geneva_drive", ignore=litter))
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    """A folder with the sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def fresh_python(tmp_path):
+    """The Python of a new virtual environment that borrows this one's packages, so that nothing is downloaded."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    own_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
+    # What is borrowed is searched last, and the .pth files in it, as editable installs make them, are not followed.
+    Path(own_packages, "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def pip_install(python, *what):
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    run(python, "-m", "pip", "--disable-pip-version-check", "install", *offline, *what, cwd=python.parent)
+
+
+def test_the_wheel_brings_the_schema_file(built, fresh_python, tmp_path):
+    (wheel,) = built.glob(f"geneva_drive-{gd.__version__}-py3-none-any.whl")
+    pip_install(fresh_python, wheel)
+    taken = schema_file_taken(fresh_python, cwd=tmp_path / "elsewhere")
+    assert taken.is_relative_to(tmp_path / "venv")
+    assert taken.read_bytes() == gd.SCHEMA_FILE.read_bytes()
+
+
+def test_the_sdist_brings_what_the_tests_need(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    examples = {str(path.relative_to(HERE)) for path in (HERE / "examples").rglob("*.py")}
+    assert {"conftest.py", "test_geneva_drive.py", "pyproject.toml", "README.md", "LICENSE", *examples} <= names
+
+
+def test_an_editable_install_takes_the_schema_file_of_the_source(source, fresh_python, tmp_path):
+    pip_install(fresh_python, "--editable", source)
+    assert schema_file_taken(fresh_python, cwd=tmp_path / "elsewhere") == source / "geneva_drive_schema.sql"
+
+
+def test_a_vendored_copy_takes_the_schema_file_at_its_side(tmp_path):
+    vendor = tmp_path / "myapp" / "vendor"
+    vendor.mkdir(parents=True)
+    for file in (Path(gd.__file__), gd.SCHEMA_FILE):
+        shutil.copy(file, vendor)
+    taken = schema_file_taken(sys.executable, cwd=tmp_path, module="myapp.vendor.geneva_drive")
+    assert taken == vendor / "geneva_drive_schema.sql"
