@@ -226,9 +226,6 @@ class WorkflowNotDefinedError(GenevaDriveError, LookupError):
 class TransactionLeftOpenError(GenevaDriveError):
     """A step's body began a transaction and did not end it."""
 
-    def __init__(self, step_name: str) -> None:
-        super().__init__(f"the step {step_name} left a transaction open; it was rolled back: use db.atomic()")
-
 
 class _FlowControl(BaseException):
     """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
@@ -272,10 +269,7 @@ def _utcnow() -> datetime:
 
 
 def _duration(value: object) -> timedelta:
-    """A timedelta or a number of seconds, never negative, as a timedelta.
-
-    :raises ValueError: if it is something else; the text says what is wrong with it.
-    """
+    """A timedelta or a number of seconds, never negative, as a timedelta; else a ValueError says what is wrong."""
     if _is_number(value):
         with contextlib.suppress(OverflowError):
             value = timedelta(seconds=float(cast(float, value)))
@@ -603,10 +597,7 @@ def _step_policy(where: str, options: dict[str, Any]) -> ExceptionPolicy | None:
 
 
 def _checked_options(options: Any, where: str) -> dict[str, Any]:
-    """Huey's options for steps, if they are sound.
-
-    :raises StepConfigurationError: if they are not.
-    """
+    """Huey's options for steps, if they are sound; else a StepConfigurationError says what is wrong."""
     _require(isinstance(options, Mapping), where, f'must be a dict such as {{"queue": "premium"}}, not {options!r}')
     for key, value in options.items():
         _require(key in ("queue", "priority"), where, f"unknown option {key!r}: use queue or priority")
@@ -699,11 +690,7 @@ class _UtcField(_DialectField, peewee.DateTimeField):
 
 
 def _dump_json(value: Any) -> str:
-    """`value`, a JSON object, as text.
-
-    :raises TypeError: if it is not a dict with text keys, or holds what JSON cannot say.
-    :raises ValueError: if it is too large, or holds a number that is not finite.
-    """
+    """`value`, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
     try:
@@ -747,10 +734,7 @@ def _hero_type(model: type[Model]) -> str:
 
 
 def _hero_model(hero_type: str) -> type[Model] | None:
-    """The model called `hero_type`, or None if there is none.
-
-    :raises ConfigurationError: if there are several.
-    """
+    """The model called `hero_type`, or None; several are a ConfigurationError."""
     if hero_type in _hero_models:
         return _hero_models[hero_type]
     found: list[type[Model]] = []
@@ -768,11 +752,7 @@ def _hero_model(hero_type: str) -> type[Model] | None:
 
 
 def _hero_key(hero: Any) -> tuple[str, str]:
-    """The type and id under which a workflow knows its hero.
-
-    :raises TypeError: if it is not an instance of a model with a primary key of one column.
-    :raises ValueError: if it is not saved, or its id cannot be stored on every database.
-    """
+    """The type and id under which a workflow knows its hero; else a TypeError or a ValueError says what is wrong."""
     if not isinstance(hero, Model):
         raise TypeError(f"a hero must be a saved instance of a Peewee model, not {hero!r}")
     model = type(hero)
@@ -1155,7 +1135,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def hero(self) -> Any:
         """The row that the workflow is about, read once per instance; None if it is gone or there is none."""
         if "_hero" not in self.__dict__:
-            self._hero = self._load_hero()
+            model = self.hero_type and _hero_model(self.hero_type)
+            key = model._meta.primary_key if model else None
+            value = uuid.UUID(self.hero_id) if isinstance(key, peewee.BinaryUUIDField) else self.hero_id
+            self._hero = model.get_or_none(key == value) if model else None
         return self._hero
 
     @property
@@ -1163,15 +1146,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The executions in their order: a query of :class:`StepExecution`."""
         return StepExecution.select().where(StepExecution.workflow == self.id).order_by(StepExecution.number)
 
-    @property
-    def previous_step_name(self) -> str | None:
-        """The step declared before the current one."""
-        return self._neighbour(-1)
-
-    @property
-    def next_step_name(self) -> str | None:
-        """The step declared after the current one."""
-        return self._neighbour(+1)
+    previous_step_name = property(lambda self: self._neighbour(-1), doc="The step declared before the current one.")
+    next_step_name = property(lambda self: self._neighbour(+1), doc="The step declared after the current one.")
 
     @property
     def idempotency_key(self) -> str:
@@ -1205,14 +1181,6 @@ class Workflow(_Record, metaclass=_WorkflowType):
         place = names.index(self.current_step_name) + offset
         return names[place] if 0 <= place < len(names) else None
 
-    def _load_hero(self) -> Model | None:
-        model = self.hero_type and _hero_model(self.hero_type)
-        if not model:
-            return None
-        key = model._meta.primary_key
-        value = uuid.UUID(self.hero_id) if isinstance(key, peewee.BinaryUUIDField) else self.hero_id
-        return model.get_or_none(key == value)
-
     def _undefined(self) -> str | None:
         """Why the workflow cannot run in this process, if it cannot: its class or its hero's model is not there."""
         if self.type not in _workflow_classes:
@@ -1224,10 +1192,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return None
 
     def _definition(self, step_name: str | None) -> StepDefinition:
-        """
-        :raises WorkflowNotDefinedError: if the class is not there.
-        :raises StepNotDefinedError: if the class has no such step.
-        """
+        """A step of the workflow's class; else a WorkflowNotDefinedError or a StepNotDefinedError."""
         if self.type not in _workflow_classes:
             raise WorkflowNotDefinedError(self)
         for definition in self.steps:
@@ -1450,7 +1415,7 @@ class StepExecution(_Record):
     def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **counts: int) -> StepExecution:
         """Insert a scheduled execution and queue it."""
         drive = _drive()
-        queued = {"state": SCHEDULED, "enqueued_at": drive._now(), "job_id": str(uuid.uuid4())}
+        queued = {"state": SCHEDULED, "enqueued_at": drive._now(), "job_id": _job_id(drive._now())}
         execution = cls._insert(workflow, number, step_name, due, **queued, **counts)
         drive._enqueue([execution], drive._route(workflow, step_name))
         return execution
@@ -1463,7 +1428,7 @@ class StepExecution(_Record):
         same = {"number": 1, "step_name": first.name, "state": SCHEDULED, "scheduled_for": now + first.wait}
         same.update(enqueued_at=now, created_at=now)
         ids = [workflow.id for workflow in workflows]
-        cls.insert_many([{**same, "workflow": each, "job_id": str(uuid.uuid4())} for each in ids]).execute()
+        cls.insert_many([{**same, "workflow": each, "job_id": _job_id(now)} for each in ids]).execute()
         executions = list(cls.select().where(cls.workflow.in_(ids)))
         drive._enqueue(executions, drive._route(workflows[0], first.name))
 
@@ -1574,10 +1539,7 @@ class _Attempt:
     # -- performing -------------------------------------------------------------------------------------------------
 
     def _perform(self, definition: StepDefinition) -> _Verdict:
-        """Run the step.
-
-        :raises BaseException: whatever the body raised.
-        """
+        """Run the step; raises whatever its body raised."""
         db = self.drive._db
         if not db.in_transaction():
             return self._perform_checked(definition)
@@ -1602,7 +1564,8 @@ class _Attempt:
         finally:
             left_open = self.drive._roll_back_to(depth)
         if left_open:
-            raise TransactionLeftOpenError(self.execution.step_name)
+            problem = "left a transaction open; it was rolled back: use db.atomic()"
+            raise TransactionLeftOpenError(f"the step {self.execution.step_name} {problem}")
         if _dump_json(self.workflow.context) != self.saved_context:
             verdict = replace(verdict, context=self.workflow.context)
         return verdict
@@ -1661,7 +1624,7 @@ class _Attempt:
     def _record(self, verdict: _Verdict, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
         """Commit the outcome and what follows it: the next execution, claimed already if it may run on.
 
-        :raises _ClaimLost: if the execution is not ours any more; nothing is written.
+        Raises _ClaimLost, and writes nothing, if the execution is not ours any more.
         """
         before = self.workflow.state
         run_on = not verdict.surfaces and may_run_on()
@@ -1932,11 +1895,9 @@ class GenevaDrive:
         if db.is_closed():
             return False
         left_open = db.transaction_depth() > depth
-        while db.transaction_depth() > max(depth, 0) and left_open:
-            if depth:
-                db.pop_transaction()  # it lived inside the caller's, which is not ours to roll back
-            else:
-                db.session_rollback()
+        while db.transaction_depth() > depth:
+            # Inside a transaction of the caller's, it is not ours to roll back.
+            db.pop_transaction() if depth else db.session_rollback()
         if not depth and _is_in_transaction(db.connection()):
             left_open = True
             db.rollback()
@@ -1947,6 +1908,11 @@ class GenevaDrive:
         if not self._db.in_transaction() and not self._db.is_closed() and not self._db.is_connection_usable():
             with contextlib.suppress(peewee.PeeweeException):
                 self._db.close()
+
+    def _close_own_connection(self) -> None:
+        """A worker that ends takes its connection along."""
+        if not _is_in_memory(self._db):
+            self._db.close()
 
     def _after_fork_in_child(self) -> None:
         """A forked process must not share its parent's connection, nor believe that its threads came along."""
@@ -2003,23 +1969,19 @@ class GenevaDrive:
     # -- the queues -------------------------------------------------------------------------------------------------
 
     def _checked_queues(self, huey: Any, queues: Any) -> dict[str, Huey]:
+        embedded = functools.partial(Huey, results=False, storage_class=_EmbeddedStorage, drive=self)
         if huey is not None and not isinstance(huey, Huey):
             raise ConfigurationError(f"huey must be a Huey instance, not {huey!r}")
-        found = {DEFAULT_QUEUE: self._embedded_huey(DEFAULT_QUEUE) if huey is None else huey}
-        if queues is None:
-            queues = {}
-        if isinstance(queues, str) or not isinstance(queues, Iterable):
+        if isinstance(queues, str) or not isinstance(queues or (), Iterable):
             raise ConfigurationError(f"queues must be a dict of names and Hueys or a list of names, not {queues!r}")
-        for name in queues:
+        found = {DEFAULT_QUEUE: embedded(DEFAULT_QUEUE) if huey is None else huey}
+        for name in queues or ():
             if not _is_name(name) or name == DEFAULT_QUEUE:
                 raise ConfigurationError(f"queues: a name must be text other than {DEFAULT_QUEUE!r}, not {name!r}")
-            found[name] = queues[name] if isinstance(queues, Mapping) else self._embedded_huey(name)
+            found[name] = queues[name] if isinstance(queues, Mapping) else embedded(name)
             if not isinstance(found[name], Huey):
                 raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
         return found
-
-    def _embedded_huey(self, name: str) -> Huey:
-        return Huey(name, results=False, storage_class=_EmbeddedStorage, drive=self)
 
     def _register(self, name: str, huey: Huey) -> Any:
         """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
@@ -2029,6 +1991,7 @@ class GenevaDrive:
         periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
         huey._geneva_drive_tasks = (perform, periodic)
         huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
+        huey.on_shutdown("geneva_drive")(self._close_own_connection)
         create_consumer = type(huey).create_consumer
 
         def remembering(**options: Any) -> Consumer:
@@ -2068,7 +2031,7 @@ class GenevaDrive:
             )
 
     def _enqueue_again(self, execution: StepExecution, route: _Route) -> None:
-        execution._write(enqueued_at=self._now(), job_id=str(uuid.uuid4()))
+        execution._write(enqueued_at=self._now(), job_id=_job_id(self._now()))
         self._enqueue([execution], route)
 
     def _enqueue(self, executions: list[StepExecution], route: _Route) -> None:
@@ -2124,10 +2087,11 @@ class GenevaDrive:
                 raise UnknownQueueError("run()", name, self.queues)
         if not _is_int(workers) or workers < 1:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
-        stop = threading.Event()
-        consumers = [self._quick_consumer(name, workers) for name in names]
-        with _stop_signals(stop):
+        quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
+        consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
+        with _stop_signals() as stop:
             for consumer in consumers:
+                consumer._set_signal_handlers = lambda: None  # ours stop all of them
                 consumer.start()
             try:
                 checked = time.monotonic()
@@ -2138,16 +2102,9 @@ class GenevaDrive:
                             consumer.check_worker_health()
             finally:
                 for consumer in consumers:
-                    consumer.stop_flag.set()
+                    consumer.stop()
                 for consumer in consumers:
                     consumer.stop(graceful=True)
-
-    def _quick_consumer(self, queue: str, workers: int) -> Consumer:
-        consumer = self.queues[queue].create_consumer(
-            workers=workers, initial_delay=0.02, backoff=1.2, max_delay=0.2, scheduler_interval=1
-        )
-        consumer._set_signal_handlers = lambda: None  # run() has its own: they stop all of its consumers
-        return consumer
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
@@ -2227,39 +2184,64 @@ class GenevaDrive:
         return _Verdict("death", action)
 
     def _recover_scheduled(self) -> int:
-        """Queue again, once per threshold, what is overdue: its message may be lost."""
-        cutoff = self._now() - self.stuck_scheduled_threshold
+        """Queue again, once per threshold, what is overdue and was lost on the way; not what a queue is behind with."""
+        progress = {name: self._progress(name) for name in self.queues}
+        latest = max(reached for reached, _ in progress.values()) - self.stuck_scheduled_threshold
         is_ready = Workflow.select(SQL("1")).where((Workflow.id == StepExecution.workflow) & (Workflow.state == READY))
         overdue = (
             SQL(f"t1.state = '{SCHEDULED}'")
-            & (StepExecution.scheduled_for < cutoff)
-            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at < cutoff))
+            & (StepExecution.scheduled_for <= latest)
+            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= latest))
             & peewee.fn.EXISTS(is_ready)
         )
-        total = 0
+        recovered, last_id = 0, 0
         while True:
-            recovered = self._transact(lambda: self._requeue_batch(overdue))
-            total += recovered
-            if recovered < self.housekeeping_batch_size:
-                return total
+            query = StepExecution.select().where(overdue & (StepExecution.id > last_id))
+            query = query.order_by(StepExecution.id).limit(self.housekeeping_batch_size)
+            requeued, seen, last_id = self._transact(functools.partial(self._requeue_batch, query, progress))
+            recovered += requeued
+            if seen < self.housekeeping_batch_size:
+                return recovered
 
-    def _requeue_batch(self, overdue: Any) -> int:
-        query = StepExecution.select().where(overdue).limit(self.housekeeping_batch_size)
+    def _requeue_batch(self, query: Any, progress: Mapping[str, tuple[datetime, float]]) -> tuple[int, int, int]:
         # The lock makes a second sweep wait, and then see that these are queued.
         executions = list(query.for_update() if self._db.for_update else query)
-        routes: dict[_Route, list[StepExecution]] = {}
-        workflows = {
-            workflow.id: workflow
-            for workflow in Workflow.select().where(Workflow.id.in_([each.workflow_id for each in executions]))
-        }
+        ids = [each.workflow_id for each in executions]
+        workflows = {workflow.id: workflow for workflow in Workflow.select().where(Workflow.id.in_(ids))}
+        lost: dict[_Route, list[StepExecution]] = {}
         for execution in executions:
             route = self._route(workflows[execution.workflow_id], execution.step_name)
-            routes.setdefault(route, []).append(execution)
-        ids = [execution.id for execution in executions]
-        StepExecution.update(enqueued_at=self._now()).where(StepExecution.id.in_(ids)).execute()
-        for route, batch in routes.items():
+            reached, priority = progress[route[0]]
+            queued_for = max(execution.scheduled_for, execution.enqueued_at or execution.scheduled_for)
+            if (route[1] or 0) >= priority and queued_for <= reached - self.stuck_scheduled_threshold:
+                lost.setdefault(route, []).append(execution)
+        for route, batch in lost.items():
+            job_id, now = _job_id(self._now()), self._now()
+            mine = StepExecution.id.in_([each.id for each in batch])
+            StepExecution.update(enqueued_at=now, job_id=job_id).where(mine).execute()
+            for each in batch:
+                each.__data__["job_id"] = job_id
             self._enqueue(batch, route)
-        return len(executions)
+        return sum(map(len, lost.values())), len(executions), executions[-1].id if executions else 0
+
+    def _progress(self, queue: str) -> tuple[datetime, float]:
+        """How far a queue has come: what was in it before this moment, with this priority or a higher one, is gone.
+
+        That is the moment for which its first message was queued; now, if there is none. Where a backlog of hours is
+        worked off, everything in it is overdue, and queuing it again each minute would make it longer and longer.
+        """
+        huey, reached, priority = self.queues[queue], self._now(), -math.inf
+        ours = self._tasks[queue].task_class
+        try:
+            pending = next((task for task in huey.pending(limit=100) if isinstance(task, ours)), None)
+            waiting = next((task for task in huey.scheduled(limit=100) if isinstance(task, ours)), None)
+            for task in filter(None, (pending, waiting)):
+                due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
+                reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
+        except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
+            logger.exception("the queue %s cannot be read and is taken to be empty", queue)
+            return self._now(), priority
+        return reached, (pending.priority or 0) if pending else priority
 
     def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
         """Tell of a transition once it is committed."""
@@ -2267,6 +2249,15 @@ class GenevaDrive:
             return
         logger.info("%s: %s -> %s", workflow._label, old or "new", new)
         self._after_commit(lambda: workflow_transitioned.send(workflow, old, new))
+
+
+def _job_id(moment: datetime) -> str:
+    """A unique id for a message; it begins with the time at which it was queued, in microseconds since 1970."""
+    return f"{int(moment.timestamp() * 1_000_000)}-{uuid.uuid4().hex}"
+
+
+def _queued_at(job_id: str) -> datetime:
+    return datetime.fromtimestamp(int(job_id.partition("-")[0]) / 1_000_000, timezone.utc)
 
 
 def _is_transient(error: peewee.DatabaseError) -> bool:
@@ -2305,20 +2296,19 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `stop`, the second one interrupt; in the main thread, where signals arrive."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, the second one interrupting; in the main thread, where signals arrive."""
+    stop = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2419,10 +2409,7 @@ SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 
 
 def _schema_statements(section: str) -> list[str]:
-    """The statements of one section of the schema file, comments removed.
-
-    :raises GenevaDriveError: if the file is not beside the module, or has no such section.
-    """
+    """The statements of one section of the schema file, comments removed."""
     try:
         text = SCHEMA_FILE.read_text(encoding="utf-8")
     except FileNotFoundError as error:

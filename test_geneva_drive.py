@@ -1616,6 +1616,7 @@ def test_a_workflow_whose_class_is_gone_stays_scheduled_and_can_be_canceled(driv
     assert "'GoneSince', which no class defines" in caplog.text
     assert (reload(gone).state, history(gone)) == ("ready", [("one", "scheduled", None)])
     clock.forward(minutes=5)
+    drive.huey.flush()
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
     gone.pause()
     for call in (gone.resume, gone.skip):
@@ -2185,9 +2186,68 @@ def test_housekeeping_queues_again_what_is_overdue_once_per_threshold(drive, clo
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 5
     assert messages(drive) == sorted(scheduled(each).id for each in due)
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    drive.huey.flush()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
     clock.forward(seconds=61)
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 5
     assert scheduled(paused).execute() is False
+
+
+@pytest.mark.parametrize("outside", [None, "memory", "redis", "priorities"])
+def test_housekeeping_leaves_alone_what_a_queue_is_behind_with(db, drive, servers, outside):
+    make = {
+        None: lambda: None,
+        "memory": lambda: MemoryHuey("behind", results=False),
+        "redis": lambda: RedisHuey("behind", url=servers.redis(), results=False),
+        "priorities": lambda: PriorityRedisHuey("behind_too", url=servers.redis(), results=False),
+    }
+    drive = GenevaDrive(db, huey=make[outside](), clock=Clock())
+    drive.huey.flush()
+    workflows = []
+    for _ in range(6):
+        workflows.append(Plain.create(hero=User.create()))
+        drive.clock.forward(minutes=10)
+    for _ in range(3):
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+        drive.clock.forward(minutes=10)
+    lost = [drive.huey.dequeue().args[0] for _ in range(2)]
+    assert lost == [scheduled(each).id for each in workflows[:2]]
+    # The queue's first message is ten minutes younger than the second of the lost ones.
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    assert messages(drive) == sorted(scheduled(each).id for each in workflows)
+    for _ in workflows:
+        drive.huey.execute(drive.huey.dequeue())
+    assert effects() == ["one"] * 6
+
+
+def test_what_waits_behind_a_higher_priority_is_not_taken_for_lost(db, drive):
+    class Urgent(Workflow):
+        @step(options={"priority": 5})
+        def one(self):
+            pass
+
+    drive = GenevaDrive(db, clock=Clock())
+    Plain.create(hero=User.create())
+    drive.clock.forward(minutes=10)
+    Urgent.create(hero=User.create())
+    drive.clock.forward(minutes=10)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    drive.huey.dequeue()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    drive.clock.forward(minutes=10)
+    drive.huey.dequeue()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
+
+
+def test_a_schedule_that_is_behind_is_not_taken_for_lost(db, drive, clock):
+    workflow = Plain.create(hero=User.create())
+    scheduled(workflow).execute()
+    drive.huey.storage.flush_queue()
+    clock.forward(days=3)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    drive.huey.flush()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
 
 
 def test_two_sweeps_at_once_recover_each_execution_once(database, db, drive, clock):
@@ -2314,7 +2374,9 @@ class App:
 
     def start(self, *arguments, **env):
         with (self.folder / f"log{len(self.processes)}").open("w") as log:
-            process = python(*arguments, cwd=self.folder, env={**self.env, **env}, stdout=log, stderr=log)
+            # A session of its own: a consumer that is killed leaves its worker processes behind.
+            where = {"cwd": self.folder, "start_new_session": True}
+            process = python(*arguments, env={**self.env, **env}, stdout=log, stderr=log, **where)
         self.processes.append(process)
         return process
 
@@ -2341,7 +2403,8 @@ class App:
 
     def close(self):
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.db.close()
 
