@@ -141,6 +141,7 @@ MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
+RECORD_PATIENCE_SECONDS = 10  # for a database that restarts: a step that is done is worth some waiting
 
 # ==== Errors and events ===============================================================================================
 
@@ -1600,8 +1601,8 @@ class _Attempt:
 
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
-        if not isinstance(error, (Exception, SystemExit)):
-            # KeyboardInterrupt and its like are about the process, not about the step.
+        if not isinstance(error, (Exception, SystemExit)) or self.drive._is_connection_lost(error):
+            # KeyboardInterrupt and its like are about the process, a lost connection about the server: not the step.
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
@@ -1629,7 +1630,9 @@ class _Attempt:
         before = self.workflow.state
         run_on = not verdict.surfaces and may_run_on()
         try:
-            changes, outcome, following = self.drive._transact(lambda: self._conclude(verdict, run_on))
+            changes, outcome, following = self.drive._transact(
+                lambda: self._conclude(verdict, run_on), patience_seconds=RECORD_PATIENCE_SECONDS
+            )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         self.workflow.__data__.update(changes)
@@ -1862,21 +1865,30 @@ class GenevaDrive:
         # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
         return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
 
-    def _transact(self, work: Callable[[], T]) -> T:
-        """Run `work` in a transaction; again, if it fell to a deadlock and the transaction is ours to repeat."""
+    def _transact(self, work: Callable[[], T], patience_seconds: float = 0) -> T:
+        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
+
+        :param patience_seconds: how long to wait for a database that went away; without, a dead connection is replaced.
+        """
         if self._db.in_transaction():
             with self._begin():
                 return work()
-        for tries in range(1, TRANSACTION_TRIES + 1):
+        started, tries = time.monotonic(), 0
+        while True:
+            self._drop_dead_connection()
+            tries, is_done = tries + 1, False
             try:
                 with self._begin():
-                    return work()
-            except peewee.DatabaseError as error:
-                if tries == TRANSACTION_TRIES or not _is_transient(error):
+                    result = work()
+                    is_done = True  # what fails now is the commit, and may have succeeded all the same
+                return result
+            except peewee.PeeweeException as error:
+                is_gone = not is_done and self._is_connection_lost(error)
+                waits = time.monotonic() - started < patience_seconds
+                if not (is_gone and (tries == 1 or waits)) and not (_is_transient(error) and tries < TRANSACTION_TRIES):
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
-            time.sleep(random.uniform(0, 0.005 * 2**tries))
-        raise AssertionError("unreachable")
+            time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
 
     def _after_commit(self, work: Callable[[], object]) -> None:
         """Do something once the outermost transaction is committed; its failure must not make that one look failed."""
@@ -1891,34 +1903,37 @@ class GenevaDrive:
 
     def _roll_back_to(self, depth: int) -> bool:
         """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
-        db = self._db
-        if db.is_closed():
-            return False
-        left_open = db.transaction_depth() > depth
+        db, left_open = self._db, self._db.transaction_depth() > depth
+        is_gone = db.is_closed() or _is_dead(db.connection())
         while db.transaction_depth() > depth:
-            # Inside a transaction of the caller's, it is not ours to roll back.
-            db.pop_transaction() if depth else db.session_rollback()
-        if not depth and _is_in_transaction(db.connection()):
+            # A transaction of the caller's around it is not ours to roll back, a lost one nobody's.
+            db.pop_transaction() if depth or is_gone else db.session_rollback()
+        if not depth and not is_gone and _is_in_transaction(db.connection()):
             left_open = True
             db.rollback()
-        return left_open
+        return left_open and not is_gone
 
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
-        if not self._db.in_transaction() and not self._db.is_closed() and not self._db.is_connection_usable():
+        if not self._db.in_transaction() and not self._db.is_closed() and _is_dead(self._db.connection()):
             with contextlib.suppress(peewee.PeeweeException):
                 self._db.close()
 
+    def _is_connection_lost(self, error: BaseException) -> bool:
+        """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
+        is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
+        return is_fitting and (self._db.is_closed() or _is_dead(self._db.connection()))
+
     def _close_own_connection(self) -> None:
         """A worker that ends takes its connection along."""
-        if not _is_in_memory(self._db):
+        if not _is_private(self._db):
             self._db.close()
 
     def _after_fork_in_child(self) -> None:
         """A forked process must not share its parent's connection, nor believe that its threads came along."""
         self._heartbeat = _Heartbeat(self)
         database = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
-        if database and not _is_in_memory(database) and not database.is_closed() and not database.in_transaction():
+        if database and not _is_private(database) and not database.is_closed() and not database.in_transaction():
             _inherited_connections.append(database.connection())  # closing it would close the parent's
             database.dispose()
 
@@ -2279,8 +2294,15 @@ def _is_in_transaction(connection: Any) -> bool:
     return bool(getattr(connection, "in_transaction", False))
 
 
-def _is_in_memory(database: Database) -> bool:
-    return isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
+def _is_dead(connection: Any) -> bool:
+    """Whether a driver knows that its connection is gone; asks no server."""
+    return bool(getattr(connection, "closed", False)) or getattr(connection, "open", True) is False
+
+
+def _is_private(database: Database) -> bool:
+    """Whether a connection of another thread would be another database, or this very connection."""
+    in_memory = isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
+    return in_memory or not database.thread_safe
 
 
 _inherited_connections: list[Any] = []
@@ -2327,7 +2349,7 @@ class _Heartbeat:
     def of(self, execution_id: int) -> Iterator[None]:
         """Keep one execution alive."""
         self.beating.add(execution_id)
-        if self.thread is None and not _is_in_memory(self.drive._db):  # which other threads cannot see
+        if self.thread is None and not _is_private(self.drive._db):
             self._start()
         try:
             yield
@@ -2370,6 +2392,10 @@ def _embedded_models(database: Any) -> tuple[Any, ...]:
     return models
 
 
+def _embedded_model(place: int) -> Any:
+    return property(lambda storage: storage.drive._embedded_models[place])
+
+
 class _EmbeddedStorage(SqlStorage):
     """Enqueues in the transaction of whoever changes a workflow, and runs no SQL before it is used."""
 
@@ -2377,10 +2403,7 @@ class _EmbeddedStorage(SqlStorage):
         BaseStorage.__init__(self, name)  # SqlStorage's own wants a connected database
         self.drive = drive
 
-    KV = property(lambda self: self.drive._embedded_models[0])
-    Schedule = property(lambda self: self.drive._embedded_models[1])
-    Task = property(lambda self: self.drive._embedded_models[2])
-    Counter = property(lambda self: self.drive._embedded_models[3])
+    KV, Schedule, Task, Counter = map(_embedded_model, range(4))
 
     @property
     def database(self) -> Database:
@@ -2448,10 +2471,8 @@ class TestHelpers:
             if workflow.state not in (READY, PERFORMING):
                 return
             self.perform_next_step(workflow, raise_errors)
-        self._refresh(workflow)
-        self._assert(
-            workflow.state not in (READY, PERFORMING), workflow, f"it is not over after {max_iterations} steps"
-        )
+        is_over = Workflow.get_by_id(workflow.id).state not in (READY, PERFORMING)
+        self._assert(is_over, workflow, f"it is not over after {max_iterations} steps")
 
     def perform_next_step(self, workflow: Workflow, raise_errors: bool = True) -> None:
         """Run the scheduled step, due or not.

@@ -1063,6 +1063,62 @@ def test_a_transaction_left_open_is_rolled_back_and_an_error(db, drive, hero, wa
     assert not db.in_transaction()
 
 
+def drop_connection(db):
+    """End this thread's connection from another one, as an administrator or a restart does."""
+    is_postgresql = isinstance(db, peewee.PostgresqlDatabase)
+    (number,) = db.execute_sql("select pg_backend_pid()" if is_postgresql else "select connection_id()").fetchone()
+
+    def kill():
+        db.execute_sql("select pg_terminate_backend(%s)" if is_postgresql else "kill %s", (number,))
+        listing = (
+            "select pid from pg_stat_activity" if is_postgresql else "select id from information_schema.processlist"
+        )
+        until(lambda: (number,) not in db.execute_sql(listing).fetchall())
+        db.close()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    killer.join()
+
+
+@pytest.fixture
+def served(drive):
+    """SQLite has no connection that could be lost."""
+    return drive._dialect != "sqlite"
+
+
+@pytest.mark.parametrize("within", ["nothing", "atomic", "transactional"])
+def test_a_database_that_goes_away_in_mid_body_costs_an_attempt(db, drive, hero, served, within):
+    class Dropped(Workflow):
+        @step(transactional=within == "transactional", on_exception="cancel")
+        def one(self):
+            did("one")
+            if served and self.execution_history.count() == 1:
+                with db.atomic() if within == "atomic" else contextlib.nullcontext():
+                    drop_connection(db)
+                    did("lost")
+
+    workflow = Dropped.create(hero=hero)
+    message = scheduled(workflow).id
+    with pytest.raises((peewee.OperationalError, peewee.InterfaceError)) if served else contextlib.nullcontext():
+        drive._perform(message)
+    if served:
+        assert history(workflow) == [("one", "failed", "recovered"), ("one", "scheduled", None)]
+        drive._perform(scheduled(workflow).id)
+    assert reload(workflow).state == "finished"
+    assert effects() == ["one"] * (2 if served and within != "transactional" else 1)
+
+
+def test_a_connection_that_died_while_idle_is_replaced(db, drive, hero, served):
+    workflow = Plain.create(hero=hero)
+    message = scheduled(workflow).id
+    for call in (lambda: drive._perform(message), workflow.pause, workflow.resume, drive.housekeeping):
+        if served:
+            drop_connection(db)
+        call()
+    assert (reload(workflow).state, effects()) == ("ready", ["one"])
+
+
 def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
     class Exits(Workflow):
         @step(on_exception="skip")
