@@ -43,13 +43,13 @@ import asyncio
 import contextlib
 import copyreg
 import functools
-import importlib
 import inspect
 import json
 import logging
 import math
 import numbers
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -135,6 +135,7 @@ ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
 TERMINAL_ACTIONS = ("pause", "cancel", "skip")
 REPORTS = ("terminal_only", "always", "never")
 
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NO_WAIT = timedelta(0)
 LONGEST_WAIT = timedelta(days=36500)  # further away, the calendar overflows
 MAX_NAME_CHARS = 255
@@ -186,9 +187,10 @@ class AlreadyOngoingError(GenevaDriveError, peewee.IntegrityError):
     """The hero has an ongoing workflow of this class; its id is in `workflow_id`."""
 
     def __init__(self, values: Mapping[str, Any], workflow_id: int | None) -> None:
+        which = f"already, workflow {workflow_id}" if workflow_id else "already in this very call"
         super().__init__(
-            f"{_hero_label(**values)} has an ongoing {values['type']} already, workflow {workflow_id}: use "
-            "get_or_create(), wait for its end, or pass allow_multiple=True"
+            f"{_hero_label(**values)} has an ongoing {values['type']} {which}: use get_or_create(), wait for its end, "
+            'or pass allow_multiple=True, or on_conflict="ignore" to create_many()'
         )
         self.workflow_id = workflow_id
 
@@ -200,6 +202,8 @@ class InvalidStateError(GenevaDriveError):
         allowed = ", ".join(ALLOWED_FROM[call])
         state = "performing, and about to pause" if workflow.pause_requested else workflow.state
         fix = f"it is allowed when {allowed}" if allowed else "it can be called inside a step only"
+        if workflow.pause_requested and call == "pause":
+            fix = "it pauses by itself when the step under way ends"
         super().__init__(f"{workflow._label} is {state}; {call}() was refused: {fix}")
 
 
@@ -293,6 +297,10 @@ def _require_duration(value: object, where: str, what: str) -> timedelta:
         raise StepConfigurationError(f"{where}: {what} {error}") from None
 
 
+def _require_plain(function: Any, where: str, what: str) -> None:
+    _require(not inspect.iscoroutinefunction(function), where, f"{what} must not be async: only the body of a step may")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -351,6 +359,8 @@ class ExceptionPolicy:
     def delay(self, reattempts: int) -> timedelta:
         """The wait before the next reattempt, after so many of them."""
         wait, longest = cast(timedelta, self.wait), cast(timedelta, self.max_wait)
+        if not wait:
+            return NO_WAIT
         try:
             seconds = wait.total_seconds() * self.backoff**reattempts
         except OverflowError:
@@ -391,10 +401,9 @@ PAUSE = ExceptionPolicy("pause")
 
 def _matches(kind: Any, error: BaseException) -> bool:
     if isinstance(kind, str):
-        module, _, name = kind.rpartition(".")
         try:
-            kind = getattr(importlib.import_module(module or "builtins"), name)
-        except (ImportError, AttributeError):
+            kind = pkgutil.resolve_name(kind if "." in kind else f"builtins.{kind}")
+        except Exception:  # whatever the import of a module may raise
             return False
     return isinstance(kind, type) and isinstance(error, kind)
 
@@ -458,6 +467,8 @@ def step(body: Any = None, /, **options: Any) -> Any:
 
 def cancel_if(condition: Callable[[Any], Any]) -> Any:
     """Declare a method as a condition that is checked before every step; true cancels the workflow."""
+    if not inspect.isfunction(condition):
+        raise StepConfigurationError(f"@cancel_if is for methods, not for {condition!r}")
     condition._geneva_drive_cancel_if = True  # type: ignore[attr-defined]
     return condition
 
@@ -514,24 +525,43 @@ class _Blueprint:
                     problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
                     _require(each not in self.reserved, where, problem)
                 self._add_step(where, name, body, options)
+            inner = getattr(value, "__func__", getattr(value, "fget", None))
+            is_method = not hasattr(inner, "_geneva_drive_step")
+            _require(
+                is_method, f"{self.cls.__name__}.{key}", "a step must be a method: put nothing but functions around it"
+            )
             if getattr(value, "_geneva_drive_cancel_if", False) and key not in self.cancel_ifs:
+                _require_plain(value, f"{self.cls.__name__}.{key}", "a condition")
                 self.cancel_ifs.append(key)
             if hasattr(value, "_geneva_drive_handles"):
+                _require_plain(value, f"{self.cls.__name__}.{key}", "a handler")
                 self._add_handler(key, value._geneva_drive_handles)
             if key == "exception_policies":
                 self._add_policies(value)
             if key == "step_options":
                 self.step_options.update(_checked_options(value, f"{self.cls.__name__}.step_options"))
 
+    def methods(self) -> set[str]:
+        """The names of the methods that declarations rely on."""
+        handlers = (getattr(policy, "handler", None) for policy in self.policies)
+        bodies = (definition.body for definition in self.steps)
+        return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
+
     def _add_step(self, where: str, name: str, body: str, options: dict[str, Any]) -> None:
         for option in options:
             _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
-        _require(callable(getattr(self.cls, body, None)), where, f"its body {body!r} is not a method of the class")
+        method = getattr(self.cls, body, None)
+        _require(callable(method), where, f"its body {body!r} is not a method of the class")
+        is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
+        _require(
+            not is_generator, where, f"its body {body!r} is a generator, which nothing would run: take out the yield"
+        )
         skip_if, transactional = options.get("skip_if"), options.get("transactional", False)
         is_condition = skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if)
         _require(is_condition, where, f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}")
         if isinstance(skip_if, str):
             _require(callable(getattr(self.cls, skip_if, None)), where, f"skip_if names no method: {skip_if!r}")
+        _require_plain(getattr(self.cls, skip_if) if isinstance(skip_if, str) else skip_if, where, "skip_if")
         _require(isinstance(transactional, bool), where, "transactional must be a bool")
         wait = _require_duration(options.get("wait", 0), where, "wait")
         huey_options = _checked_options(options.get("options", {}), f"{where}: options")
@@ -588,6 +618,7 @@ def _step_policy(where: str, options: dict[str, Any]) -> ExceptionPolicy | None:
     if reaction is None or isinstance(reaction, ExceptionPolicy):
         return reaction
     if callable(reaction) and not isinstance(reaction, type):
+        _require_plain(reaction, where, "on_exception")
         return _HandlerPolicy("pause", handler=reaction)
     problem = f"on_exception must be {', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy or a callable"
     _require(isinstance(reaction, str) and reaction in ON_EXCEPTION_ACTIONS, where, f"{problem}, not {reaction!r}")
@@ -742,7 +773,8 @@ def _hero_model(hero_type: str) -> type[Model] | None:
     models = Model.__subclasses__()
     for model in models:
         models += model.__subclasses__()
-        if _hero_type(model) == hero_type:
+        # Huey's own models, Task and Schedule among them, are nobody's heroes.
+        if _hero_type(model) == hero_type and not model.__module__.startswith("huey."):
             found = [each for each in found if not _may_replace(model, each)] + [model]
     if len(set(found)) > 1:
         names = ", ".join(f"{model.__module__}.{model.__qualname__}" for model in found)
@@ -750,6 +782,13 @@ def _hero_model(hero_type: str) -> type[Model] | None:
             f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
         )
     return _hero_models.setdefault(hero_type, found[0]) if found else None
+
+
+def _key_field(model: type[Model]) -> peewee.Field:
+    field = model._meta.primary_key
+    while isinstance(field, peewee.ForeignKeyField):
+        field = field.rel_field
+    return field
 
 
 def _hero_key(hero: Any) -> tuple[str, str]:
@@ -763,10 +802,19 @@ def _hero_key(hero: Any) -> tuple[str, str]:
     if hero._pk is None:
         raise ValueError(f"this {model.__name__} has no id yet: save it before it becomes a hero")
     # There and back, so that 7 and "7", or a UUID and its hex digits, are one hero.
-    value = meta.primary_key.python_value(meta.primary_key.db_value(hero._pk))
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"{model.__name__} cannot be a hero: its key is binary; use int, UUID or text")
-    hero_id = str(value)
+    key, hero_id = _key_field(model), str(hero._pk)
+    if isinstance(key, (peewee.UUIDField, peewee.BinaryUUIDField)):
+        is_raw = isinstance(hero._pk, (bytes, memoryview))
+        hero_id = str(uuid.UUID(bytes=bytes(hero._pk)) if is_raw else uuid.UUID(hero_id))
+    else:
+        stored = key.db_value(hero._pk)
+        hero_id = str(key.python_value(stored))
+        try:
+            is_kept = key.db_value(hero_id) == stored
+        except Exception:  # a field of the application's own
+            is_kept = False
+        if not is_kept:
+            raise TypeError(f"{model.__name__} cannot be a hero: its key is lost as text; use int, UUID or text for it")
     if len(hero_id) > MAX_NAME_CHARS:
         raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
     if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
@@ -803,7 +851,8 @@ class _WorkflowType(peewee.ModelBase):
             return super().__new__(mcs, name, bases, dict(body), **kwargs)
         for key, value in body.items():
             problem = "workflows share one table: keep what a workflow needs in its context or in rows of your own"
-            _require(key != "Meta" and not isinstance(value, peewee.Field), f"{name}.{key}", problem)
+            is_column = key == "Meta" or key in Workflow._meta.fields or isinstance(value, peewee.Field)
+            _require(hasattr(value, "_geneva_drive_step") or not is_column, f"{name}.{key}", problem)
         body.setdefault("workflow_type", name)
         _require(_is_name(body["workflow_type"]), name, f"workflow_type must be text, 1 to {MAX_NAME_CHARS} characters")
         cls = type.__new__(mcs, name, bases, dict(body), **kwargs)
@@ -811,9 +860,15 @@ class _WorkflowType(peewee.ModelBase):
         for ancestor in reversed(cls.__mro__):
             if not issubclass(Workflow, ancestor):
                 blueprint.add_class(ancestor)
-        for definition in blueprint.steps:
-            problem = f"the method {definition.body!r} of a step was replaced by something that cannot be called"
-            _require(callable(getattr(cls, definition.body)), f"{name}.{definition.name}", problem)
+        for method in blueprint.methods():
+            _require(
+                callable(getattr(cls, method)), f"{name}.{method}", "it must stay a method: a parent declares it so"
+            )
+        try:
+            Workflow.__new__(Workflow).__class__ = cls  # as reading a row does
+        except TypeError as error:
+            problem = "its instances cannot be made from rows: name Workflow first among the bases, use no __slots__"
+            raise StepConfigurationError(f"{name}: {problem} ({error})") from error
         cls._blueprint = blueprint
         cls.steps = tuple(blueprint.steps)
         _register(cls)
@@ -893,7 +948,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     may_proceed_without_hero = False
     step_options: Mapping[str, Any] = {}
     exception_policies: list[ExceptionPolicy] = []
-    workflow_type = "Workflow"
+    workflow_type = ""
     #: The steps in their order, own and inherited.
     steps: tuple[StepDefinition, ...] = ()
 
@@ -954,7 +1009,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
                     return cls.create(hero=hero, **kwargs), True
                 except AlreadyOngoingError as error:
                     ongoing = error.workflow_id
-            workflow = Workflow.get_or_none(Workflow.id == ongoing)
+            workflow = Workflow._lock(Workflow.id == ongoing)
             if workflow is not None:
                 return workflow, False
         raise GenevaDriveError(f"{cls.workflow_type}.get_or_create(): workflows come and go too fast; try again")
@@ -970,10 +1025,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if on_conflict not in ("raise", "ignore"):
             raise ValueError(f'{cls.__name__}.create_many(): on_conflict must be "raise" or "ignore"')
         drive = _drive()
-        rows = [cls._new_values(drive, hero, False, None, None) for hero in heroes]
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for hero in heroes:
+            key = _hero_key(hero)
+            values = cls._new_values(drive, hero, False, None, None)
+            if key in rows and on_conflict == "raise":
+                raise AlreadyOngoingError(values, None)
+            rows.setdefault(key, values)
 
         def insert() -> int:
-            return sum(cls._insert_many(drive, list(batch), on_conflict) for batch in peewee.chunked(rows, 1000))
+            return sum(
+                cls._insert_many(drive, list(batch), on_conflict) for batch in peewee.chunked(rows.values(), 1000)
+            )
 
         return drive._transact(insert)
 
@@ -1137,9 +1200,11 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The row that the workflow is about, read once per instance; None if it is gone or there is none."""
         if "_hero" not in self.__dict__:
             model = self.hero_type and _hero_model(self.hero_type)
-            key = model._meta.primary_key if model else None
-            value = uuid.UUID(self.hero_id) if isinstance(key, peewee.BinaryUUIDField) else self.hero_id
-            self._hero = model.get_or_none(key == value) if model else None
+            self._hero = None
+            if model:
+                is_binary = isinstance(_key_field(model), peewee.BinaryUUIDField)
+                key = uuid.UUID(self.hero_id) if is_binary else self.hero_id
+                self._hero = model.get_or_none(model._meta.primary_key == key)
         return self._hero
 
     @property
@@ -1457,6 +1522,7 @@ class _Attempt:
         self.workflow = workflow
         self.execution = execution
         self.saved_context = _dump_json(workflow.context)
+        self.claimed = time.monotonic()
 
     @classmethod
     def claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool = False) -> _Attempt | None:
@@ -1500,15 +1566,20 @@ class _Attempt:
         """
         following, recorded = None, True
         self.workflow._attempt = self
-        with self.drive._heartbeat.of(self.execution.id):
-            step_started.send(self.workflow, execution=self.execution)
-            try:
+        self.drive._heartbeat.add(self.execution.id)
+        try:
+            verdict = self._overtaken()
+            if verdict:
+                self._record(verdict)
+            else:
+                step_started.send(self.workflow, execution=self.execution)
                 verdict, following = self._perform_and_record(may_run_on)
-            except _ClaimLost as lost:
-                verdict, recorded = lost.args[0], False
-                self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
-            finally:
-                self.workflow._attempt = None
+        except _ClaimLost as lost:
+            verdict, recorded = lost.args[0], False
+            self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
+        finally:
+            self.workflow._attempt = None
+            self.drive._heartbeat.beating.discard(self.execution.id)
         if recorded:
             step_finished.send(self.workflow, execution=self.execution)
             try:
@@ -1519,23 +1590,52 @@ class _Attempt:
             raise verdict.error
         return following
 
+    def _overtaken(self) -> _Verdict | None:
+        """What was decided about the workflow between the claim and now, where there was time for it, in a run-on.
+
+        Between two steps of a run-on, the hooks and receivers of the first one run: they may take long, or cancel or
+        pause the workflow. Costs nothing unless they could.
+        """
+        has_hooks = type(self.workflow).after_step_execution is not Workflow.after_step_execution
+        if time.monotonic() - self.claimed < 1 and not has_hooks and not step_finished._receiver_list:
+            return None
+        ours = (StepExecution.id == self.execution.id) & (StepExecution.state == IN_PROGRESS)
+        row = Workflow.get_or_none(Workflow.id == self.workflow.id)
+        if not row or not StepExecution.update(heartbeat_at=self.drive._now()).where(ours).execute():
+            raise _ClaimLost(_Verdict("step", "return"))
+        if row.state == CANCELED:
+            return _Verdict("step", "cancel")
+        return _Verdict("step", "pause") if row.pause_requested else None
+
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
         try:
             definition = self.workflow._definition(self.execution.step_name)
         except StepNotDefinedError as error:  # no policy has a say in this
             verdict = _Verdict("error", "pause", error=error, surfaces=True)
             return verdict, self._record(verdict)
-        try:
-            if definition.transactional:
-                with self.drive._begin():
-                    verdict = self._perform(definition)
-                    return verdict, self._record(verdict, may_run_on)
-            verdict = self._perform(definition)
-        except _ClaimLost:
-            raise
-        except BaseException as error:
-            verdict = self._judge(definition, error)
+        is_ours = definition.transactional and not self.drive._db.in_transaction()
+        for tries in range(1, TRANSACTION_TRIES + 1):
+            try:
+                if definition.transactional:
+                    with self.drive._begin():
+                        verdict = self._perform(definition)
+                        return verdict, self._record(verdict, may_run_on)
+                verdict = self._perform(definition)
+            except _ClaimLost:
+                raise
+            except BaseException as error:
+                if is_ours and tries < TRANSACTION_TRIES and _is_transient(error):
+                    self._start_over()
+                    continue
+                verdict = self._judge(definition, error)
+            break
         return verdict, self._record(verdict, may_run_on)
+
+    def _start_over(self) -> None:
+        """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
+        self.workflow._attempt = None
+        self.workflow = Workflow.get_by_id(self.workflow.id)
+        self.workflow._attempt = self
 
     # -- performing -------------------------------------------------------------------------------------------------
 
@@ -1601,7 +1701,9 @@ class _Attempt:
 
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
-        if not isinstance(error, (Exception, SystemExit)) or self.drive._is_connection_lost(error):
+        if not isinstance(error, (Exception, SystemExit, asyncio.CancelledError)) or self.drive._is_connection_lost(
+            error
+        ):
             # KeyboardInterrupt and its like are about the process, a lost connection about the server: not the step.
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         reattempts = self.execution.reattempts
@@ -1627,7 +1729,6 @@ class _Attempt:
 
         Raises _ClaimLost, and writes nothing, if the execution is not ours any more.
         """
-        before = self.workflow.state
         run_on = not verdict.surfaces and may_run_on()
         try:
             changes, outcome, following = self.drive._transact(
@@ -1635,9 +1736,12 @@ class _Attempt:
             )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
+        before = self.workflow.state
         self.workflow.__data__.update(changes)
         self.execution.__data__.update(outcome)
         self.drive._announce(self.workflow, before, self.workflow.state)
+        if following:
+            self.drive._heartbeat.add(following.execution.id)
         return following
 
     def _conclude(self, verdict: _Verdict, run_on: bool) -> tuple[dict[str, Any], dict[str, Any], _Attempt | None]:
@@ -1679,6 +1783,7 @@ class _Attempt:
         if not newest or execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost
         if row.state == CANCELED:
+            self.workflow.__data__["state"] = CANCELED  # announced when it was canceled
             for column in ("state", "current_step_name", "execution_count", "transitioned_at"):
                 changes[column] = row.__data__[column]
             follows = None
@@ -1758,18 +1863,24 @@ perform_step.__module__ = housekeeping.__module__ = "geneva_drive"
 
 
 #: Each setting of the drive: its default, and a check with its description; without a check, it is a duration.
-SETTINGS: dict[str, tuple[Any, Callable[[Any], bool] | None, str]] = {
+SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
     "delete_completed_workflows_after": (timedelta(days=30), None, "a timedelta, seconds, or None to keep all"),
-    "stuck_in_progress_threshold": (timedelta(minutes=2), None, "a timedelta or seconds"),
-    "stuck_scheduled_threshold": (timedelta(minutes=1), None, "a timedelta or seconds"),
+    "stuck_in_progress_threshold": (timedelta(minutes=2), None, "a timedelta or seconds, more than 0"),
+    "stuck_scheduled_threshold": (timedelta(minutes=1), None, "a timedelta or seconds, more than 0"),
     "stuck_recovery_action": ("reattempt", ("reattempt", "cancel").__contains__, '"reattempt" or "cancel"'),
     "max_recoveries": (5, lambda value: _is_int(value) and value >= 0, "an int, at least 0"),
     "housekeeping_batch_size": (1000, lambda value: _is_int(value) and value > 0, "a positive int"),
     "housekeeping_schedule": (crontab(), callable, "a Huey crontab"),
     "run_on": (timedelta(seconds=1), None, "a timedelta or seconds; 0 turns it off"),
-    "clock": (_utcnow, callable, "a callable that returns an aware datetime"),
+    "clock": (_utcnow, lambda value: callable(value) and value().tzinfo, "a callable that returns an aware datetime"),
 }
 
+HOUSEKEEPING_COUNTS = (
+    "workflows_cleaned_up",
+    "step_executions_cleaned_up",
+    "stuck_in_progress_recovered",
+    "stuck_scheduled_recovered",
+)
 QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
@@ -1837,6 +1948,8 @@ class GenevaDrive:
                     value = _duration(value)
                 except ValueError:
                     raise ConfigurationError(problem) from None
+                if not value and name.startswith("stuck_"):
+                    raise ConfigurationError(problem)
         super().__setattr__(name, value)
 
     @property
@@ -1885,7 +1998,8 @@ class GenevaDrive:
             except peewee.PeeweeException as error:
                 is_gone = not is_done and self._is_connection_lost(error)
                 waits = time.monotonic() - started < patience_seconds
-                if not (is_gone and (tries == 1 or waits)) and not (_is_transient(error) and tries < TRANSACTION_TRIES):
+                is_due_again = _is_transient(error) and tries < TRANSACTION_TRIES
+                if not is_due_again and not (is_gone and (tries == 1 or waits)):
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
@@ -1906,12 +2020,20 @@ class GenevaDrive:
         db, left_open = self._db, self._db.transaction_depth() > depth
         is_gone = db.is_closed() or _is_dead(db.connection())
         while db.transaction_depth() > depth:
+            left = db.pop_transaction()
             # A transaction of the caller's around it is not ours to roll back, a lost one nobody's.
-            db.pop_transaction() if depth or is_gone else db.session_rollback()
+            if not db.transaction_depth() and not is_gone and hasattr(left, "rollback"):
+                left.rollback(False)
         if not depth and not is_gone and _is_in_transaction(db.connection()):
             left_open = True
             db.rollback()
         return left_open and not is_gone
+
+    def _connect_worker(self) -> None:
+        """For threads that are ours: nobody else opens a connection for them where autoconnect is off."""
+        self._drop_dead_connection()
+        if not self._db.autoconnect:
+            self._db.connect(reuse_if_open=True)
 
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
@@ -1932,10 +2054,14 @@ class GenevaDrive:
     def _after_fork_in_child(self) -> None:
         """A forked process must not share its parent's connection, nor believe that its threads came along."""
         self._heartbeat = _Heartbeat(self)
-        database = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
-        if database and not _is_private(database) and not database.is_closed() and not database.in_transaction():
-            _inherited_connections.append(database.connection())  # closing it would close the parent's
-            database.dispose()
+        databases = [self.database.obj if isinstance(self.database, peewee.Proxy) else self.database]
+        databases += [model._meta.get_database_instance() for model in _hero_models.values()]
+        for database in filter(None, dict.fromkeys(databases)):
+            if not _is_private(database) and not database.in_transaction():
+                # Kept for good: closing them here would close the parent's.
+                _inherited_connections.append(None if database.is_closed() else database.connection())
+                _inherited_connections.extend(getattr(database, name, None) for name in ("_connections", "_in_use"))
+                database.dispose()
 
     def create_tables(self) -> None:
         """Create the tables and indexes that are missing. Safe to call at every start, by many processes at once.
@@ -1972,6 +2098,10 @@ class GenevaDrive:
         index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
         if index:
             return any(each.name == index[1] for each in self._db.get_indexes(index[2]))
+        trigger = re.match(r"create trigger (\w+)", statement)
+        if trigger:
+            query = "select 1 from sqlite_master where type = 'trigger' and name = ?"
+            return self._db.execute_sql(query, (trigger[1],)).fetchone() is not None
         column = re.match(r"alter table (\w+) add column (\w+)", statement)
         if column:
             return any(each.name == column[2] for each in self._db.get_columns(column[1]))
@@ -1991,8 +2121,8 @@ class GenevaDrive:
             raise ConfigurationError(f"queues must be a dict of names and Hueys or a list of names, not {queues!r}")
         found = {DEFAULT_QUEUE: embedded(DEFAULT_QUEUE) if huey is None else huey}
         for name in queues or ():
-            if not _is_name(name) or name == DEFAULT_QUEUE:
-                raise ConfigurationError(f"queues: a name must be text other than {DEFAULT_QUEUE!r}, not {name!r}")
+            if not _is_name(name) or not name.isascii() or name == DEFAULT_QUEUE:
+                raise ConfigurationError(f"queues: a name must be ASCII other than {DEFAULT_QUEUE!r}, not {name!r}")
             found[name] = queues[name] if isinstance(queues, Mapping) else embedded(name)
             if not isinstance(found[name], Huey):
                 raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
@@ -2061,7 +2191,7 @@ class GenevaDrive:
                 # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
                 (huey.enqueue if eta is None else huey.add_schedule)(task)
 
-        if isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db:
+        if isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db and not huey.immediate:
             send()
         else:
             self._after_commit(send)
@@ -2070,7 +2200,7 @@ class GenevaDrive:
 
     def _perform(self, execution_id: int) -> None:
         """Run an execution that is due, and go on with the steps that follow at once."""
-        self._drop_dead_connection()
+        self._connect_worker()
         attempt = _Attempt.claim(self, execution_id, due_only=True)
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
@@ -2129,54 +2259,66 @@ class GenevaDrive:
         :returns: how many: `workflows_cleaned_up`, `step_executions_cleaned_up`, `stuck_in_progress_recovered`,
             `stuck_scheduled_recovered`.
         """
-        self._drop_dead_connection()
-        workflows, executions = self._clean_up()
-        counts = {
-            "workflows_cleaned_up": workflows,
-            "step_executions_cleaned_up": executions,
-            "stuck_in_progress_recovered": self._recover_in_progress(),
-            "stuck_scheduled_recovered": self._recover_scheduled(),
-        }
+        self._connect_worker()
+        counts = dict.fromkeys(HOUSEKEEPING_COUNTS, 0)
+        failures = []
+        for part in (self._recover_in_progress, self._recover_scheduled, self._clean_up):
+            try:
+                counts.update(part())
+            except Exception as error:  # it must not keep the other parts from being done
+                logger.exception("housekeeping failed in part")
+                failures.append(error)
         if any(counts.values()):
             logger.info("housekeeping: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+        if failures:
+            raise failures[0]
         return counts
 
-    def _clean_up(self) -> tuple[int, int]:
+    def _clean_up(self) -> dict[str, int]:
         if self.delete_completed_workflows_after is None:
-            return 0, 0
-        expired = SQL(f"state in ('{FINISHED}', '{CANCELED}')") & (
-            Workflow.transitioned_at < self._now() - self.delete_completed_workflows_after
-        )
+            return {}
+        moment = self._now() - self.delete_completed_workflows_after
+        expired = SQL(f"state in ('{FINISHED}', '{CANCELED}')") & (Workflow.transitioned_at < moment)
 
-        def delete_batch() -> tuple[int, int]:
-            rows = Workflow.select(Workflow.id).where(expired).limit(self.housekeeping_batch_size).tuples()
-            ids = [row[0] for row in rows]
-            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute() if ids else 0
-            return (Workflow.delete().where(Workflow.id.in_(ids)).execute() if ids else 0), executions
+        def delete(ids: list[int]) -> tuple[int, int]:
+            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
+            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
 
-        workflows = executions = 0
-        while True:
-            deleted = self._transact(delete_batch)
-            workflows, executions = workflows + deleted[0], executions + deleted[1]
-            if deleted[0] < self.housekeeping_batch_size:
-                return workflows, executions
+        deleted = []
+        for ids in self._batches(Workflow, expired):
+            try:
+                deleted.append(self._transact(functools.partial(delete, ids)))
+            except peewee.IntegrityError:  # rows of the application's refer to one of them
+                for each in ids:
+                    try:
+                        deleted.append(self._transact(functools.partial(delete, [each])))
+                    except peewee.IntegrityError as error:
+                        logger.warning("workflow %s cannot be deleted: %s", each, error)
+        workflows, executions = map(sum, zip(*deleted, strict=True)) if deleted else (0, 0)
+        return {"workflows_cleaned_up": workflows, "step_executions_cleaned_up": executions}
 
-    def _recover_in_progress(self) -> int:
-        silent = SQL(f"state = '{IN_PROGRESS}'") & (
-            StepExecution.heartbeat_at < self._now() - self.stuck_in_progress_threshold
-        )
-        recovered, last_id = 0, 0
-        while True:
-            query = StepExecution.select(StepExecution.id).where(silent & (StepExecution.id > last_id))
-            ids = [row[0] for row in query.order_by(StepExecution.id).limit(self.housekeeping_batch_size).tuples()]
+    def _batches(self, model: Any, where: Any) -> Iterator[list[int]]:
+        """The ids of all rows that fit, in batches; each row once, whatever is done to it."""
+        last_id, ids = 0, [0]
+        while ids:
+            query = model.select(model.id).where(where & (model.id > last_id)).order_by(model.id)
+            query = query.limit(self.housekeeping_batch_size).tuples()
+            ids = [row[0] for row in self._transact(functools.partial(list, query))]
+            if ids:
+                yield ids
+                last_id = ids[-1]
+
+    def _recover_in_progress(self) -> dict[str, int]:
+        moment = self._now() - self.stuck_in_progress_threshold
+        silent = SQL(f"state = '{IN_PROGRESS}'") & (StepExecution.heartbeat_at < moment)
+        recovered = 0
+        for ids in self._batches(StepExecution, silent):
             for execution_id in ids:
                 try:
                     recovered += self._transact(functools.partial(self._recover, silent, execution_id))
                 except Exception:  # it must not keep the others from being recovered
                     logger.exception("execution %s cannot be recovered", execution_id)
-            if len(ids) < self.housekeeping_batch_size:
-                return recovered
-            last_id = ids[-1]
+        return {"stuck_in_progress_recovered": recovered}
 
     def _recover(self, silent: Any, execution_id: int) -> bool:
         execution = StepExecution.get_or_none(StepExecution.id == execution_id)
@@ -2198,65 +2340,66 @@ class GenevaDrive:
             action = "pause"
         return _Verdict("death", action)
 
-    def _recover_scheduled(self) -> int:
+    def _recover_scheduled(self) -> dict[str, int]:
         """Queue again, once per threshold, what is overdue and was lost on the way; not what a queue is behind with."""
-        progress = {name: self._progress(name) for name in self.queues}
-        latest = max(reached for reached, _ in progress.values()) - self.stuck_scheduled_threshold
+        moment = self._now() - self.stuck_scheduled_threshold
         is_ready = Workflow.select(SQL("1")).where((Workflow.id == StepExecution.workflow) & (Workflow.state == READY))
         overdue = (
             SQL(f"t1.state = '{SCHEDULED}'")
-            & (StepExecution.scheduled_for <= latest)
-            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= latest))
+            & (StepExecution.scheduled_for <= moment)
+            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= moment))
             & peewee.fn.EXISTS(is_ready)
         )
-        recovered, last_id = 0, 0
-        while True:
-            query = StepExecution.select().where(overdue & (StepExecution.id > last_id))
-            query = query.order_by(StepExecution.id).limit(self.housekeeping_batch_size)
-            requeued, seen, last_id = self._transact(functools.partial(self._requeue_batch, query, progress))
-            recovered += requeued
-            if seen < self.housekeeping_batch_size:
-                return recovered
+        progress = functools.lru_cache(maxsize=None)(self._progress)
+        recovered = 0
+        for ids in self._batches(StepExecution, overdue):
+            query = StepExecution.select().where(overdue & StepExecution.id.in_(ids))
+            recovered += self._transact(functools.partial(self._requeue, query, progress))
+        return {"stuck_scheduled_recovered": recovered}
 
-    def _requeue_batch(self, query: Any, progress: Mapping[str, tuple[datetime, float]]) -> tuple[int, int, int]:
+    def _requeue(self, query: Any, progress: Callable[[_Route], datetime]) -> int:
         # The lock makes a second sweep wait, and then see that these are queued.
         executions = list(query.for_update() if self._db.for_update else query)
-        ids = [each.workflow_id for each in executions]
-        workflows = {workflow.id: workflow for workflow in Workflow.select().where(Workflow.id.in_(ids))}
+        columns = Workflow.select(Workflow.id, Workflow.type, Workflow.options)
+        rows = columns.where(Workflow.id.in_([each.workflow_id for each in executions]))
+        workflows = {workflow.id: workflow for workflow in rows}
         lost: dict[_Route, list[StepExecution]] = {}
         for execution in executions:
             route = self._route(workflows[execution.workflow_id], execution.step_name)
-            reached, priority = progress[route[0]]
             queued_for = max(execution.scheduled_for, execution.enqueued_at or execution.scheduled_for)
-            if (route[1] or 0) >= priority and queued_for <= reached - self.stuck_scheduled_threshold:
+            if queued_for <= progress(route) - self.stuck_scheduled_threshold:
                 lost.setdefault(route, []).append(execution)
         for route, batch in lost.items():
-            job_id, now = _job_id(self._now()), self._now()
-            mine = StepExecution.id.in_([each.id for each in batch])
-            StepExecution.update(enqueued_at=now, job_id=job_id).where(mine).execute()
+            changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
+            StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in batch])).execute()
             for each in batch:
-                each.__data__["job_id"] = job_id
+                each.__data__.update(changes)
             self._enqueue(batch, route)
-        return sum(map(len, lost.values())), len(executions), executions[-1].id if executions else 0
+        return sum(map(len, lost.values()))
 
-    def _progress(self, queue: str) -> tuple[datetime, float]:
-        """How far a queue has come: what was in it before this moment, with this priority or a higher one, is gone.
+    def _progress(self, route: _Route) -> datetime:
+        """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
 
-        That is the moment for which its first message was queued; now, if there is none. Where a backlog of hours is
-        worked off, everything in it is overdue, and queuing it again each minute would make it longer and longer.
+        That is the moment for which its first message of the priority was queued; now, if there is none. In a backlog
+        of hours all is overdue, and queuing it again each minute would make it longer and longer.
         """
-        huey, reached, priority = self.queues[queue], self._now(), -math.inf
-        ours = self._tasks[queue].task_class
+        huey, reached, priority = self.queues[route[0]], self._now(), route[1] or 0
+        ours = self._tasks[route[0]].task_class
         try:
-            pending = next((task for task in huey.pending(limit=100) if isinstance(task, ours)), None)
+            pending = [task for task in huey.pending(limit=100) if isinstance(task, ours)]
+            first = next((task for task in pending if (task.priority or 0) <= priority), None)
+            if first is None and len(pending) == 100:
+                return EPOCH  # higher priorities are before it, and nobody knows what is behind those
+            if first and (first.priority or 0) < priority:
+                first = None
             waiting = next((task for task in huey.scheduled(limit=100) if isinstance(task, ours)), None)
-            for task in filter(None, (pending, waiting)):
+            for task in filter(None, (first, waiting)):
                 due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
                 reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
         except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
-            logger.exception("the queue %s cannot be read and is taken to be empty", queue)
-            return self._now(), priority
-        return reached, (pending.priority or 0) if pending else priority
+            logger.exception("the queue %s cannot be read and is taken to be empty", route[0])
+            return self._now()
+        return reached
 
     def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
         """Tell of a transition once it is committed."""
@@ -2275,14 +2418,17 @@ def _queued_at(job_id: str) -> datetime:
     return datetime.fromtimestamp(int(job_id.partition("-")[0]) / 1_000_000, timezone.utc)
 
 
-def _is_transient(error: peewee.DatabaseError) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
     original = getattr(error, "orig", None)
     state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
-    if state in ("40001", "40P01"):  # serialization failure, deadlock detected
-        return True
     code = original.args[0] if isinstance(original, Exception) and original.args else None
-    return code in (1205, 1213) or (isinstance(code, str) and code.startswith("database is locked"))
+    is_locked = isinstance(code, str) and code.startswith("database is locked")  # SQLite
+    # PostgreSQL: serialization failure, deadlock detected; MySQL: lock wait timeout, deadlock.
+    if state in ("40001", "40P01") or code in (1205, 1213) or is_locked:
+        return True
+    # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
+    return error.__context__ is not None and _is_transient(error.__context__)
 
 
 def _is_in_transaction(connection: Any) -> bool:
@@ -2345,16 +2491,11 @@ class _Heartbeat:
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
 
-    @contextlib.contextmanager
-    def of(self, execution_id: int) -> Iterator[None]:
-        """Keep one execution alive."""
+    def add(self, execution_id: int) -> None:
+        """Keep an execution alive, until it is discarded from `beating`."""
         self.beating.add(execution_id)
         if self.thread is None and not _is_private(self.drive._db):
             self._start()
-        try:
-            yield
-        finally:
-            self.beating.discard(execution_id)
 
     def _start(self) -> None:
         with self.lock:
@@ -2410,6 +2551,9 @@ class _EmbeddedStorage(SqlStorage):
         return self.drive._db
 
     def atomic(self) -> Any:
+        if self.drive._dialect == "mysql" and not self.database.in_transaction():
+            # Its default would lock the gaps that new messages go into.
+            return self.database.atomic(isolation_level="READ COMMITTED")
         return self.drive._begin()
 
     @property
@@ -2423,7 +2567,7 @@ class _EmbeddedStorage(SqlStorage):
         return "FOR UPDATE SKIP LOCKED"
 
     def check_conn(self) -> None:
-        self.drive._drop_dead_connection()  # never in a transaction: a silent reconnect would tear it in two
+        self.drive._connect_worker()  # never in a transaction: a silent reconnect would tear it in two
 
 
 # ==== The schema file =================================================================================================
@@ -2438,11 +2582,11 @@ def _schema_statements(section: str) -> list[str]:
     except FileNotFoundError as error:
         raise GenevaDriveError(f"{SCHEMA_FILE} is missing: the module needs it at its side") from error
     parts = re.split(r"^-- section: (.+)$", text, flags=re.MULTILINE)
-    for names, body in zip(parts[1::2], parts[2::2], strict=True):
-        if section in names.strip().split(", "):
-            code = re.sub(r"--.*", "", body)
-            return [" ".join(statement.split()) for statement in code.split(";") if statement.strip()]
-    raise GenevaDriveError(f"{SCHEMA_FILE} has no section {section!r}")
+    bodies = [body for names, body in zip(parts[1::2], parts[2::2]) if section in names.strip().split(", ")]
+    code = re.sub(r"--.*", "", "".join(bodies))
+    return [
+        " ".join(statement.split()) for statement in re.split(r";\s*$", code, flags=re.MULTILINE) if statement.strip()
+    ]
 
 
 # ==== Help for tests ==================================================================================================

@@ -16,8 +16,8 @@
 --
 -- GenevaDrive.create_tables() applies the sections that the database needs, and of each what is not there yet. To apply
 -- one by hand, run the statements between its line and that of the next section, after the tables were created.
--- Each statement must be one of `create index`, `create unique index` and `alter table ... add column`: these are told
--- apart by name from what is there already.
+-- Each statement must be one of `create index`, `create unique index`, `create trigger` and `alter table ... add column`,
+-- and end with a semicolon at the end of a line: these are told by name from what is there already.
 
 
 -- section: every database
@@ -44,6 +44,14 @@ create unique index geneva_drive_one_active_execution on geneva_drive_step_execu
 create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for) where state = 'scheduled';
 create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at) where state = 'in_progress';
 create index geneva_drive_expired on geneva_drive_workflows (transitioned_at) where state in ('finished', 'canceled');
+
+
+-- section: sqlite
+
+-- Executions are deleted with their workflow, as the foreign key says; SQLite obeys it only where a connection asks for
+-- that, and gives the id of a deleted workflow to a new one.
+create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
+    begin delete from geneva_drive_step_executions where workflow_id = old.id; end;
 
 
 -- section: mysql

