@@ -1517,10 +1517,13 @@ class _Verdict:
 class _Attempt:
     """An execution that this process has claimed."""
 
-    def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> None:
+    def __init__(
+        self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False
+    ) -> None:
         self.drive = drive
         self.workflow = workflow
         self.execution = execution
+        self.is_run_on = is_run_on
         self.saved_context = _dump_json(workflow.context)
         self.claimed = time.monotonic()
 
@@ -1591,17 +1594,18 @@ class _Attempt:
         return following
 
     def _overtaken(self) -> _Verdict | None:
-        """What was decided about the workflow between the claim and now, where there was time for it, in a run-on.
+        """What was decided about the workflow between the claim and now, in a run-on, where there was time for it.
 
-        Between two steps of a run-on, the hooks and receivers of the first one run: they may take long, or cancel or
-        pause the workflow. Costs nothing unless they could.
+        Between two of its steps the first one's hooks and receivers run: they may take long, or cancel or pause the
+        workflow. Costs nothing unless they could.
         """
         has_hooks = type(self.workflow).after_step_execution is not Workflow.after_step_execution
-        if time.monotonic() - self.claimed < 1 and not has_hooks and not step_finished._receiver_list:
+        is_late = time.monotonic() - self.claimed > 1 or has_hooks or step_finished._receiver_list
+        if not self.is_run_on or not is_late:
             return None
-        ours = (StepExecution.id == self.execution.id) & (StepExecution.state == IN_PROGRESS)
         row = Workflow.get_or_none(Workflow.id == self.workflow.id)
-        if not row or not StepExecution.update(heartbeat_at=self.drive._now()).where(ours).execute():
+        execution = StepExecution.get_or_none(StepExecution.id == self.execution.id)
+        if row is None or execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost(_Verdict("step", "return"))
         if row.state == CANCELED:
             return _Verdict("step", "cancel")
@@ -1824,7 +1828,7 @@ class _Attempt:
         else:
             claim = dict(state=IN_PROGRESS, started_at=now, heartbeat_at=now, job_id=self.execution.job_id, **follows)
             execution = StepExecution._insert(self.workflow, number, **claim)
-            return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution)
+            return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution, is_run_on=True)
         return None
 
 
@@ -2303,7 +2307,8 @@ class GenevaDrive:
         while ids:
             query = model.select(model.id).where(where & (model.id > last_id)).order_by(model.id)
             query = query.limit(self.housekeeping_batch_size).tuples()
-            ids = [row[0] for row in self._transact(functools.partial(list, query))]
+            rows: list[tuple[int]] = self._transact(functools.partial(list, query))
+            ids = [row[0] for row in rows]
             if ids:
                 yield ids
                 last_id = ids[-1]

@@ -6,6 +6,7 @@ Crashes, races and duplicates come first. The servers are started by conftest.py
 import asyncio
 import contextlib
 import csv
+import enum
 import logging
 import mailbox
 import multiprocessing
@@ -21,6 +22,7 @@ import sysconfig
 import tarfile
 import threading
 import time
+import typing
 import unittest
 import uuid
 from collections import Counter
@@ -32,9 +34,20 @@ from queue import Empty
 import peewee
 import pytest
 from huey import MemoryHuey, PriorityRedisHuey, RedisHuey, crontab
-from peewee import BooleanField, CharField, CompositeKey, IntegerField, Model, SqliteDatabase, UUIDField
-from playhouse.db_url import connect
-from playhouse.pool import PooledSqliteDatabase
+from huey.contrib.sql_huey import SqlHuey
+from peewee import (
+    BinaryUUIDField,
+    BooleanField,
+    CharField,
+    CompositeKey,
+    ForeignKeyField,
+    IntegerField,
+    Model,
+    SqliteDatabase,
+    UUIDField,
+)
+from playhouse.db_url import connect, parse
+from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
 from conftest import SERVERS
@@ -500,6 +513,114 @@ def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(driv
     assert history(workflow) == [("work", "completed", "success")]
 
 
+@pytest.mark.parametrize("call", ["cancel", "pause"])
+def test_a_call_in_after_step_execution_stops_a_run_on(drive, hero, call):
+    class Stops(Workflow):
+        @step
+        def one(self):
+            did("one")
+
+        @step
+        def two(self):
+            did("two")
+
+        def after_step_execution(self, execution):
+            if execution.step_name == "one":
+                getattr(self, call)()
+
+    workflow = Stops.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == ["one"]
+    row = reload(workflow)
+    assert (row.state, row.pause_requested) == ({"cancel": "canceled", "pause": "paused"}[call], False)
+    assert history(row)[-1] == ("two", "canceled", "canceled")
+    if call == "pause":
+        row.resume()
+        drive._perform(scheduled(workflow).id)
+        assert (reload(workflow).state, effects()) == ("finished", ["one", "two"])
+
+
+def test_a_claim_that_was_recovered_during_the_hooks_of_a_run_on_is_not_performed(drive, clock, hero, caplog):
+    class Lingers(Workflow):
+        @step
+        def one(self):
+            did("one")
+
+        @step
+        def two(self):
+            did("two")
+
+        def after_step_execution(self, execution):
+            if execution.step_name == "one":
+                clock.forward(minutes=10)
+                assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+
+    workflow = Lingers.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == ["one"]
+    assert "claim was lost" in caplog.text
+    assert history(workflow)[1:] == [("two", "failed", "recovered"), ("two", "scheduled", None)]
+
+
+def test_the_heartbeat_covers_the_hooks_between_two_steps_of_a_run_on(drive, hero):
+    beating = []
+
+    class Lingers(Quick):
+        def after_step_execution(self, execution):
+            beating.append((execution.step_name, len(drive._heartbeat.beating)))
+
+    drive._perform(scheduled(Lingers.create(hero=hero)).id)
+    assert beating == [("one", 1), ("two", 1), ("three", 0)]
+    assert drive._heartbeat.beating == set()
+
+
+def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, served):
+    users = [User.create(name="first"), User.create(name="second")]
+    barrier = threading.Barrier(2)
+
+    class Locks(Workflow):
+        @step(transactional=True, on_exception="cancel")
+        def both(self):
+            mine, other = users if self.context["forward"] else users[::-1]
+            User.update(visits=User.visits + 1).where(User.id == mine.id).execute()
+            with contextlib.suppress(threading.BrokenBarrierError):
+                if served:
+                    barrier.wait(timeout=5)
+            User.update(visits=User.visits + 1).where(User.id == other.id).execute()
+
+    messages = [scheduled(Locks.create(hero=hero, context={"forward": hero is users[0]})).id for hero in users]
+
+    def run(message):
+        drive._perform(message)
+        db.close()
+
+    threads = [threading.Thread(target=run, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each.state for each in Locks.select()] == ["finished", "finished"]
+    assert [each.visits for each in User.select()] == [2, 2]
+    assert {each.outcome for each in StepExecution.select()} == {"success"}
+
+
+def _use_inherited(number, results):
+    results.put(User.select().count())
+
+
+def test_forked_processes_do_not_share_a_pools_idle_connections(servers):
+    db = PooledPostgresqlDatabase(**parse(servers.empty("postgresql")))
+    User.bind(db)
+    GenevaDrive(db)
+    with db.connection_context():
+        db.create_tables([User])
+        User.create()
+    assert in_processes(4, _use_inherited) == [1] * 4
+    with db.connection_context():
+        assert User.select().count() == 1
+    db.close_all()
+
+
 # ==== What it costs ===================================================================================================
 
 
@@ -762,6 +883,104 @@ def test_create_many_is_all_or_nothing_and_names_the_conflict(drive):
     assert Quick.create_many([]) == 0
 
 
+def test_create_many_takes_no_hero_that_is_none(drive):
+    class Free(Workflow):
+        may_proceed_without_hero = True
+
+        @step
+        def one(self):
+            pass
+
+    for on_conflict in ("raise", "ignore"):
+        with pytest.raises(TypeError, match="not None"):
+            Free.create_many([None, None], on_conflict=on_conflict)
+    nothing_written(drive)
+
+
+def test_a_hero_twice_in_create_many_is_named_without_a_workflow(drive, hero):
+    with pytest.raises(gd.AlreadyOngoingError, match=rf"User {hero.id} .* in this very call") as caught:
+        Quick.create_many([hero, hero])
+    assert caught.value.workflow_id is None
+    nothing_written(drive)
+
+
+def test_get_or_create_sees_through_an_old_snapshot(database, db, drive, hero):
+    results = []
+
+    def create():
+        results.append(Plain.create(hero=hero).id)
+        db.close()
+
+    with db.atomic():
+        if drive._dialect != "sqlite":  # where the other one would have to wait
+            assert Plain.select().count() == 0
+            thread = threading.Thread(target=create)
+            thread.start()
+            thread.join()
+        else:
+            create_here = Plain.create(hero=hero)
+            results.append(create_here.id)
+        workflow, created = Plain.get_or_create(hero=hero)
+    assert (workflow.id, created) == (results[0], False)
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class ColorField(CharField):
+    def db_value(self, value):
+        return Color(value).value
+
+    def python_value(self, value):
+        return Color(value)
+
+
+@pytest.mark.parametrize("with_binary_key", [False, True])
+def test_binary_uuids_and_foreign_keys_make_heroes_too(db, drive, helpers, with_binary_key):
+    class Badge(Model):
+        id = BinaryUUIDField(primary_key=True)
+
+        class Meta:
+            database = db
+            table_name = "test_badges"
+
+    class Guard(Model):
+        badge = ForeignKeyField(Badge, primary_key=True)
+
+        class Meta:
+            database = db
+            table_name = "test_guards"
+
+    db.drop_tables([Badge, Guard])
+    db.create_tables([Badge, Guard])
+    badge = Badge.create(id=uuid.uuid4())
+    hero = badge if with_binary_key else Guard.create(badge=badge)
+    workflow = Quick.create(hero=hero)
+    assert workflow.hero_id == str(badge.id)
+    assert reload(workflow).hero == hero
+    helpers.speedrun_workflow(workflow)
+    assert workflow.state == "finished"
+    db.drop_tables([Badge, Guard])
+
+
+def test_a_key_that_is_lost_as_text_is_refused(drive):
+    class Paint(Model):
+        color = ColorField(primary_key=True)
+
+    with pytest.raises(TypeError, match="Paint cannot be a hero: its key is lost as text"):
+        Plain.create(hero=Paint(color=Color.RED))
+    nothing_written(drive)
+
+
+def test_a_hero_may_be_called_like_a_model_of_hueys(drive, monkeypatch):
+    namespace = {"__name__": "chores", "Model": Model}
+    exec("class Task(Model): pass", namespace)
+    monkeypatch.setattr(gd, "_hero_models", {})
+    assert drive._embedded_models[2].__name__ == "Task"
+    assert gd._hero_model("Task") is namespace["Task"]
+
+
 class Keyless(Model):
     name = CharField()
 
@@ -863,10 +1082,6 @@ def test_a_stale_instance_cannot_turn_back_the_state(drive, hero):
 
 
 # ==== What a step does, and what is recorded of it ====================================================================
-
-
-def _raise(error):
-    raise error
 
 
 OUTCOMES = {
@@ -1446,6 +1661,43 @@ class OddError(Exception):
     pass
 
 
+@pytest.mark.parametrize("matching", ["broken_module.Error", "..x", "test_geneva_drive.User.DoesNotExist", "KeyError"])
+def test_a_dotted_name_may_be_nested_and_whatever_its_import_raises_it_matches_nothing(
+    drive, hero, tmp_path, monkeypatch, matching
+):
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Lazy(Workflow):
+        exception_policies = [ExceptionPolicy("cancel", matching=matching)]
+
+        @step
+        def one(self):
+            raise User.DoesNotExist if self.context["own"] else KeyError
+
+    states = {}
+    for own in (True, False):
+        workflow = Lazy.create(hero=User.create(), context={"own": own})
+        with pytest.raises((User.DoesNotExist, KeyError)):
+            scheduled(workflow).execute()
+        states[own] = reload(workflow).state
+    assert states == {
+        True: "canceled" if "User" in matching else "paused",
+        False: "canceled" if matching == "KeyError" else "paused",
+    }
+
+
+def test_an_asyncio_cancellation_is_an_error_of_the_step(drive, hero):
+    class Cancels(Workflow):
+        @step(on_exception="skip")
+        async def one(self):
+            raise asyncio.CancelledError
+
+    workflow = Cancels.create(hero=hero)
+    scheduled(workflow).execute()
+    assert reload(workflow).state == "finished"
+
+
 @pytest.mark.parametrize("report", ["terminal_only", "always", "never"])
 @pytest.mark.parametrize("action", ["pause", "cancel", "skip", "reattempt"])
 def test_report_says_when_the_error_leaves_the_task(drive, hero, action, report):
@@ -1757,6 +2009,18 @@ def test_updates_and_deletions_on_a_subclass_touch_its_rows_alone(drive):
     assert {each.id for each in Workflow.select()} == {dog.id, plain.id}
 
 
+def test_executions_are_deleted_with_their_workflow(drive, hero):
+    drive._db.execute_sql("pragma foreign_keys = 0") if drive._dialect == "sqlite" else None
+    try:
+        for delete in (lambda: Plain.delete().execute(), lambda: Plain.get().delete_instance()):
+            Plain.create(hero=hero)
+            assert delete() == 1
+            assert StepExecution.select().count() == 0
+        Plain.create(hero=hero)
+    finally:
+        drive._db.execute_sql("pragma foreign_keys = 1") if drive._dialect == "sqlite" else None
+
+
 def test_rows_can_be_changed_while_a_query_is_iterated(drive):
     User.insert_many([{"name": str(number)} for number in range(300)]).execute()
     Plain.create_many(User.select())
@@ -1991,6 +2255,15 @@ BAD_DEFINITIONS = {
     "workflow_type = 3": r"Bad: workflow_type must be text",
     "name = CharField()": r"Bad.name: workflows share one table",
     "class Meta: table_name = 'mine'": r"Bad.Meta: workflows share one table",
+    "@step\ndef send(self): yield": r"Bad.send: its body 'send' is a generator",
+    "@step(skip_if='late')\ndef send(self): pass\nasync def late(self): pass": r"Bad.send: skip_if must not be async",
+    "@cancel_if\nasync def late(self): pass": r"Bad.late: a condition must not be async",
+    "@on_exception\nasync def late(self, error): pass": r"Bad.late: a handler must not be async",
+    "@classmethod\n@step\ndef send(self): pass": r"Bad.send: a step must be a method",
+    "@property\n@step\ndef send(self): pass": r"Bad.send: a step must be a method",
+    "type = 'mine'": r"Bad.type: workflows share one table",
+    "__slots__ = ('mine',)": r"Bad: its instances cannot be made from rows",
+    "one = cancel_if(property(len))": r"@cancel_if is for methods",
     "one = step(3)": r"@step is for methods, not for 3",
 }
 
@@ -2036,6 +2309,55 @@ def test_two_classes_of_one_type_are_an_error_unless_one_is_the_other_imported_a
     with pytest.raises(gd.StepConfigurationError, match=r"twin_b.Twin: the type 'Twin' belongs to twin_a.Twin"):
         importlib.import_module("twin_b")
     assert gd._workflow_classes["Twin"] is again.Twin
+
+
+def test_a_class_may_be_called_workflow(drive, hero, helpers):
+    base = Workflow
+
+    class Workflow_(base):
+        @step
+        def one(self):
+            did("one")
+
+    named = type(base)("Workflow", (Workflow_,), {})
+    try:
+        workflow = named.create(hero=hero)
+        helpers.speedrun_workflow(workflow)
+        assert (type(reload(workflow)), effects()) == (named, ["one"])
+    finally:
+        del gd._workflow_classes["Workflow"]
+
+
+def test_generic_classes_work_where_workflow_comes_first():
+    item = typing.TypeVar("item")
+
+    class Repository(typing.Generic[item]):
+        pass
+
+    class Sound(Workflow, Repository[int]):
+        pass
+
+    with pytest.raises(gd.StepConfigurationError, match="name Workflow first among the bases"):
+
+        class Poisonous(Repository[int], Workflow):
+            pass
+
+    assert "Poisonous" not in gd._workflow_classes
+
+
+def test_a_child_that_takes_away_a_method_of_its_parents_declarations_is_an_error():
+    class Parent(Workflow):
+        @cancel_if
+        def late(self):
+            return False
+
+        @step
+        def one(self):
+            pass
+
+    for name, problem in (("late", "it must stay a method"), ("one", "its body 'one' is not a method")):
+        with pytest.raises(gd.StepConfigurationError, match=rf"Child.{name}: {problem}"):
+            type(Workflow)("Child", (Parent,), {name: None})
 
 
 def test_of_classes_local_to_functions_the_latest_wins():
@@ -2348,6 +2670,32 @@ def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, c
     assert reload(workflows[2]).state == "ready"
 
 
+class Note(Model):
+    workflow = ForeignKeyField(Workflow)
+
+    class Meta:
+        table_name = "test_notes"
+
+
+def test_a_workflow_that_cannot_be_deleted_stops_neither_the_others_nor_recovery(db, drive, clock, helpers, caplog):
+    Note.bind(db, bind_refs=False)
+    db.create_tables([Note])
+    try:
+        workflows = [Quick.create(hero=User.create()) for _ in range(3)]
+        for workflow in workflows:
+            helpers.speedrun_workflow(workflow)
+        Note.create(workflow=workflows[1])
+        dead = Plain.create(hero=User.create())
+        gd._Attempt.claim(drive, scheduled(dead).id)
+        clock.forward(days=31)
+        counts = drive.housekeeping()
+        assert (counts["workflows_cleaned_up"], counts["stuck_in_progress_recovered"]) == (2, 1)
+        assert f"workflow {workflows[1].id} cannot be deleted" in caplog.text
+        assert {each.id for each in Workflow.select()} == {workflows[1].id, dead.id}
+    finally:
+        db.drop_tables([Note])
+
+
 # ==== Consumers: real processes =======================================================================================
 
 APP = """
@@ -2577,6 +2925,33 @@ def test_immediate_mode_runs_the_steps_after_the_commit(db, drive, hero):
         workflow = Quick.create(hero=hero)
         assert effects() == []
     assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+
+
+def test_immediate_mode_on_the_drives_own_database_waits_for_the_commit_too(db, drive, hero):
+    immediate = SqlHuey(database=db, results=False, immediate=True, immediate_use_memory=False)
+    try:
+        GenevaDrive(db, huey=immediate)
+        with pytest.raises(ZeroDivisionError), db.atomic():
+            Quick.create(hero=hero)
+            assert effects() == []
+            raise ZeroDivisionError
+        workflow = Quick.create(hero=hero)
+        assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+    finally:
+        immediate.storage.drop_tables()
+
+
+def test_a_database_without_autoconnect_serves_a_consumer(servers):
+    db = SqliteDatabase(parse(servers.empty("sqlite"))["database"], autoconnect=False, timeout=20)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    with db.connection_context():
+        drive.create_tables()
+        db.create_tables(MODELS)
+        workflow = Quick.create(hero=User.create())
+        drive.run(until=lambda: reload(workflow).state == "finished")
+        assert effects() == ["one", "two", "three"]
 
 
 def test_a_priority_is_refused_where_the_queue_knows_none(db, drive, hero, servers):
