@@ -142,7 +142,7 @@ MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
-RECORD_PATIENCE_SECONDS = 10  # for a database that restarts: a step that is done is worth some waiting
+PATIENCE_SECONDS = 10  # with locks; and, where a step is done and only to be recorded, with a database that restarts
 
 # ==== Errors and events ===============================================================================================
 
@@ -1736,7 +1736,7 @@ class _Attempt:
         run_on = not verdict.surfaces and may_run_on()
         try:
             changes, outcome, following = self.drive._transact(
-                lambda: self._conclude(verdict, run_on), patience_seconds=RECORD_PATIENCE_SECONDS
+                lambda: self._conclude(verdict, run_on), waits_for_database=True
             )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
@@ -1879,12 +1879,6 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
     "clock": (_utcnow, lambda value: callable(value) and value().tzinfo, "a callable that returns an aware datetime"),
 }
 
-HOUSEKEEPING_COUNTS = (
-    "workflows_cleaned_up",
-    "step_executions_cleaned_up",
-    "stuck_in_progress_recovered",
-    "stuck_scheduled_recovered",
-)
 QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
@@ -1982,11 +1976,8 @@ class GenevaDrive:
         # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
         return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
 
-    def _transact(self, work: Callable[[], T], patience_seconds: float = 0) -> T:
-        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
-
-        :param patience_seconds: how long to wait for a database that went away; without, a dead connection is replaced.
-        """
+    def _transact(self, work: Callable[[], T], waits_for_database: bool = False) -> T:
+        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat."""
         if self._db.in_transaction():
             with self._begin():
                 return work()
@@ -2000,10 +1991,10 @@ class GenevaDrive:
                     is_done = True  # what fails now is the commit, and may have succeeded all the same
                 return result
             except peewee.PeeweeException as error:
+                in_time = time.monotonic() - started < PATIENCE_SECONDS
                 is_gone = not is_done and self._is_connection_lost(error)
-                waits = time.monotonic() - started < patience_seconds
-                is_due_again = _is_transient(error) and tries < TRANSACTION_TRIES
-                if not is_due_again and not (is_gone and (tries == 1 or waits)):
+                may_be_back = is_gone and (tries == 1 or (waits_for_database and in_time))
+                if not may_be_back and not (_is_transient(error) and tries < TRANSACTION_TRIES and in_time):
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
@@ -2039,11 +2030,18 @@ class GenevaDrive:
         if not self._db.autoconnect:
             self._db.connect(reuse_if_open=True)
 
+    def _databases(self) -> list[Database]:
+        """The drive's, if it is initialized, and those of the heroes."""
+        own = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
+        heroes = [model._meta.get_database_instance() for model in list(_hero_models.values())]
+        return [database for database in dict.fromkeys([own, *heroes]) if database is not None]
+
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
-        if not self._db.in_transaction() and not self._db.is_closed() and _is_dead(self._db.connection()):
-            with contextlib.suppress(peewee.PeeweeException):
-                self._db.close()
+        for database in self._databases():
+            if not database.in_transaction() and not database.is_closed() and _is_dead(database.connection()):
+                with contextlib.suppress(peewee.PeeweeException):
+                    database.close()
 
     def _is_connection_lost(self, error: BaseException) -> bool:
         """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
@@ -2058,9 +2056,7 @@ class GenevaDrive:
     def _after_fork_in_child(self) -> None:
         """A forked process must not share its parent's connection, nor believe that its threads came along."""
         self._heartbeat = _Heartbeat(self)
-        databases = [self.database.obj if isinstance(self.database, peewee.Proxy) else self.database]
-        databases += [model._meta.get_database_instance() for model in _hero_models.values()]
-        for database in filter(None, dict.fromkeys(databases)):
+        for database in self._databases():
             if not _is_private(database) and not database.in_transaction():
                 # Kept for good: closing them here would close the parent's.
                 _inherited_connections.append(None if database.is_closed() else database.connection())
@@ -2264,7 +2260,8 @@ class GenevaDrive:
             `stuck_scheduled_recovered`.
         """
         self._connect_worker()
-        counts = dict.fromkeys(HOUSEKEEPING_COUNTS, 0)
+        counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
+        counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
         failures = []
         for part in (self._recover_in_progress, self._recover_scheduled, self._clean_up):
             try:

@@ -1324,6 +1324,29 @@ def test_a_database_that_goes_away_in_mid_body_costs_an_attempt(db, drive, hero,
     assert effects() == ["one"] * (2 if served and within != "transactional" else 1)
 
 
+def test_a_dead_connection_to_a_heros_own_database_is_replaced(servers, db, drive, served):
+    if served:
+        elsewhere = open_database(servers.empty(drive._dialect))
+
+        class Guest(Model):
+            class Meta:
+                database = elsewhere
+
+        elsewhere.create_tables([Guest])
+
+        class Visits(Workflow):
+            @step(on_exception=ExceptionPolicy("reattempt", wait=0))
+            def one(self):
+                if self.execution_history.count() == 1:
+                    drop_connection(elsewhere)
+                    assert self.hero == Guest.get_by_id(self.hero.id)
+
+        workflow = Visits.create(hero=Guest.create())
+        drive._perform(scheduled(workflow).id)  # and the reattempt, in a run-on
+        assert [outcome for _, _, outcome in history(workflow)] == ["reattempted", "success"]
+        elsewhere.close()
+
+
 def test_a_connection_that_died_while_idle_is_replaced(db, drive, hero, served):
     workflow = Plain.create(hero=hero)
     message = scheduled(workflow).id
