@@ -2246,6 +2246,7 @@ class GenevaDrive:
                         for consumer in consumers:
                             consumer.check_worker_health()
             finally:
+                logger.info("draining: the steps under way are ended, the next ones wait in the tables")
                 for consumer in consumers:
                     consumer.stop()
                 for consumer in consumers:
