@@ -63,7 +63,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import peewee
 from huey import Huey, crontab
@@ -90,7 +90,9 @@ logger = logging.getLogger("geneva_drive")
 logger.addHandler(logging.NullHandler())
 
 T = TypeVar("T")
-_Route = tuple[str, "int | None"]  # the name of a queue, and the priority in it
+_Route: TypeAlias = "tuple[str, int | None]"  # the name of a queue, and the priority in it
+_Json: TypeAlias = "dict[str, Any] | None"
+_Queues: TypeAlias = "Mapping[str, Huey] | Iterable[str] | None"
 
 # ==== States, and what an outcome does to them ========================================================================
 
@@ -348,13 +350,16 @@ class ExceptionPolicy:
         _require(_is_number(self.jitter) and 0 <= self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
         object.__setattr__(self, "wait", _require_duration(self.wait, where, "wait"))
         object.__setattr__(self, "max_wait", _require_duration(self.max_wait, where, "max_wait"))
-        for kind in self._matchers():
+        if self.matching is not None:
+            several = isinstance(self.matching, (tuple, list, set))
+            object.__setattr__(self, "matching", tuple(self.matching if several else (self.matching,)))
+        for kind in self.matching or ():
             is_matcher = isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException))
             _require(is_matcher, where, f"matching must name exception classes, not {kind!r}")
 
     def matches(self, error: BaseException) -> bool:
         """Whether the policy is meant for `error`."""
-        return self.matching is None or any(_matches(kind, error) for kind in self._matchers())
+        return self.matching is None or any(_matches(kind, error) for kind in self.matching)
 
     def delay(self, reattempts: int) -> timedelta:
         """The wait before the next reattempt, after so many of them."""
@@ -367,11 +372,6 @@ class ExceptionPolicy:
             seconds = math.inf
         seconds = min(seconds, longest.total_seconds()) * random.uniform(1 - self.jitter, 1 + self.jitter)
         return min(timedelta(seconds=seconds), longest)
-
-    def _matchers(self) -> tuple[Any, ...]:
-        if self.matching is None:
-            return ()
-        return tuple(self.matching) if isinstance(self.matching, (tuple, list, set)) else (self.matching,)
 
     def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> tuple[str, timedelta]:
         return self.action, self.delay(reattempts)
@@ -516,30 +516,22 @@ class _Blueprint:
         """Add what the body of one class declares, in its order."""
         declared: set[str] = set()
         for key, value in vars(cls).items():
+            where = f"{self.cls.__name__}.{key}"
             for name, body, options in _declared_steps(key, value):
-                where = f"{self.cls.__name__}.{name}"
-                _require(_is_name(name), where, f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
-                _require(name not in declared, where, "the step is declared twice: rename one of them")
-                declared.add(name)
-                for each in (key, name):
-                    problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
-                    _require(each not in self.reserved, where, problem)
-                self._add_step(where, name, body, options)
-            inner = getattr(value, "__func__", getattr(value, "fget", None))
-            is_method = not hasattr(inner, "_geneva_drive_step")
-            _require(
-                is_method, f"{self.cls.__name__}.{key}", "a step must be a method: put nothing but functions around it"
-            )
+                self._add_step(f"{self.cls.__name__}.{name}", key, name, body, options, declared)
+            inner = getattr(value, "__func__", getattr(value, "fget", None))  # of a class method, of a property
+            _require(not hasattr(inner, "_geneva_drive_step"), where, "a step must be a method, and called as one")
             if getattr(value, "_geneva_drive_cancel_if", False) and key not in self.cancel_ifs:
-                _require_plain(value, f"{self.cls.__name__}.{key}", "a condition")
+                _require_plain(value, where, "a condition")
                 self.cancel_ifs.append(key)
             if hasattr(value, "_geneva_drive_handles"):
-                _require_plain(value, f"{self.cls.__name__}.{key}", "a handler")
-                self._add_handler(key, value._geneva_drive_handles)
+                _require_plain(value, where, "a handler")
+                self.policies = [each for each in self.policies if getattr(each, "handler", None) != key]
+                self.policies.append(_HandlerPolicy("pause", matching=value._geneva_drive_handles or None, handler=key))
             if key == "exception_policies":
-                self._add_policies(value)
+                self._add_policies(where, value)
             if key == "step_options":
-                self.step_options.update(_checked_options(value, f"{self.cls.__name__}.step_options"))
+                self.step_options.update(_checked_options(value, where))
 
     def methods(self) -> set[str]:
         """The names of the methods that declarations rely on."""
@@ -547,15 +539,21 @@ class _Blueprint:
         bodies = (definition.body for definition in self.steps)
         return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
 
-    def _add_step(self, where: str, name: str, body: str, options: dict[str, Any]) -> None:
+    def _add_step(
+        self, where: str, key: str, name: str, body: str, options: dict[str, Any], declared: set[str]
+    ) -> None:
+        _require(_is_name(name), where, f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
+        _require(name not in declared, where, "the step is declared twice: rename one of them")
+        declared.add(name)
+        for each in (key, name):
+            problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
+            _require(each not in self.reserved, where, problem)
         for option in options:
             _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
         method = getattr(self.cls, body, None)
         _require(callable(method), where, f"its body {body!r} is not a method of the class")
         is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
-        _require(
-            not is_generator, where, f"its body {body!r} is a generator, which nothing would run: take out the yield"
-        )
+        _require(not is_generator, where, f"its body {body!r} is a generator, which nothing would run: do not yield")
         skip_if, transactional = options.get("skip_if"), options.get("transactional", False)
         is_condition = skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if)
         _require(is_condition, where, f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}")
@@ -582,12 +580,7 @@ class _Blueprint:
             place = names.index(beside) + (before is None)
         self.steps.insert(place, definition)
 
-    def _add_handler(self, method: str, matching: tuple[Any, ...]) -> None:
-        self.policies = [each for each in self.policies if getattr(each, "handler", None) != method]
-        self.policies.append(_HandlerPolicy("pause", matching=matching or None, handler=method))
-
-    def _add_policies(self, policies: Any) -> None:
-        where = f"{self.cls.__name__}.exception_policies"
+    def _add_policies(self, where: str, policies: Any) -> None:
         _require(isinstance(policies, (list, tuple)), where, "must be a list of ExceptionPolicy")
         for policy in policies:
             _require(isinstance(policy, ExceptionPolicy), where, f"must hold ExceptionPolicy objects, not {policy!r}")
@@ -959,11 +952,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def create(
-        cls,
-        hero: Model | None = None,
-        allow_multiple: bool = False,
-        context: dict[str, Any] | None = None,
-        options: dict[str, Any] | None = None,
+        cls, hero: Model | None = None, allow_multiple: bool = False, context: _Json = None, options: _Json = None
     ) -> Any:
         """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
 
@@ -981,7 +970,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         values = cls._new_values(drive, hero, allow_multiple, context, options)
         for _ in range(TRANSACTION_TRIES):
             try:
-                workflow = drive._transact(lambda: cls._insert_one(drive, values))
+                workflow = drive._transact(lambda: cls._insert(drive, values))
                 break
             except peewee.IntegrityError as error:
                 ongoing = cls._ongoing_id(values)
@@ -1073,8 +1062,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         }
 
     @classmethod
-    def _insert_one(cls, drive: GenevaDrive, values: dict[str, Any]) -> Workflow:
-        values = {**values, "created_at": drive._now()}
+    def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Workflow:
         workflow = cls(id=Workflow.insert(**values).execute(), **values)
         workflow._dirty.clear()
         StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
@@ -1252,9 +1240,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if self.type not in _workflow_classes:
             return str(WorkflowNotDefinedError(self))
         if self.hero_type and _hero_model(self.hero_type) is None:
-            return (
-                f"{self._label}: no model called {self.hero_type!r} is defined here: import it, or set Meta.hero_type"
-            )
+            return f"{self._label}: no model called {self.hero_type!r} is defined: import it, or set Meta.hero_type"
         return None
 
     def _definition(self, step_name: str | None) -> StepDefinition:
@@ -1517,13 +1503,8 @@ class _Verdict:
 class _Attempt:
     """An execution that this process has claimed."""
 
-    def __init__(
-        self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False
-    ) -> None:
-        self.drive = drive
-        self.workflow = workflow
-        self.execution = execution
-        self.is_run_on = is_run_on
+    def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False):
+        self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
         self.saved_context = _dump_json(workflow.context)
         self.claimed = time.monotonic()
 
@@ -1911,14 +1892,7 @@ class GenevaDrive:
     run_on: timedelta
     clock: Callable[[], datetime]
 
-    def __init__(
-        self,
-        database: Any,
-        huey: Huey | None = None,
-        *,
-        queues: Mapping[str, Huey] | Iterable[str] | None = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, database: Any, huey: Huey | None = None, *, queues: _Queues = None, **settings: Any) -> None:
         if not isinstance(database, (Database, peewee.Proxy)):
             raise ConfigurationError(f"GenevaDrive() takes a Peewee database, not {database!r}")
         for name in settings.keys() - SETTINGS:
@@ -2107,9 +2081,7 @@ class GenevaDrive:
             return any(each.name == column[2] for each in self._db.get_columns(column[1]))
         raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
 
-    @functools.cached_property
-    def _embedded_models(self) -> tuple[Any, ...]:
-        return _embedded_models(self.database)
+    _embedded_models = functools.cached_property(lambda self: _embedded_models(self.database))
 
     # -- the queues -------------------------------------------------------------------------------------------------
 
@@ -2234,23 +2206,20 @@ class GenevaDrive:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
-        with _stop_signals() as stop:
+        with _stop_signals() as stop, contextlib.ExitStack() as running:
             for consumer in consumers:
                 consumer._set_signal_handlers = lambda: None  # ours stop all of them
                 consumer.start()
-            try:
-                checked = time.monotonic()
-                while not stop.wait(0.1) and not (until and until()):
-                    if time.monotonic() - checked > 10:
-                        checked = time.monotonic()
-                        for consumer in consumers:
-                            consumer.check_worker_health()
-            finally:
-                logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-                for consumer in consumers:
-                    consumer.stop()
-                for consumer in consumers:
-                    consumer.stop(graceful=True)
+                running.callback(consumer.stop, graceful=True)
+            checked = time.monotonic()
+            while not stop.wait(0.1) and not (until and until()):
+                if time.monotonic() - checked > 10:
+                    checked = time.monotonic()
+                    for consumer in consumers:
+                        consumer.check_worker_health()
+            logger.info("draining: the steps under way are ended, the next ones wait in the tables")
+            for consumer in consumers:
+                consumer.stop_flag.set()
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
