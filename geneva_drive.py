@@ -1550,7 +1550,7 @@ class _Attempt:
         """
         following, recorded = None, True
         self.workflow._attempt = self
-        self.drive._heartbeat.add(self.execution.id)
+        _heartbeat.add(self.execution.id)
         try:
             verdict = self._overtaken()
             if verdict:
@@ -1563,7 +1563,7 @@ class _Attempt:
             self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
         finally:
             self.workflow._attempt = None
-            self.drive._heartbeat.beating.discard(self.execution.id)
+            _heartbeat.beating.discard(self.execution.id)
         if recorded:
             step_finished.send(self.workflow, execution=self.execution)
             try:
@@ -1726,7 +1726,7 @@ class _Attempt:
         self.execution.__data__.update(outcome)
         self.drive._announce(self.workflow, before, self.workflow.state)
         if following:
-            self.drive._heartbeat.add(following.execution.id)
+            _heartbeat.add(following.execution.id)
         return following
 
     def _conclude(self, verdict: _Verdict, run_on: bool) -> tuple[dict[str, Any], dict[str, Any], _Attempt | None]:
@@ -1901,7 +1901,6 @@ class GenevaDrive:
             setattr(self, name, settings.get(name, default))
         self.database = database
         self._consumers: dict[str, Consumer] = {}
-        self._heartbeat = _Heartbeat(self)
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (Workflow, StepExecution):
@@ -2028,13 +2027,17 @@ class GenevaDrive:
             self._db.close()
 
     def _after_fork_in_child(self) -> None:
-        """A forked process must not share its parent's connection, nor believe that its threads came along."""
-        self._heartbeat = _Heartbeat(self)
+        """A forked process must not share its parent's connections."""
         for database in self._databases():
             if not _is_private(database) and not database.in_transaction():
                 # Kept for good: closing them here would close the parent's.
                 _inherited_connections.append(None if database.is_closed() else database.connection())
                 _inherited_connections.extend(getattr(database, name, None) for name in ("_connections", "_in_use"))
+                # Another thread, which did not come along, may have held one of these as the process forked.
+                database._lock = threading.Lock()
+                if hasattr(database, "_pool_lock"):
+                    database._pool_lock = threading.RLock()
+                    database._pool_available = threading.Condition(database._pool_lock)
                 database.dispose()
 
     def create_tables(self) -> None:
@@ -2427,6 +2430,8 @@ _inherited_connections: list[Any] = []
 
 
 def _after_fork_in_child() -> None:
+    global _heartbeat
+    _heartbeat = _Heartbeat()  # its thread did not come along
     if _current_drive is not None:
         _current_drive._after_fork_in_child()
 
@@ -2457,38 +2462,47 @@ def _stop_signals() -> Iterator[threading.Event]:
 class _Heartbeat:
     """Renews the heartbeat of the executions that this process performs, from one background thread."""
 
-    def __init__(self, drive: GenevaDrive) -> None:
-        self.drive = drive
+    def __init__(self) -> None:
         self.beating: set[int] = set()
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
+        self.hurry = threading.Event()
+        self.interval = math.inf
 
     def add(self, execution_id: int) -> None:
         """Keep an execution alive, until it is discarded from `beating`."""
         self.beating.add(execution_id)
-        if self.thread is None and not _is_private(self.drive._db):
-            self._start()
-
-    def _start(self) -> None:
+        if _is_private(_drive()._db):
+            return
         with self.lock:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
                 self.thread.start()
+            elif self._interval() < self.interval:
+                self.hurry.set()  # the threshold was made shorter since it went to sleep
+
+    def _interval(self) -> float:
+        return _drive().stuck_in_progress_threshold.total_seconds() / 4
 
     def _run(self) -> None:
         while True:
-            time.sleep(self.drive.stuck_in_progress_threshold.total_seconds() / 4)
+            self.interval = self._interval()
+            self.hurry.wait(self.interval)
+            self.hurry.clear()
             try:
                 self._beat()
             except Exception:
                 logger.exception("the heartbeat failed; it is tried again")
 
     def _beat(self) -> None:
-        ids = list(self.beating)
-        if ids:
-            with self.drive._db.connection_context():  # none is kept open between beats
+        ids, drive = list(self.beating), _drive()
+        if ids and not _is_private(drive._db):
+            with drive._db.connection_context():  # none is kept open between beats
                 mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
-                StepExecution.update(heartbeat_at=self.drive._now()).where(mine).execute()
+                StepExecution.update(heartbeat_at=drive._now()).where(mine).execute()
+
+
+_heartbeat = _Heartbeat()
 
 
 # ==== The embedded queue: Huey's SQL storage on the drive's own database ==============================================

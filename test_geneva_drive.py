@@ -567,11 +567,11 @@ def test_the_heartbeat_covers_the_hooks_between_two_steps_of_a_run_on(drive, her
 
     class Lingers(Quick):
         def after_step_execution(self, execution):
-            beating.append((execution.step_name, len(drive._heartbeat.beating)))
+            beating.append((execution.step_name, len(gd._heartbeat.beating)))
 
     drive._perform(scheduled(Lingers.create(hero=hero)).id)
     assert beating == [("one", 1), ("two", 1), ("three", 0)]
-    assert drive._heartbeat.beating == set()
+    assert gd._heartbeat.beating == set()
 
 
 def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, served):
@@ -604,8 +604,22 @@ def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, serve
     assert {each.outcome for each in StepExecution.select()} == {"success"}
 
 
-def _use_inherited(number, results):
+def test_there_is_one_heartbeat_thread_whatever_the_number_of_drives(db, drive, hero):
+    for _ in range(5):
+        GenevaDrive(db)
+        assert scheduled(Quick.create(hero=hero, allow_multiple=True)).execute() is True
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("geneva-drive-heartbeat") == 1
+
+
+def _use_connection(number, results):
     results.put(User.select().count())
+
+
+def test_a_process_may_fork_while_another_thread_opens_a_connection(db, drive, hero):
+    # What that thread holds would be held for ever in the child, where it does not run.
+    with db._lock:
+        assert in_processes(2, _use_connection) == [1, 1]
 
 
 def test_forked_processes_do_not_share_a_pools_idle_connections(servers):
@@ -615,7 +629,7 @@ def test_forked_processes_do_not_share_a_pools_idle_connections(servers):
     with db.connection_context():
         db.create_tables([User])
         User.create()
-    assert in_processes(4, _use_inherited) == [1] * 4
+    assert in_processes(4, _use_connection) == [1] * 4
     with db.connection_context():
         assert User.select().count() == 1
     db.close_all()
