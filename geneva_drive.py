@@ -1558,6 +1558,8 @@ class _Attempt:
             else:
                 step_started.send(self.workflow, execution=self.execution)
                 verdict, following = self._perform_and_record(may_run_on)
+                if following:
+                    _heartbeat.add(following.execution.id)  # it is claimed, and has to outlive the hooks below
         except _ClaimLost as lost:
             verdict, recorded = lost.args[0], False
             self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
@@ -1725,8 +1727,6 @@ class _Attempt:
         self.workflow.__data__.update(changes)
         self.execution.__data__.update(outcome)
         self.drive._announce(self.workflow, before, self.workflow.state)
-        if following:
-            _heartbeat.add(following.execution.id)
         return following
 
     def _conclude(self, verdict: _Verdict, run_on: bool) -> tuple[dict[str, Any], dict[str, Any], _Attempt | None]:
