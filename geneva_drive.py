@@ -667,7 +667,11 @@ class _ExactField(_DialectField, peewee.CharField):
     mysql_type = f"VARBINARY({4 * MAX_NAME_CHARS})"
 
     def python_value(self, value: Any) -> Any:
-        return value.decode() if isinstance(value, (bytes, bytearray)) else value
+        return _as_text(value)
+
+
+def _as_text(value: Any) -> Any:
+    return value.decode() if isinstance(value, (bytes, bytearray)) else value
 
 
 class _TypeField(_ExactField):
@@ -1863,6 +1867,38 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
 QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
+#: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
+VIOLATIONS = {
+    "workflow {0} has {1} active executions": """
+        select workflow_id, count(*) from geneva_drive_step_executions where state in {active}
+        group by workflow_id having count(*) > 1""",
+    "{1} {0} has {3} ongoing workflows of the type {2}": """
+        select hero_id, hero_type, type, count(*) from geneva_drive_workflows
+        where state in {ongoing} and not allow_multiple and hero_id is not null
+        group by hero_id, hero_type, type having count(*) > 1""",
+    "workflow {0} is {1}, but its execution {2} is {3}": """
+        select w.id, w.state, e.id, e.state from geneva_drive_workflows w
+        join geneva_drive_step_executions e on e.workflow_id = w.id where e.state in {active} and not (
+            w.state = 'performing' and e.state = 'in_progress' or w.state = 'canceled' and e.state = 'in_progress'
+            or w.state in ('ready', 'paused') and e.state in ('scheduled', 'waiting'))""",
+    "workflow {0} is {1}, but no execution of it is active": """
+        select w.id, w.state from geneva_drive_workflows w where w.state in ('ready', 'performing') and not exists (
+            select 1 from geneva_drive_step_executions e where e.workflow_id = w.id and e.state in {active})""",
+    "workflow {0} counts {1} executions, but its newest is number {2}": """
+        select w.id, w.execution_count, max(e.number) from geneva_drive_workflows w
+        left join geneva_drive_step_executions e on e.workflow_id = w.id
+        group by w.id, w.execution_count having max(e.number) is null or max(e.number) <> w.execution_count""",
+    "workflow {0} is {1}, but stands at the step {2}": """
+        select id, state, current_step_name from geneva_drive_workflows
+        where (state in {ongoing}) = (current_step_name is null)""",
+    "execution {0} is {1}, but the outcome {2} and the end {3} do not fit": """
+        select id, state, outcome, finished_at from geneva_drive_step_executions
+        where (state in {active}) = (outcome is not null) or (state in {active}) = (finished_at is not null)""",
+    "execution {0} belongs to the workflow {1}, which is gone": """
+        select e.id, e.workflow_id from geneva_drive_step_executions e
+        where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
+}
+
 _current_drive: GenevaDrive | None = None
 
 
@@ -2247,6 +2283,19 @@ class GenevaDrive:
         if failures:
             raise failures[0]
         return counts
+
+    def doctor(self) -> list[str]:
+        """Check over the tables what must always hold, while others write. Reads all rows: not for every minute.
+
+        :returns: the violations, a sentence each; empty when all is sound.
+        """
+        found = []
+        for sentence, query in VIOLATIONS.items():
+            rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
+            found += [sentence.format(*map(_as_text, row)) for row in rows]
+        sections = ["every database", self._dialect]
+        missing = [each for section in sections for each in _schema_statements(section) if not self._is_applied(each)]
+        return found + [f"the schema lacks: {statement}" for statement in missing]
 
     def _clean_up(self) -> dict[str, int]:
         if self.delete_completed_workflows_after is None:

@@ -144,7 +144,8 @@ def drive(db):
     drive = GenevaDrive(db)
     for model in [*drive._embedded_models, StepExecution, Workflow, *MODELS]:
         model.delete().execute()
-    return drive
+    yield drive
+    assert GenevaDrive(db).doctor() == []  # whatever the test did
 
 
 @pytest.fixture
@@ -186,6 +187,16 @@ def did(what):
 def messages(drive, queue="default"):
     huey = drive.queues[queue]
     return sorted(task.args[0] for task in huey.pending() + huey.scheduled())
+
+
+def diagnosed(drive, *sentences):
+    """Assert what doctor() says of rows that the test has spoilt, and remove them."""
+    assert {sentence for sentence in sentences for each in drive.doctor() if re.fullmatch(sentence, each)} == {
+        *sentences
+    }
+    assert len(drive.doctor()) == len(sentences)
+    StepExecution.delete().execute()
+    Workflow.delete().execute()
 
 
 def nothing_written(drive):
@@ -2044,6 +2055,9 @@ def test_updates_and_deletions_on_a_subclass_touch_its_rows_alone(drive):
     StepExecution.delete().execute()
     assert Cat.delete().execute() == 1
     assert {each.id for each in Workflow.select()} == {dog.id, plain.id}
+    Plain.delete().execute()
+    lost = f"workflow {dog.id} is ready, but no execution of it is active"
+    diagnosed(drive, lost, f"workflow {dog.id} counts 1 executions, but its newest is number None")
 
 
 def test_executions_are_deleted_with_their_workflow(drive, hero):
@@ -2560,7 +2574,9 @@ def test_the_database_itself_refuses_a_second_active_execution(drive, hero):
     for state in gd.ACTIVE:
         with pytest.raises(peewee.IntegrityError):
             StepExecution.insert(**{**values, "state": state}).execute()
-    StepExecution.insert(**{**values, "state": "completed"}).execute()
+    spare = StepExecution.insert(**{**values, "state": "completed"}).execute()
+    number = f"workflow {workflow.id} counts 1 executions, but its newest is number 2"
+    diagnosed(drive, number, f"execution {spare} is completed, but the outcome None and the end None do not fit")
 
 
 def test_an_applications_own_task_and_schedule_tables_are_left_alone(db, drive, hero):
@@ -2705,6 +2721,8 @@ def test_a_row_that_cannot_be_recovered_does_not_stop_the_others(drive, clock, c
     assert f"execution {broken.id} cannot be recovered" in caplog.text
     assert reload(workflows[1]).state == "performing"
     assert reload(workflows[2]).state == "ready"
+    number = f"workflow {workflows[1].id} counts 1 executions, but its newest is number 2"
+    diagnosed(drive, number, r"execution \d+ is completed, but the outcome None and the end None do not fit")
 
 
 class Note(Model):
@@ -2731,6 +2749,45 @@ def test_a_workflow_that_cannot_be_deleted_stops_neither_the_others_nor_recovery
         assert {each.id for each in Workflow.select()} == {workflows[1].id, dead.id}
     finally:
         db.drop_tables([Note])
+
+
+def test_the_doctor_tells_of_rows_that_do_not_fit_together(drive, hero):
+    assert drive.doctor() == []
+    ready, canceled, finished = (Plain.create(hero=User.create()) for _ in range(3))
+    canceled.cancel()
+    StepExecution.update(state="in_progress").where(StepExecution.workflow == ready.id).execute()
+    StepExecution.update(state="scheduled").where(StepExecution.workflow == canceled.id).execute()
+    Workflow.update(state="finished").where(Workflow.id == finished.id).execute()
+    diagnosed(
+        drive,
+        rf"workflow {ready.id} is ready, but its execution \d+ is in_progress",
+        rf"workflow {canceled.id} is canceled, but its execution \d+ is scheduled",
+        r"execution \d+ is scheduled, but the outcome canceled and the end .* do not fit",
+        rf"workflow {finished.id} is finished, but its execution \d+ is scheduled",
+        rf"workflow {finished.id} is finished, but stands at the step one",
+    )
+
+
+def test_the_doctor_tells_of_an_index_that_is_missing_and_what_it_let_through(db, drive, hero):
+    on = {table: f" on {table}" if drive._dialect == "mysql" else "" for table in ENGINE_TABLES}
+    db.execute_sql(f"drop index geneva_drive_one_ongoing_workflow{on[ENGINE_TABLES[0]]}")
+    db.execute_sql(f"drop index geneva_drive_one_active_execution{on[ENGINE_TABLES[1]]}")
+    try:
+        first, second = Plain.create(hero=hero), Plain.create(hero=hero)
+        values = {**scheduled(first).__data__, "number": 2}
+        del values["id"]
+        StepExecution.insert(**values).execute()
+        Workflow.update(execution_count=2).where(Workflow.id == first.id).execute()
+        diagnosed(
+            drive,
+            f"User {hero.id} has 2 ongoing workflows of the type Plain",
+            f"workflow {first.id} has 2 active executions",
+            r"the schema lacks: create unique index geneva_drive_one_ongoing_workflow .*",
+            r"the schema lacks: create unique index geneva_drive_one_active_execution .*",
+        )
+        assert second.id != first.id
+    finally:
+        drive.create_tables()
 
 
 # ==== Consumers: real processes =======================================================================================
