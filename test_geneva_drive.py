@@ -2787,6 +2787,8 @@ def test_the_doctor_tells_of_an_index_that_is_missing_and_what_it_let_through(db
         )
         assert second.id != first.id
     finally:
+        StepExecution.delete().execute()
+        Workflow.delete().execute()
         drive.create_tables()
 
 
