@@ -764,8 +764,15 @@ def _hero_type(model: type[Model]) -> str:
 
 def _hero_model(hero_type: str) -> type[Model] | None:
     """The model called `hero_type`, or None; several are a ConfigurationError."""
-    if hero_type in _hero_models:
-        return _hero_models[hero_type]
+    if hero_type not in _hero_models:
+        model = _find_hero_model(hero_type)
+        if model is None:
+            return None
+        _hero_models[hero_type] = model
+    return _hero_models[hero_type]
+
+
+def _find_hero_model(hero_type: str) -> type[Model] | None:
     found: list[type[Model]] = []
     models = Model.__subclasses__()
     for model in models:
@@ -778,7 +785,7 @@ def _hero_model(hero_type: str) -> type[Model] | None:
         raise ConfigurationError(
             f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
         )
-    return _hero_models.setdefault(hero_type, found[0]) if found else None
+    return found[0] if found else None
 
 
 def _key_field(model: type[Model]) -> peewee.Field:
@@ -818,8 +825,7 @@ def _hero_key(hero: Any) -> tuple[str, str]:
         raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
     hero_type = _hero_type(model)
     if _hero_models.get(hero_type) is not model:
-        _hero_models.pop(hero_type, None)
-        _hero_model(hero_type)
+        _find_hero_model(hero_type)  # for the error, if there are others of the name
         _hero_models[hero_type] = model
     return hero_type, hero_id
 
@@ -935,7 +941,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     execution_count = peewee.IntegerField(default=1)
     pause_requested = peewee.BooleanField(default=False)
     #: Tells apart workflows that get the same id, one after the other.
-    token = _NameField(default=lambda: uuid.uuid4().hex)
+    token = _NameField()
     created_at = _UtcField()
     transitioned_at = _UtcField(null=True)
 
@@ -971,7 +977,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises UnknownQueueError: if a step asks for a queue that the drive does not have.
         """
         drive = _drive()
-        values = cls._new_values(drive, hero, allow_multiple, context, options)
+        options = cls._checked_start(drive, allow_multiple, context, options)
+        key = (None, None) if hero is None and cls.may_proceed_without_hero else _hero_key(hero)
+        values = cls._new_values(drive, key, allow_multiple, context, options)
         for _ in range(TRANSACTION_TRIES):
             try:
                 workflow = drive._transact(lambda: cls._insert(drive, values))
@@ -1018,13 +1026,14 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if on_conflict not in ("raise", "ignore"):
             raise ValueError(f'{cls.__name__}.create_many(): on_conflict must be "raise" or "ignore"')
         drive = _drive()
+        cls._checked_start(drive, False, None, None)
         rows: dict[tuple[str, str], dict[str, Any]] = {}
         for hero in heroes:
             key = _hero_key(hero)
-            values = cls._new_values(drive, hero, False, None, None)
-            if key in rows and on_conflict == "raise":
-                raise AlreadyOngoingError(values, None)
-            rows.setdefault(key, values)
+            if key not in rows:
+                rows[key] = cls._new_values(drive, key, False, None, None)
+            elif on_conflict == "raise":
+                raise AlreadyOngoingError(rows[key], None)
 
         def insert() -> int:
             return sum(
@@ -1034,31 +1043,32 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return drive._transact(insert)
 
     @classmethod
-    def _new_values(
-        cls, drive: GenevaDrive, hero: Any, allow_multiple: bool, context: Any, options: Any
-    ) -> dict[str, Any]:
-        """The columns of a new workflow, all of it checked before anything is written."""
+    def _checked_start(cls, drive: GenevaDrive, allow_multiple: bool, context: _Json, options: _Json) -> _Json:
+        """Check all of a start but the hero, before anything is written; returns the options."""
         where = f"{cls.__name__}.create()"
         _require(cls.steps, where, "the class has no steps; was a @step decorator forgotten?")
         if not isinstance(allow_multiple, bool):
             raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
-        context = {} if context is None else context
-        if hero is None and cls.may_proceed_without_hero:
-            hero_type = hero_id = None
-        else:
-            hero_type, hero_id = _hero_key(hero)
-        _dump_json(context)
+        if context is not None:
+            _dump_json(context)
         if options is not None:
             options = _checked_options(options, f"{where}: options")
         for definition in cls.steps:
             drive._check_route(f"{cls.__name__}.{definition.name}", cls._huey_options(definition.name, options))
+        return options
+
+    @classmethod
+    def _new_values(
+        cls, drive: GenevaDrive, key: tuple[Any, Any], allow_multiple: bool, context: _Json, options: _Json
+    ) -> dict[str, Any]:
+        """The columns of a new workflow of the hero with this type and id."""
         return {
             "type": cls.workflow_type,
-            "hero_type": hero_type,
-            "hero_id": hero_id,
+            "hero_type": key[0],
+            "hero_id": key[1],
             "current_step_name": cls.steps[0].name,
             "allow_multiple": allow_multiple,
-            "context": context,
+            "context": {} if context is None else context,
             "options": options,
             "token": uuid.uuid4().hex,
             "created_at": drive._now(),
@@ -1167,23 +1177,28 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT) -> None:
         """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
-        if self._attempt is not None and call in ("cancel", "pause", "skip", "reattempt", "finish"):
+        if self._attempt is not None and ("step", call) in EFFECTS:
             raise _FlowControl(call, wait)
         drive = _drive()
 
         def locked_change() -> Workflow:
-            row = Workflow._lock(Workflow.id == self.id)
+            row, active = Workflow._lock_with_active(self.id)
             if row is None:
                 raise Workflow.DoesNotExist(f"{self._label} was deleted; {call}() came too late")
             if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
                 raise InvalidStateError(row, call)
             before = row.state
-            active = StepExecution._lock((StepExecution.workflow == row.id) & StepExecution.state.in_(ACTIVE))
             change(drive, row, active)
             drive._announce(row, before, row.state)
             return row
 
         self._take_over(drive._transact(locked_change))
+
+    @classmethod
+    def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
+        """The row and its active execution, each or None, in the order in which everything locks them."""
+        row = Workflow._lock(Workflow.id == workflow_id)
+        return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -1535,10 +1550,7 @@ class _Attempt:
         if due_only and execution.scheduled_for > now:
             drive._enqueue_again(execution, drive._route(workflow, execution.step_name))
             return None
-        fence = (
-            (Workflow.id == workflow.id) & (Workflow.execution_count == execution.number) & (Workflow.state == READY)
-        )
-        if not Workflow.update(state=PERFORMING).where(fence).execute():
+        if not Workflow.update(state=PERFORMING).where(_fence(workflow, execution, READY)).execute():
             return None
         workflow.__data__["state"] = PERFORMING
         execution._write(state=IN_PROGRESS, started_at=now, heartbeat_at=now)
@@ -1751,13 +1763,9 @@ class _Attempt:
             changes["current_step_name"] = self.execution.step_name
         if verdict.context is not None:
             changes["context"] = verdict.context
-        fence = (
-            (Workflow.id == self.workflow.id)
-            & (Workflow.execution_count == self.execution.number)
-            & (Workflow.state == PERFORMING)
-            & (Workflow.pause_requested == False)  # noqa: E712
-        )
-        if not Workflow.update(**changes).where(fence).execute():
+        fence = _fence(self.workflow, self.execution, PERFORMING)
+        undisturbed = Workflow.pause_requested == False  # noqa: E712
+        if not Workflow.update(**changes).where(fence & undisturbed).execute():
             follows = self._interrupted(changes, follows, now)
         StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
         return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
@@ -1815,6 +1823,11 @@ class _Attempt:
             execution = StepExecution._insert(self.workflow, number, **claim)
             return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution, is_run_on=True)
         return None
+
+
+def _fence(workflow: Workflow, execution: StepExecution, state: str) -> Any:
+    """The workflow's row, as long as this execution is its newest and it is in `state`."""
+    return (Workflow.id == workflow.id) & (Workflow.execution_count == execution.number) & (Workflow.state == state)
 
 
 def _error_columns(error: BaseException | None) -> dict[str, str]:
@@ -2667,9 +2680,8 @@ class TestHelpers:
         drive = _drive()
 
         def move() -> StepExecution:
-            row = Workflow._lock(Workflow.id == workflow.id)
+            row, active = Workflow._lock_with_active(workflow.id)
             self._assert(row.state in (READY, PAUSED), workflow, "it is neither ready nor paused")
-            active = StepExecution._lock((StepExecution.workflow == row.id) & StepExecution.state.in_(ACTIVE))
             return _moved(drive, row, active, step_name)
 
         self._perform(workflow, drive._transact(move), raise_errors)

@@ -191,10 +191,9 @@ def messages(drive, queue="default"):
 
 def diagnosed(drive, *sentences):
     """Assert what doctor() says of rows that the test has spoilt, and remove them."""
-    assert {sentence for sentence in sentences for each in drive.doctor() if re.fullmatch(sentence, each)} == {
-        *sentences
-    }
-    assert len(drive.doctor()) == len(sentences)
+    found = drive.doctor()
+    assert {sentence for sentence in sentences for each in found if re.fullmatch(sentence, each)} == {*sentences}
+    assert len(found) == len(sentences)
     StepExecution.delete().execute()
     Workflow.delete().execute()
 
