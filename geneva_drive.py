@@ -40,6 +40,7 @@ that this execution is still its newest: one fence and one lock order for everyt
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import copyreg
 import functools
@@ -144,7 +145,8 @@ MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
-PATIENCE_SECONDS = 10  # with locks; and, where a step is done and only to be recorded, with a database that restarts
+EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
+PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 
 # ==== Errors and events ===============================================================================================
 
@@ -1446,6 +1448,8 @@ class StepExecution(_Record):
     enqueued_at = _UtcField(null=True)
     started_at = _UtcField(null=True)
     heartbeat_at = _UtcField(null=True)
+    #: The process that performs or performed it, as `_this_process()` names it.
+    performed_by = _NameField(null=True)
     finished_at = _UtcField(null=True)
     #: Reattempts after errors, and recoveries after crashes, of this step so far.
     reattempts = peewee.IntegerField(default=0)
@@ -1553,7 +1557,7 @@ class _Attempt:
         if not Workflow.update(state=PERFORMING).where(_fence(workflow, execution, READY)).execute():
             return None
         workflow.__data__["state"] = PERFORMING
-        execution._write(state=IN_PROGRESS, started_at=now, heartbeat_at=now)
+        execution._write(**_claim_columns(now))
         drive._announce(workflow, READY, PERFORMING)
         return cls(drive, workflow, execution)
 
@@ -1734,8 +1738,10 @@ class _Attempt:
         """
         run_on = not verdict.surfaces and may_run_on()
         try:
+            # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
+            patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
             changes, outcome, following = self.drive._transact(
-                lambda: self._conclude(verdict, run_on), waits_for_database=True
+                lambda: self._conclude(verdict, run_on), patience, to_record=True
             )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
@@ -1819,10 +1825,14 @@ class _Attempt:
         elif state == PAUSED:  # resume() will queue it
             StepExecution._insert(self.workflow, number, state=SCHEDULED, **follows)
         else:
-            claim = dict(state=IN_PROGRESS, started_at=now, heartbeat_at=now, job_id=self.execution.job_id, **follows)
-            execution = StepExecution._insert(self.workflow, number, **claim)
+            claim = {**_claim_columns(now), "job_id": self.execution.job_id}
+            execution = StepExecution._insert(self.workflow, number, **follows, **claim)
             return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution, is_run_on=True)
         return None
+
+
+def _claim_columns(now: datetime) -> dict[str, Any]:
+    return {"state": IN_PROGRESS, "started_at": now, "heartbeat_at": now, "performed_by": _this_process()}
 
 
 def _fence(workflow: Workflow, execution: StepExecution, state: str) -> Any:
@@ -1998,8 +2008,13 @@ class GenevaDrive:
         # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
         return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
 
-    def _transact(self, work: Callable[[], T], waits_for_database: bool = False) -> T:
-        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat."""
+    def _transact(self, work: Callable[[], T], patience: float = PATIENCE_SECONDS, to_record: bool = False) -> T:
+        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
+
+        :param patience: for so many seconds.
+        :param to_record: whatever the number of tries, and though the database itself is away: the work of a step is
+            done, and would be done again if it could not be recorded.
+        """
         if self._db.in_transaction():
             with self._begin():
                 return work()
@@ -2013,10 +2028,10 @@ class GenevaDrive:
                     is_done = True  # what fails now is the commit, and may have succeeded all the same
                 return result
             except peewee.PeeweeException as error:
-                in_time = time.monotonic() - started < PATIENCE_SECONDS
                 is_gone = not is_done and self._is_connection_lost(error)
-                may_be_back = is_gone and (tries == 1 or (waits_for_database and in_time))
-                if not may_be_back and not (_is_transient(error) and tries < TRANSACTION_TRIES and in_time):
+                may_be_repeated = is_gone or _is_transient(error)
+                limit = math.inf if to_record else 2 if is_gone else TRANSACTION_TRIES
+                if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
@@ -2239,7 +2254,11 @@ class GenevaDrive:
             attempt = attempt.run(may_run_on)
 
     def run(
-        self, workers: int = 1, queues: Iterable[str] | None = None, until: Callable[[], object] | None = None
+        self,
+        workers: int = 1,
+        queues: Iterable[str] | None = None,
+        until: Callable[[], object] | None = None,
+        shutdown_timeout: timedelta | float | None = None,
     ) -> None:
         """Run consumers in this process, until SIGINT, SIGTERM, or `until()` is true; then drain.
 
@@ -2248,7 +2267,10 @@ class GenevaDrive:
         :param workers: threads for each queue.
         :param queues: the names of the queues to serve; None serves all.
         :param until: called ten times a second or so.
+        :param shutdown_timeout: how long draining may take, a timedelta or seconds; None waits for the steps, and a
+            second signal ends the waiting. What is not over then is performed again, once this process has ended.
         :raises UnknownQueueError: if there is no such queue.
+        :raises ConfigurationError: if another argument is wrong.
         """
         names = list(self.queues if queues is None else queues)
         for name in names:
@@ -2256,22 +2278,27 @@ class GenevaDrive:
                 raise UnknownQueueError("run()", name, self.queues)
         if not _is_int(workers) or workers < 1:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
+        try:
+            drain_seconds = None if shutdown_timeout is None else _duration(shutdown_timeout).total_seconds()
+        except ValueError as error:
+            raise ConfigurationError(f"run(): shutdown_timeout {error}") from None
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
-        with _stop_signals() as stop, contextlib.ExitStack() as running:
-            for consumer in consumers:
-                consumer._set_signal_handlers = lambda: None  # ours stop all of them
-                consumer.start()
-                running.callback(consumer.stop, graceful=True)
-            checked = time.monotonic()
-            while not stop.wait(0.1) and not (until and until()):
-                if time.monotonic() - checked > 10:
-                    checked = time.monotonic()
-                    for consumer in consumers:
-                        consumer.check_worker_health()
-            logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-            for consumer in consumers:
-                consumer.stop_flag.set()
+        started: list[Consumer] = []
+        with _stop_signals() as stop:
+            try:
+                for consumer in consumers:
+                    consumer._set_signal_handlers = lambda: None  # ours stop all of them
+                    consumer.start()
+                    started.append(consumer)
+                checked = time.monotonic()
+                while not stop.wait(0.1) and not (until and until()):
+                    if time.monotonic() - checked > 10:
+                        checked = time.monotonic()
+                        for consumer in consumers:
+                            consumer.check_worker_health()
+            finally:
+                _drain(started, drain_seconds)
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
@@ -2346,28 +2373,32 @@ class GenevaDrive:
                 last_id = ids[-1]
 
     def _recover_in_progress(self) -> dict[str, int]:
+        """Recover what a process performs that fell silent, or that is known to be gone."""
+        in_progress = SQL(f"state = '{IN_PROGRESS}'")
+        performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
+        gone = [name for (name,) in performers if _is_process_gone(name)]
         moment = self._now() - self.stuck_in_progress_threshold
-        silent = SQL(f"state = '{IN_PROGRESS}'") & (StepExecution.heartbeat_at < moment)
+        dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
         recovered = 0
-        for ids in self._batches(StepExecution, silent):
+        for ids in self._batches(StepExecution, dead):
             for execution_id in ids:
                 try:
-                    recovered += self._transact(functools.partial(self._recover, silent, execution_id))
+                    recovered += self._transact(functools.partial(self._recover, dead, execution_id))
                 except Exception:  # it must not keep the others from being recovered
                     logger.exception("execution %s cannot be recovered", execution_id)
         return {"stuck_in_progress_recovered": recovered}
 
-    def _recover(self, silent: Any, execution_id: int) -> bool:
+    def _recover(self, dead: Any, execution_id: int) -> bool:
         execution = StepExecution.get_or_none(StepExecution.id == execution_id)
         workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
-        execution = StepExecution._lock(silent & (StepExecution.id == execution_id))
+        execution = StepExecution._lock(dead & (StepExecution.id == execution_id))
         if workflow is None or execution is None:
             return False  # it ended, or showed a sign of life, in between
         try:
             _Attempt(self, workflow, execution)._record(self._death(execution))
         except _ClaimLost:
             return False
-        workflow.logger.warning("recovered: its process fell silent at %s", execution.heartbeat_at)
+        workflow.logger.warning("recovered: its process was last heard of at %s", execution.heartbeat_at)
         return True
 
     def _death(self, execution: StepExecution) -> _Verdict:
@@ -2494,12 +2525,67 @@ _inherited_connections: list[Any] = []
 def _after_fork_in_child() -> None:
     global _heartbeat
     _heartbeat = _Heartbeat()  # its thread did not come along
+    _this_process.cache_clear()
     if _current_drive is not None:
         _current_drive._after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@functools.cache
+def _host() -> str | None:
+    """What has process ids in common with this process: a boot of a kernel, and a namespace (a container) in it.
+
+    None where that cannot be told apart, as it can on Linux.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+        is_own_proc = Path("/proc/self").readlink().name == str(os.getpid())  # not that of another namespace
+    except OSError:
+        return None
+    return f"{boot}/{namespace}" if is_own_proc else None
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this host began, in ticks since the boot; None if it is over, though nobody waited for it."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]  # proc_pid_stat(5): the fields 3 and 22
+
+
+@functools.cache
+def _this_process() -> str | None:
+    """A name that no other process has or will have, or None where there is none."""
+    host, pid = _host(), os.getpid()
+    return host and f"{host}/{pid}/{_process_start(pid)}"
+
+
+def _is_process_gone(name: str | None) -> bool:
+    """Whether a process is known to be no more. Of those of other hosts, only their heartbeats tell."""
+    host, pid, start = (name or "//").rsplit("/", 2)
+    if not host or host != _host():
+        return False
+    try:
+        os.kill(int(pid), 0)  # asks whether it is there; /proc may hide what belongs to others
+        return _process_start(int(pid)) != start
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+
+
+def _drain(consumers: list[Consumer], seconds: float | None) -> None:
+    """Stop consumers all at once, and wait for the steps under way, together not longer than that."""
+    logger.info("draining: the steps under way are ended, the next ones wait in the tables")
+    began = time.monotonic()
+    for consumer in consumers:
+        consumer.stop_flag.set()
+    for consumer in consumers:
+        if seconds is not None:
+            consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
+        consumer.stop(graceful=True)
 
 
 @contextlib.contextmanager
@@ -2551,20 +2637,38 @@ class _Heartbeat:
             self.interval = self._interval()
             self.hurry.wait(self.interval)
             self.hurry.clear()
-            try:
-                self._beat()
-            except Exception:
-                logger.exception("the heartbeat failed; it is tried again")
+            while not self._beat():
+                time.sleep(min(1, self.interval))  # so that a database that comes back finds nobody silent
 
-    def _beat(self) -> None:
-        ids, drive = list(self.beating), _drive()
-        if ids and not _is_private(drive._db):
-            with drive._db.connection_context():  # none is kept open between beats
-                mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
-                StepExecution.update(heartbeat_at=drive._now()).where(mine).execute()
+    def _beat(self) -> bool:
+        if self.beating and not _is_private(_drive()._db):
+            try:
+                with _drive()._db.connection_context():  # none is kept open between beats
+                    self._renew(_drive()._now())
+            except Exception as error:
+                logger.warning("the heartbeat failed and is tried again: %s", error)
+                return False
+        return True
+
+    def _renew(self, moment: datetime) -> None:
+        mine = StepExecution.id.in_(list(self.beating)) & (StepExecution.state == IN_PROGRESS)
+        StepExecution.update(heartbeat_at=moment).where(mine).execute()
+
+    def leave(self) -> None:
+        """As the process exits with steps under way: let housekeeping on any host take them over soon.
+
+        Not at once, for a body may go on until the interpreter is gone.
+        """
+        if self.beating and not _is_private(_drive()._db):
+            drive = _drive()
+            try:
+                self._renew(drive._now() - max(NO_WAIT, drive.stuck_in_progress_threshold - EXIT_TIME))
+            except Exception:
+                logger.exception("the steps under way could not be handed on; they are recovered later")
 
 
 _heartbeat = _Heartbeat()
+atexit.register(lambda: _heartbeat.leave())
 
 
 # ==== The embedded queue: Huey's SQL storage on the drive's own database ==============================================

@@ -481,6 +481,52 @@ def test_a_step_whose_process_died_runs_again_and_pauses_after_too_many_deaths(d
     assert (reload(workflow).state, effects()) == ("finished", ["work"])
 
 
+def _claim(number, url, execution_id, results):
+    GenevaDrive(open_database(url))
+    results.put(gd._Attempt.claim(gd._drive(), execution_id) is not None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="only Linux names processes for good")
+def test_a_process_of_this_host_that_is_gone_is_not_waited_for(database, db, drive, hero):
+    workflow = Plain.create(hero=hero)
+    database.peewee.close()
+    assert in_processes(1, _claim, database.url, scheduled(workflow).id) == [True]
+    execution = workflow.execution_history.get()
+    here = execution.performed_by
+    for unknown in ("of/another/1/1", here.replace("/", "x/", 1), None, gd._this_process()):
+        execution._write(performed_by=unknown)
+        assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+    execution._write(performed_by=here)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    assert history(workflow) == [("one", "failed", "recovered"), ("one", "scheduled", None)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="only Linux names processes for good")
+def test_a_process_is_gone_though_nobody_waited_for_it_or_another_one_has_its_id():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = f"{gd._host()}/{child.pid}/{gd._process_start(child.pid)}"
+    assert not gd._is_process_gone(name)
+    assert gd._is_process_gone(name + "0")
+    child.kill()
+    until(lambda: gd._process_start(child.pid) is None)  # a zombie
+    assert gd._is_process_gone(name)
+    child.communicate()
+    assert gd._is_process_gone(name)
+
+
+def test_a_process_that_exits_with_a_step_under_way_hands_it_on(drive, clock, hero):
+    workflow = Plain.create(hero=hero)
+    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    gd._heartbeat.beating.add(attempt.execution.id)
+    try:
+        gd._heartbeat.leave()
+    finally:
+        gd._heartbeat.beating.clear()
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+    clock.forward(seconds=6)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+
+
 def test_a_step_whose_process_died_is_canceled_where_that_is_asked_for(drive, clock, hero):
     drive.stuck_recovery_action = "cancel"
     workflow = Plain.create(hero=hero)
