@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import csv
 import enum
+import itertools
 import logging
 import mailbox
 import multiprocessing
@@ -22,6 +23,7 @@ import sysconfig
 import tarfile
 import threading
 import time
+import traceback
 import typing
 import unittest
 import uuid
@@ -689,6 +691,201 @@ def test_forked_processes_do_not_share_a_pools_idle_connections(servers):
     with db.connection_context():
         assert User.select().count() == 1
     db.close_all()
+
+
+# ==== Crash points: the process dies before every statement and commit ================================================
+
+
+class _DyingCursor:
+    """A driver's cursor whose process is killed before a certain statement, BEGIN and COMMIT included."""
+
+    def __init__(self, cursor, countdown):
+        self.cursor, self.countdown = cursor, countdown
+
+    def execute(self, *arguments):
+        self.countdown()
+        return self.cursor.execute(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.cursor, name)
+
+
+def dies_at(moment, db, act):
+    """Run `act` in a process that is killed at a moment: 0 is before its first statement, 1 before its second.
+
+    After a statement is before the next one, for the database. Returns False if there are not so many: all was done.
+    """
+    process = os.fork()
+    if process == 0:
+        moments, cursor = itertools.count(), db.cursor
+
+        def countdown():
+            if next(moments) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            db.cursor = lambda *arguments, **kwargs: _DyingCursor(cursor(*arguments, **kwargs), countdown)
+            act()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def _did(workflow):
+    did(f"{workflow.id} {workflow.current_step_name}")
+
+
+class Fragile(Workflow):
+    """What goes through all that a step can come to; `context` says which calls from outside interrupt it."""
+
+    @step
+    def plain(self):
+        _did(self)
+        self.context["plain"] = True
+        if call := self.context.pop("interrupted_by", None):
+            getattr(reload(self), call)()
+
+    @step(transactional=True)
+    def exactly_once(self):
+        _did(self)
+
+    @step(on_exception="reattempt", max_reattempts=1, terminal_action="skip")
+    def failing(self):
+        _did(self)
+        raise LookupError("as ever")
+
+    @step(wait=60, transactional=True)
+    def last(self):
+        _did(self)
+
+
+def _fragile(**context):
+    return Fragile.create(hero=User.create(), context=context)
+
+
+def _queued(**context):
+    gd._drive().huey.flush()
+    return _fragile(**context)
+
+
+def _message(drive):
+    """A consumer's worker, with the next message."""
+    drive.huey.execute(drive.huey.dequeue())
+
+
+def _performing():
+    workflow = _fragile()
+    gd._Attempt.claim(gd._drive(), scheduled(workflow).id)
+    return reload(workflow)
+
+
+def _paused(**context):
+    workflow = _fragile(**context)
+    workflow.pause()
+    return workflow
+
+
+def _paused_without_execution():
+    workflow = _performing()
+    workflow.pause()
+    gd._Attempt(gd._drive(), reload(workflow), workflow.execution_history.get())._record(gd._Verdict("step", "pause"))
+    return reload(workflow)
+
+
+def _neglected():
+    """A dead process, a lost message, and a workflow that is over for long: all that housekeeping looks for."""
+    drive = gd._drive()
+    bring_on(drive)  # what earlier deaths left, or there would be more and more to do
+    over = Quick.create(hero=User.create())
+    over.cancel()
+    over._write(transitioned_at=START - timedelta(days=31))
+    _performing()
+    lost = _fragile()
+    drive.huey.flush()
+    drive.clock.forward(minutes=10)
+    return lost
+
+
+#: What is prepared, what is done to it by a process that dies, and the states in which a workflow may end.
+CRASHES = {
+    "create": (lambda: None, lambda drive, _: _fragile(), {"finished"}),
+    "create_many": (
+        lambda: [User.create() for _ in range(3)],
+        lambda drive, heroes: Fragile.create_many(heroes),
+        {"finished"},
+    ),
+    "perform with run-on": (_queued, lambda drive, _: _message(drive), {"finished"}),
+    "perform without run-on": (
+        _queued,
+        lambda drive, _: (setattr(drive, "run_on", 0), _message(drive), _message(drive)),
+        {"finished"},
+    ),
+    "perform, paused meanwhile": (
+        lambda: _queued(interrupted_by="pause"),
+        lambda drive, _: _message(drive),
+        {"finished"},
+    ),
+    "perform, canceled meanwhile": (
+        lambda: _queued(interrupted_by="cancel"),
+        lambda drive, _: _message(drive),
+        {"finished", "canceled"},
+    ),
+    "pause": (_fragile, lambda drive, workflow: workflow.pause(), {"finished"}),
+    "pause while performing": (_performing, lambda drive, workflow: workflow.pause(), {"finished"}),
+    "resume what is scheduled": (_paused, lambda drive, workflow: workflow.resume(), {"finished"}),
+    "resume without an execution": (
+        _paused_without_execution,
+        lambda drive, workflow: workflow.resume(),
+        {"finished"},
+    ),
+    "resume_at": (_paused, lambda drive, workflow: workflow.resume_at("exactly_once"), {"finished"}),
+    "cancel": (_fragile, lambda drive, workflow: workflow.cancel(), {"finished", "canceled"}),
+    "cancel while performing": (_performing, lambda drive, workflow: workflow.cancel(), {"finished", "canceled"}),
+    "skip": (_fragile, lambda drive, workflow: workflow.skip(), {"finished"}),
+    "skip what is paused": (_paused_without_execution, lambda drive, workflow: workflow.skip(), {"finished"}),
+    "housekeeping": (_neglected, lambda drive, _: drive.housekeeping(), {"finished", "canceled"}),
+}
+
+
+def bring_on(drive):
+    """What a consumer does about everything, in the time to come; and a person, who resumes what is paused."""
+    for _ in range(12):
+        if not Workflow.ongoing().exists():
+            return
+        for workflow in Workflow.paused():
+            workflow.resume()
+        drive.clock.forward(minutes=10)
+        drive.housekeeping()
+        for task in drive.huey.read_schedule():
+            drive.huey.enqueue(task)
+        work_off(drive)
+    raise AssertionError(f"stuck: {[(each.state, history(each)) for each in Workflow.ongoing()]}")
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name):
+    prepare, act, endings = CRASHES[name]
+    for moment in itertools.count():
+        prepared = prepare()
+        if not dies_at(moment, db, lambda: act(drive, prepared)):  # noqa: B023
+            break
+        assert drive.doctor() == []
+    assert moment >= 4  # BEGIN, two statements and COMMIT at the least
+    bring_on(drive)
+    assert {each.state for each in Workflow.select()} <= endings
+    counts = Counter(effects())
+    for workflow in Fragile.finished():
+        done = [each.step_name for each in workflow.execution_history if each.outcome == "success"]
+        assert len(done) == len(set(done))
+        for step_name in done:
+            times = counts.pop(f"{workflow.id} {step_name}")
+            assert times == 1 if step_name in ("exactly_once", "last") else times in (1, 2)
+    left = [effect for effect in counts if effect.endswith(("exactly_once", "last"))]
+    assert left == []  # of no step that is not recorded
 
 
 # ==== What it costs ===================================================================================================
