@@ -99,7 +99,7 @@ class Servers:
         folder = self._folder / kind
         folder.mkdir(exist_ok=True)
         recipe_for = {"postgresql": _postgresql, "mysql": _mysql, "redis": _redis}
-        prepare, serve, stop_signal, url = recipe_for[kind](folder, _free_port())
+        prepare, serve, stop_signal, url = recipe_for[kind](folder, free_port())
         account = _give_up_root(folder) if kind == "postgresql" else {}
         log = self._folder / f"{kind}.log"
         with log.open("wb") as output:
@@ -187,7 +187,8 @@ def _find(*names: str) -> Path | None:
     return next((Path(found) for name in names if (found := shutil.which(name, path=path))), None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

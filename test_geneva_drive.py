@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import csv
 import enum
+import gzip
 import itertools
+import json
 import logging
 import mailbox
 import multiprocessing
@@ -32,6 +34,8 @@ from datetime import datetime, timedelta, timezone
 from email.utils import parseaddr
 from pathlib import Path
 from queue import Empty
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import peewee
 import pytest
@@ -52,7 +56,7 @@ from playhouse.db_url import connect, parse
 from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
-from conftest import SERVERS
+from conftest import SERVERS, free_port
 from geneva_drive import ExceptionPolicy, GenevaDrive, StepExecution, Workflow, cancel_if, on_exception, step
 
 HERE = Path(__file__).resolve().parent
@@ -3453,6 +3457,181 @@ def test_the_signup_example_names_file_and_line_of_a_malformed_row(tmp_path):
     assert process.returncode == 1
     assert "people.csv:3: 'bob' is not a valid email" in errors
     assert not (tmp_path / "signup.db").exists()
+
+
+# The small examples: what each prints when it is run as it stands; lines of regular expressions, in no order.
+EXAMPLES = {
+    "payment.py": [
+        "before somebody looks at what is paused: 3 payments",
+        "after somebody looks at what is paused: 0 payments",
+        "paid: finished; charge success, send_receipt success",
+        "pending, paid: finished; charge reattempted, charge success, send_receipt success",
+        "suspicious, paid: finished; charge canceled, charge success, send_receipt success",
+        "stolen card: canceled; charge canceled",
+        "voucher: finished; charge skipped, send_receipt success",
+        "charged before: finished; charge success",
+        "unreachable, paid: finished; charge reattempted, charge success, send_receipt success",
+        "(unreachable, ){3}paid: finished; (charge reattempted, ){2}charge failed, charge success, send_receipt .*",
+        "rate limit, paid: finished; charge reattempted, charge success, send_receipt success",
+        "free: finished; charge skipped, send_receipt success",
+        "withdrawn: canceled; charge canceled",
+        "skipped by hand: finished; charge skipped, send_receipt success",
+        "canceled by hand: canceled; charge canceled",
+        "paused by hand: finished; charge success, send_receipt success",
+    ],
+    "polling.py": [
+        "polling_1: the list of customers is here",
+        "polling_1: the balance sheet is not ready",
+        "polling_4: the last word is not ready",
+        "give_up: the last word does not come",
+        "list of customers: finished after 2 steps",
+        "balance sheet: finished after [345] steps",
+        "last word: canceled after 6 steps",
+    ],
+    "async_steps.py": ["some shop takes more than 0.35 s", "bought a lamp from Birch for 9"],
+    "tracing.py": [
+        "POST /orders: under nothing, UNSET",
+        "Fulfilment.charge: under POST /orders, ERROR",
+        "Fulfilment.charge: under POST /orders, UNSET",
+        "print label: under Fulfilment.ship, UNSET",
+        "Fulfilment.ship: under POST /orders, UNSET",
+        "1 trace",
+    ],
+    "error_tracking.py": [
+        r"captured LookupError\('no dictionary'\) \{.*'id': 1, 'step': 'guess_language', 'state': 'ready'\}",
+        r"captured ZeroDivisionError.* \{'workflow': 'Import', 'id': 1, 'step': 'convert', 'state': 'paused'\}",
+        r"captured LookupError\('no dictionary'\) \{.*'id': 2, 'step': 'guess_language', 'state': 'ready'\}",
+        "The tables have them all:",
+        "fetch: reattempted, ConnectionError: the server is busy",
+        "guess_language: skipped, LookupError: no dictionary",
+        "convert: canceled, PermissionError: Bob has withdrawn his consent",
+        "convert: failed, ZeroDivisionError: division by zero",
+    ],
+}
+
+
+def example(folder, name, *arguments, stdin="", env=None, status=0):
+    """Run an example in a folder until it exits with `status`; returns what it printed."""
+    command = [HERE / "examples" / name, *arguments]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = python(*command, cwd=folder, env=env or {}, **streams)
+    output, _ = process.communicate(stdin, timeout=60)
+    assert process.returncode == status, output
+    return output
+
+
+def doctor_of(path):
+    """What doctor() says of a database that an example has left."""
+    with contextlib.closing(SqliteDatabase(path)) as left:
+        return GenevaDrive(left).doctor()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_shows_what_it_says(tmp_path, name):
+    output = example(tmp_path, name)
+    for line in EXAMPLES[name]:
+        assert re.search(f"^{line}$", output, re.MULTILINE), line
+    assert "Traceback" not in output
+    assert doctor_of(tmp_path / f"{Path(name).stem}.db") == []
+
+
+def test_the_priorities_example_prefers_what_is_urgent_and_keeps_the_queues_apart(tmp_path):
+    output = example(tmp_path, "priorities.py")
+    done = re.findall(r"(?:written|posted): (?:an? \w+ \w+|another one|offer \d)", output)
+    letters = ["an urgent letter", "an ordinary letter", "another one"]
+    assert [each for each in done if "offer" not in each] == [
+        f"{act}: {letter}" for letter in letters for act in ("written", "posted")
+    ]
+    assert {f"posted: offer {number}" for number in range(5)} < set(done)
+    assert done.index("posted: another one") < done.index("posted: offer 4")  # nobody waits for the mailing
+    assert doctor_of(tmp_path / "priorities.db") == []
+
+
+def test_the_approval_example_waits_for_a_human_from_one_start_to_the_next(tmp_path):
+    output = example(tmp_path, "approval.py", stdin="y\n")  # and then the input ends
+    assert "paid 2 euros for a pencil" in output
+    assert "paid 300 euros for a chair" in output
+    assert output.endswith("a pencil: finished\na chair: finished\na yacht: paused\n")
+    output = example(tmp_path, "approval.py", stdin="n\n")
+    assert "paid" not in output
+    assert output.endswith("a pencil: finished\na chair: finished\na yacht: canceled\n")
+    assert doctor_of(tmp_path / "approval.db") == []
+
+
+def test_the_redis_example_outlives_the_loss_of_its_messages(servers, tmp_path):
+    output = example(tmp_path, "redis_queue.py", env={"REDIS_URL": servers.redis()})
+    assert re.findall(r"(.*): (\d) messages", output) == [
+        ("before the commit", "0"),
+        ("after the commit", "3"),
+        ("after an accident", "0"),
+    ]
+    assert output.endswith("3 deliveries are finished\n")
+    assert doctor_of(tmp_path / "redis_queue.db") == []
+
+
+def test_the_unittest_example_passes_under_unittest_and_pytest(tmp_path):
+    assert "Ran 4 tests" in example(tmp_path, "test_trial.py")
+    file = HERE / "examples" / "test_trial.py"
+    process = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", file, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    output, _ = process.communicate(timeout=60)
+    assert "4 passed" in output
+
+
+def test_the_web_example_answers_while_its_consumer_works(tmp_path):
+    shutil.copy(HERE / "examples" / "web.py", tmp_path)
+    url = f"http://127.0.0.1:{free_port()}"
+
+    def call(path, data=None):
+        try:
+            with urlopen(url + path, data, timeout=10) as response:
+                return response.status, json.load(response)
+        except HTTPError as error:
+            with error:
+                return error.code, None
+
+    def answers():
+        with contextlib.suppress(URLError):
+            return call("/signups/1")[0] == 404
+
+    consumer = python("-m", "huey.bin.huey_consumer", "web.huey", "-w", "2", "-m", "0.2", "-q", cwd=tmp_path)
+    web = python("web.py", url.rpartition(":")[2], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        until(answers)
+        status, first = call("/signups", b"email=ada@example.com")
+        assert (status, first["id"], first["email"]) == (201, 1, "ada@example.com")
+        status, again = call("/signups", b"email=ada@example.com")
+        assert (status, again["id"]) == (200, 1)
+        until(lambda: call("/signups/1")[1]["state"] == "finished")
+        assert call("/signups/1")[1]["done"] == ["send_welcome", "send_reminder"]
+    finally:
+        for process in (web, consumer):
+            process.kill()
+            process.wait()
+    assert doctor_of(tmp_path / "web.db") == []
+
+
+def test_the_backup_example_needs_no_more_than_the_two_files_beside_it(tmp_path):
+    folder = tmp_path / "backup"
+    folder.mkdir()
+    for file in (gd.__file__, gd.SCHEMA_FILE, HERE / "examples" / "backup.py"):
+        shutil.copy(file, folder)
+
+    def back_up(status=0):
+        return example(tmp_path, folder / "backup.py", "notes.txt", env={"PYTHONPATH": ""}, status=status)
+
+    assert "is paused" in back_up(status=1)  # there are no notes yet
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Remember the milk.")
+    output = back_up()
+    assert f"run by {folder / 'geneva_drive.py'}" in output
+    assert "is finished" in output
+    notes.write_text("Forget it.")
+    back_up()
+    (copy,) = tmp_path.glob("notes.txt.copies/*.gz")
+    assert gzip.decompress(copy.read_bytes()) == b"Remember the milk."  # today's copy was made before
+    assert doctor_of(tmp_path / "notes.txt.copies" / "backup.db") == []
 
 
 @pytest.mark.parametrize("queue", ["sqlite", "redis"])
