@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import textwrap
 import threading
 import time
 import traceback
@@ -3651,28 +3652,110 @@ def test_the_two_processes_example_shares_its_workflows(servers, tmp_path, queue
         consumer.wait()
 
 
-def test_the_readmes_programs_run(tmp_path):
-    program, steps, unit_test = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "app.py").write_text(program)
-    (tmp_path / "steps.py").write_text(steps)
-    (tmp_path / "test_app.py").write_text(unit_test)
-    for arguments, expected in (
-        (["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n"),
-        (["-c", "import steps; print(*(step.name for step in steps.PaymentWorkflow.steps))"], "charge book ask_for_"),
-        (["-m", "unittest", "-q", "test_app"], "welcome, ada@example.com"),
-    ):
+def test_the_readme_lists_every_example_and_the_small_ones_are_small():
+    readme = (HERE / "README.md").read_text()
+    for path in (HERE / "examples").iterdir():
+        if path.suffix == ".py" or path.is_dir():
+            assert f"(examples/{path.name})" in readme
+    for line in re.findall(r"^- .*\(examples/.*", readme.partition("under 80 lines each")[2], re.MULTILINE):
+        (name,) = re.findall(r"\((examples/.*?)\)", line)
+        assert len((HERE / name).read_text().splitlines()) < 80, name
+
+
+# A hero for the README's payments, and a run of them.
+TRY_THE_PAYMENTS = """
+from peewee import BooleanField, IntegerField, Model, SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers
+from steps import PaymentWorkflow
+
+db = SqliteDatabase(":memory:")
+drive = GenevaDrive(db)
+receipts = [None, "receipt 7"]
+
+class Order(Model):
+    total = IntegerField(default=30)
+    withdrawn = BooleanField(default=False)
+
+    class Meta:
+        database = db
+
+    def charge(self, idempotency_key):
+        return receipts.pop(0)
+
+    def book(self, receipt):
+        print("booked:", receipt)
+
+    def mail_review_request(self):
+        print("how was it?")
+
+db.create_tables([Order])
+drive.create_tables()
+payment = PaymentWorkflow.create(hero=Order.create())
+TestHelpers().speedrun_workflow(payment)
+print(payment.state, [each.outcome for each in payment.execution_history])
+"""
+
+# How the README's Python runs. The blocks below one heading are one file; all files share a folder, in the README's
+# order. By heading: the file, the arguments that Python is run with, the output.
+README_PROGRAMS = {
+    "A complete program": ("app.py", ["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n"),
+    "Steps": (
+        "steps.py",
+        ["-c", TRY_THE_PAYMENTS],
+        "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
+    ),
+    "Tests with it": (
+        "test_app.py",
+        ["-m", "unittest", "-q", "test_app"],
+        "welcome, ada@example.com\nstill there, ada@example.com\n",
+    ),
+}
+
+# What runs the README's commands, those that install aside.
+README_COMMANDS = {
+    ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
+    ".venv/bin/python -m pytest": pytest.main,  # this run
+}
+
+
+def readme_blocks():
+    """The README's fenced blocks: the heading above each, its language and its text."""
+    heading = None
+    pattern = r"^#+ (?P<heading>.*)$|^ *```(?P<language>.*)\n(?P<text>(?:.*\n)*?) *```$"
+    for found in re.finditer(pattern, (HERE / "README.md").read_text(), re.MULTILINE):
+        heading = found["heading"] or heading
+        if not found["heading"]:
+            yield heading, found["language"], textwrap.dedent(found["text"])
+
+
+def test_every_block_of_python_in_the_readme_runs(tmp_path):
+    programs = {}
+    for heading, language, text in readme_blocks():
+        if language == "python":
+            programs[heading] = programs.get(heading, "") + text
+    assert list(programs) == list(README_PROGRAMS)  # whoever adds one says how it runs
+    for heading, (file, arguments, expected) in README_PROGRAMS.items():
+        (tmp_path / file).write_text(programs[heading])
         process = python("-W", "error", *arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
-        assert output.startswith(expected)
+        assert output == expected
 
 
-def test_the_readmes_first_two_commands_are_those_of_a_fresh_clone():
-    first, second = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[:2]
-    assert first.startswith("python3 -m venv .venv && ")
-    assert first.endswith("examples/signup.py\n")
-    assert second.startswith("python3 -m venv .venv && ")
-    assert second.endswith("-m pytest\n")
+def test_every_command_in_the_readme_is_run_by_a_test():
+    texts = [text for _, language, text in readme_blocks() if language == "sh"]
+    commands = [command for text in texts for line in text.splitlines() for command in line.split(" && ")]
+    installs = re.compile(r"python3 -m venv |\S*pip install ")
+    assert {command for command in commands if not installs.match(command)} == README_COMMANDS.keys()
+    for text, end in zip(texts, ("examples/signup.py\n", "-m pytest\n")):  # the first two are for a fresh clone
+        assert text.startswith("python3 -m venv .venv && ")
+        assert text.endswith(end)
+
+
+def test_every_block_in_the_readme_is_of_a_language_that_a_test_runs():
+    blocks = list(readme_blocks())
+    assert {language for _, language, _ in blocks} == {"python", "sh"}
+    assert 2 * len(blocks) == (HERE / "README.md").read_text().count("```")
 
 
 # ==== Packaging: the schema file is found beside the module, however the library was installed ========================
