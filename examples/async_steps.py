@@ -11,7 +11,7 @@ from peewee import CharField, Model, SqliteDatabase
 
 from geneva_drive import GenevaDrive, Workflow, step
 
-SHOPS = {"Alder": (12, 0.3), "Birch": (9, 0.2), "Cedar": (11, 0.4)}  # their prices, and how long they take to tell
+SHOPS = {"Alder": (12, 0.3), "Birch": (9, 0.2), "Cedar": (11, 0.6)}  # their prices, and how long they take to tell
 
 db = SqliteDatabase("async_steps.db", pragmas={"journal_mode": "wal"}, timeout=10)
 drive = GenevaDrive(db)
@@ -33,7 +33,7 @@ async def ask(shop):
 class Purchase(Workflow):
     @step
     async def compare(self):
-        patience = 0.35 * self.execution_history.count()  # more with each attempt
+        patience = 0.4 * self.execution_history.count()  # more with each attempt
         try:
             prices = await asyncio.wait_for(asyncio.gather(*map(ask, SHOPS)), patience)
         except asyncio.TimeoutError:

@@ -24,7 +24,7 @@ COPIES = FILE.with_name(f"{FILE.name}.copies")
 COPIES.mkdir(exist_ok=True)
 
 db = SqliteDatabase(COPIES / "backup.db", pragmas={"journal_mode": "wal"}, timeout=10)
-drive = GenevaDrive(db, stuck_in_progress_threshold=5)  # whatever this script does takes less
+drive = GenevaDrive(db)
 
 
 class Day(Model):

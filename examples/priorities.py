@@ -42,7 +42,7 @@ if __name__ == "__main__":
     db.create_tables([Letter])
     drive.create_tables()
     with db.atomic():
-        Mailing.create_many([Letter.create(text=f"offer {number}") for number in range(5)])
+        Mailing.create_many([Letter.create(text=f"offer {number}") for number in range(10)])
         Send.create(hero=Letter.create(text="an ordinary letter"))
         Send.create(hero=Letter.create(text="another one"))
         Send.create(hero=Letter.create(text="an urgent letter"), options={"priority": 10})
