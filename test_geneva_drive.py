@@ -3604,6 +3604,7 @@ def test_the_web_example_answers_while_its_consumer_works(tmp_path):
         assert (status, first["id"], first["email"]) == (201, 1, "ada@example.com")
         status, again = call("/signups", b"email=ada@example.com")
         assert (status, again["id"]) == (200, 1)
+        assert call("/signups", b"")[0] == 400
         until(lambda: call("/signups/1")[1]["state"] == "finished")
         assert call("/signups/1")[1]["done"] == ["send_welcome", "send_reminder"]
     finally:

@@ -3,7 +3,7 @@
     pip install bottle
     cd examples
     huey_consumer web.huey -w 2 -m 0.2            # terminal 1
-    python web.py 8080                            # terminal 2
+    python web.py                                 # terminal 2; `python web.py 8081` for another port
     curl -d email=ada@example.com http://127.0.0.1:8080/signups
     curl http://127.0.0.1:8080/signups/1
 
@@ -51,8 +51,9 @@ app.add_hook("after_request", db.close)
 
 @app.post("/signups")
 def sign_up():
+    email = bottle.request.forms.email or bottle.abort(400, "there is no email in the form")
     with db.atomic():  # user and workflow, or neither
-        user, _ = User.get_or_create(email=bottle.request.forms.email)
+        user, _ = User.get_or_create(email=email)
         signup, is_new = Signup.get_or_create(hero=user)
     bottle.response.status = 201 if is_new else 200
     return describe(signup)
@@ -71,4 +72,4 @@ def describe(signup):
 
 
 if __name__ == "__main__":
-    app.run(host="127.0.0.1", port=int(sys.argv[1]))
+    app.run(host="127.0.0.1", port=int(sys.argv[1]) if sys.argv[1:] else 8080)
