@@ -2348,7 +2348,8 @@ class GenevaDrive:
             return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
 
         deleted = []
-        for ids in self._batches(Workflow, expired):
+        for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
+            ids = [workflow.id for workflow in workflows]
             try:
                 deleted.append(self._transact(functools.partial(delete, ids)))
             except peewee.IntegrityError:  # rows of the application's refer to one of them
@@ -2357,20 +2358,26 @@ class GenevaDrive:
                         deleted.append(self._transact(functools.partial(delete, [each])))
                     except peewee.IntegrityError as error:
                         logger.warning("workflow %s cannot be deleted: %s", each, error)
-        workflows, executions = map(sum, zip(*deleted, strict=True)) if deleted else (0, 0)
-        return {"workflows_cleaned_up": workflows, "step_executions_cleaned_up": executions}
+        return {
+            "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
+            "step_executions_cleaned_up": sum(executions for _, executions in deleted),
+        }
 
-    def _batches(self, model: Any, where: Any) -> Iterator[list[int]]:
-        """The ids of all rows that fit, in batches; each row once, whatever is done to it."""
-        last_id, ids = 0, [0]
-        while ids:
-            query = model.select(model.id).where(where & (model.id > last_id)).order_by(model.id)
-            query = query.limit(self.housekeeping_batch_size).tuples()
-            rows: list[tuple[int]] = self._transact(functools.partial(list, query))
-            ids = [row[0] for row in rows]
-            if ids:
-                yield ids
-                last_id = ids[-1]
+    def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
+        """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
+
+        :param moment: the column to go by; with the id, it is in an index over these rows.
+        """
+        key = moment.model.id
+        query = query.select_extend(moment).order_by(moment, key).limit(self.housekeeping_batch_size)
+        page = query
+        while rows := self._transact(functools.partial(list[Any], page)):
+            yield rows
+            last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
+            if self._dialect == "mysql":  # which uses no index to compare pairs
+                page = query.where((moment > last) | ((moment == last) & (key > last_id)))
+            else:
+                page = query.where(peewee.Tuple(moment, key) > (moment.db_value(last), last_id))
 
     def _recover_in_progress(self) -> dict[str, int]:
         """Recover what a process performs that fell silent, or that is known to be gone."""
@@ -2380,12 +2387,12 @@ class GenevaDrive:
         moment = self._now() - self.stuck_in_progress_threshold
         dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
         recovered = 0
-        for ids in self._batches(StepExecution, dead):
-            for execution_id in ids:
+        for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
+            for execution in executions:
                 try:
-                    recovered += self._transact(functools.partial(self._recover, dead, execution_id))
+                    recovered += self._transact(functools.partial(self._recover, dead, execution.id))
                 except Exception:  # it must not keep the others from being recovered
-                    logger.exception("execution %s cannot be recovered", execution_id)
+                    logger.exception("execution %s cannot be recovered", execution.id)
         return {"stuck_in_progress_recovered": recovered}
 
     def _recover(self, dead: Any, execution_id: int) -> bool:
@@ -2411,39 +2418,36 @@ class GenevaDrive:
     def _recover_scheduled(self) -> dict[str, int]:
         """Queue again, once per threshold, what is overdue and was lost on the way; not what a queue is behind with."""
         moment = self._now() - self.stuck_scheduled_threshold
-        is_ready = Workflow.select(SQL("1")).where((Workflow.id == StepExecution.workflow) & (Workflow.state == READY))
         overdue = (
             SQL(f"t1.state = '{SCHEDULED}'")
             & (StepExecution.scheduled_for <= moment)
             & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= moment))
-            & peewee.fn.EXISTS(is_ready)
         )
-        progress = functools.lru_cache(maxsize=None)(self._progress)
+        columns = StepExecution.id, StepExecution.step_name, StepExecution.enqueued_at, Workflow.type, Workflow.options
+        query = StepExecution.select(*columns).join(Workflow).where(overdue & (Workflow.state == READY))
+        progress = functools.cache(self._progress)
         recovered = 0
-        for ids in self._batches(StepExecution, overdue):
-            query = StepExecution.select().where(overdue & StepExecution.id.in_(ids))
-            recovered += self._transact(functools.partial(self._requeue, query, progress))
+        for executions in self._batches(query, StepExecution.scheduled_for):
+            lost: dict[_Route, list[int]] = {}
+            for execution in executions:
+                route = self._route(execution.workflow, execution.step_name)
+                queued_for = max(execution.scheduled_for, execution.enqueued_at or execution.scheduled_for)
+                if queued_for <= progress(route) - self.stuck_scheduled_threshold:
+                    lost.setdefault(route, []).append(execution.id)
+            for route, ids in lost.items():
+                these = StepExecution.select().where(overdue & StepExecution.id.in_(ids))
+                recovered += self._transact(functools.partial(self._requeue, these, route))
         return {"stuck_scheduled_recovered": recovered}
 
-    def _requeue(self, query: Any, progress: Callable[[_Route], datetime]) -> int:
+    def _requeue(self, query: Any, route: _Route) -> int:
         # The lock makes a second sweep wait, and then see that these are queued.
         executions = list(query.for_update() if self._db.for_update else query)
-        columns = Workflow.select(Workflow.id, Workflow.type, Workflow.options)
-        rows = columns.where(Workflow.id.in_([each.workflow_id for each in executions]))
-        workflows = {workflow.id: workflow for workflow in rows}
-        lost: dict[_Route, list[StepExecution]] = {}
+        changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
+        StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in executions])).execute()
         for execution in executions:
-            route = self._route(workflows[execution.workflow_id], execution.step_name)
-            queued_for = max(execution.scheduled_for, execution.enqueued_at or execution.scheduled_for)
-            if queued_for <= progress(route) - self.stuck_scheduled_threshold:
-                lost.setdefault(route, []).append(execution)
-        for route, batch in lost.items():
-            changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
-            StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in batch])).execute()
-            for each in batch:
-                each.__data__.update(changes)
-            self._enqueue(batch, route)
-        return sum(map(len, lost.values()))
+            execution.__data__.update(changes)
+        self._enqueue(executions, route)
+        return len(executions)
 
     def _progress(self, route: _Route) -> datetime:
         """How far a queue has come: what was put into it before this moment, with this priority, was taken out.

@@ -41,9 +41,9 @@ create unique index geneva_drive_one_active_execution on geneva_drive_step_execu
 
 -- Housekeeping: what is overdue, whose process fell silent, what is over long since. Partial, for an index on the state
 -- alone is taken by PostgreSQL's planner in the place of the primary key.
-create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for) where state = 'scheduled';
-create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at) where state = 'in_progress';
-create index geneva_drive_expired on geneva_drive_workflows (transitioned_at) where state in ('finished', 'canceled');
+create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for, id) where state = 'scheduled';
+create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
+create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id) where state in ('finished', 'canceled');
 
 
 -- section: sqlite
@@ -68,9 +68,9 @@ alter table geneva_drive_step_executions add column active tinyint generated alw
 create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id, active);
 
 -- Housekeeping: what is overdue, whose process fell silent, what is over long since.
-create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for);
-create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at);
-create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at);
+create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for, id);
+create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
+create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id);
 
 
 -- section: embedded queue
