@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -33,20 +34,54 @@ SERVERS = ("sqlite", "postgresql", "mysql")
 DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql", "redis": "redis"}  # the packages to import
 
 # Runs a server, and stops it when a line comes through the pipe or the pipe's other end is gone: the server does not
-# outlive this process, whatever that one dies of.
+# outlive this process, whatever that one dies of. A second line, "start", starts it again with what its folder holds.
 KEEPER = """
 folder=$1 signal=$2; shift 2
 exec 3<&0
-"$@" 3<&- </dev/null &
-server=$!
-{ read -r _; kill -s "$signal" "$server"; } <&3 &
-wait "$server"
-kill "$!" 2>/dev/null
+order=start
+while [ "$order" = start ]; do
+    "$@" 3<&- </dev/null &
+    server=$!
+    { read -r _; trap '' TERM; kill -s "$signal" "$server"; } <&3 &
+    wait "$server"
+    order=
+    kill "$!" 2>/dev/null
+    wait "$!" && read -r order <&3
+done
 rm -rf "$folder" 2>/dev/null
 """
 
 # How to run a server: the commands that prepare its folder (none, perhaps) and serve, the signal that ends it, its URL.
 Recipe = tuple[list[str], list[str], str, str]
+
+
+class Server:
+    """A throwaway server."""
+
+    def __init__(self, url: str, keeper: subprocess.Popen[bytes], log: Path) -> None:
+        self.url, self._keeper, self._log = url, keeper, log
+        _wait_until_ready(url, keeper, log)
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Kill the server, and start it again, on its port and data, at the end of the block."""
+        self._order("stop")
+        while _is_listening(self.url):
+            time.sleep(0.02)
+        try:
+            yield
+        finally:
+            self._order("start")
+            _wait_until_ready(self.url, self._keeper, self._log)
+
+    def empty(self) -> str:
+        """The URL of a new, empty database on it."""
+        return _new_database(self.url)
+
+    def _order(self, word: str) -> None:
+        assert self._keeper.stdin
+        self._keeper.stdin.write(f"{word}\n".encode())
+        self._keeper.stdin.flush()
 
 
 class Servers:
@@ -57,51 +92,57 @@ class Servers:
         self._folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="geneva-drive-test-")))
         self._folder.chmod(0o755)  # for the account that PostgreSQL runs as
         self._given = _given_urls()
-        self._started: dict[str, str | RuntimeError] = {}
+        self._started: dict[str, Server | RuntimeError] = {}
 
     def empty(self, kind: str) -> str:
         """The playhouse.db_url URL of a new, empty database.
 
         :param kind: one of `SERVERS`.
         """
-        name = f"geneva_drive_test_{uuid.uuid4().hex}"
         if kind == "sqlite":
-            return f"sqlite:///{self._folder}/{name}.db"
+            return f"sqlite:///{self._folder}/{uuid.uuid4().hex}.db"
         server = self._url(kind)
-        # MariaDB's own default is latin1, which no distribution leaves as it is.
-        _execute(server, f"create database {name}" + " character set utf8mb4" * (kind == "mysql"))
+        url = _new_database(server)
         if kind in self._given:
-            drop = f"drop database {name}" + " with (force)" * (kind == "postgresql")
+            drop = f"drop database {urlsplit(url).path[1:]}" + " with (force)" * (kind == "postgresql")
             self._cleanup.callback(_execute, server, drop)
-        return urlsplit(server)._replace(path=f"/{name}").geturl()
+        return url
 
     def redis(self) -> str:
         """The URL of a Redis server: one for the whole session, so it may not be empty."""
         return self._url("redis")
 
+    def breakable(self, kind: str) -> Server:
+        """A server that may be taken down: a throwaway one, also where others are given, and for nothing else.
+
+        :param kind: "postgresql", "mysql" or "redis".
+        """
+        return self._server(kind, f"{kind}-breakable")
+
     def _url(self, kind: str) -> str:
+        return self._given.get(kind) or self._server(kind, kind).url
+
+    def _server(self, kind: str, name: str) -> Server:
         if not importlib.util.find_spec(DRIVERS[kind]):
             _missing(f"the Python package {DRIVERS[kind]}", "pip install -e '.[test]'")
-        if kind in self._given:
-            return self._given[kind]
-        if kind not in self._started:
+        if name not in self._started:
             try:
-                self._started[kind] = self._start(kind)
+                self._started[name] = self._start(kind, name)
             except RuntimeError as error:
-                self._started[kind] = error  # no test waits for the same failure again
-        if isinstance(url := self._started[kind], RuntimeError):
-            raise url
-        return url
+                self._started[name] = error  # no test waits for the same failure again
+        if isinstance(server := self._started[name], RuntimeError):
+            raise server
+        return server
 
-    def _start(self, kind: str) -> str:
+    def _start(self, kind: str, name: str) -> Server:
         if sys.platform == "win32":
             _missing(f"a way to run {kind} on Windows", "run the tests on Linux or macOS")
-        folder = self._folder / kind
+        folder = self._folder / name
         folder.mkdir(exist_ok=True)
         recipe_for = {"postgresql": _postgresql, "mysql": _mysql, "redis": _redis}
         prepare, serve, stop_signal, url = recipe_for[kind](folder, free_port())
         account = _give_up_root(folder) if kind == "postgresql" else {}
-        log = self._folder / f"{kind}.log"
+        log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             how: dict[str, Any] = {"cwd": folder, "stdout": output, "stderr": output, **account}
             if prepare and subprocess.run(prepare, stdin=subprocess.DEVNULL, **how).returncode:
@@ -113,8 +154,7 @@ class Servers:
                 **how,
             )
         self._cleanup.callback(keeper.communicate, b"\n")
-        _wait_until_ready(url, keeper, log)
-        return url
+        return Server(url, keeper, log)
 
 
 @contextlib.contextmanager
@@ -131,13 +171,14 @@ def servers() -> Iterator[Servers]:
         yield running
 
 
-# How to run each of them: on 127.0.0.1 alone, and for speed, for nothing here needs to survive a power cut.
+# How to run each of them: on 127.0.0.1 alone, and for speed: what is committed survives that the server is killed, for
+# the system has it by then; nothing here needs to survive a power cut.
 
 
 def _postgresql(folder: Path, port: int) -> Recipe:
     binaries = _postgresql_binaries(folder)
     data = str(folder / "data")
-    options = ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200"]
+    options = ["fsync=off", "full_page_writes=off", "max_connections=200"]
     options += [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories="]
     initdb = [str(binaries / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
     postgres = [str(binaries / "postgres"), "-D", data, *(word for option in options for word in ("-c", option))]
@@ -169,7 +210,7 @@ def _mysql(folder: Path, port: int) -> Recipe:
     if install := _find("mariadb-install-db"):
         prepare = [str(install), *common, "--auth-root-authentication-method=normal", "--skip-test-db"]
     options = [f"--port={port}", "--bind-address=127.0.0.1", f"--socket={folder}/socket", f"--pid-file={folder}/pid"]
-    options += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0", "--skip-log-bin", "--loose-mysqlx=OFF"]
+    options += ["--innodb-flush-log-at-trx-commit=2", "--innodb-doublewrite=0", "--skip-log-bin", "--loose-mysqlx=OFF"]
     options += ["--innodb-buffer-pool-size=64M", "--max-connections=200"]
     return prepare, [str(server), *common, *options], "KILL", f"mysql://root@127.0.0.1:{port}/mysql"
 
@@ -188,10 +229,13 @@ def _find(*names: str) -> Path | None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Not one of those that the system picks for clients, from 32768 on: a client that keeps trying while the server is
+    # down is connected to itself when its own port happens to be the server's.
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _give_up_root(folder: Path) -> dict[str, Any]:
@@ -210,13 +254,30 @@ def _wait_until_ready(url: str, keeper: subprocess.Popen[bytes], log: Path) -> N
     deadline = time.monotonic() + 60
     while True:
         try:
-            if url.startswith("redis"):  # it has nothing to load: when it listens, it is ready
-                return socket.create_connection(("127.0.0.1", urlsplit(url).port or 0)).close()
-            return _execute(url, "select 1")
+            if not url.startswith("redis"):
+                return _execute(url, "select 1")
+            if _is_listening(url):  # it has nothing to load: when it listens, it is ready
+                return None
+            raise ConnectionRefusedError(url)
         except Exception as error:
             if keeper.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{url} did not start:\n{log.read_text(errors='replace')}") from error
         time.sleep(0.02)
+
+
+def _is_listening(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", urlsplit(url).port or 0)).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+def _new_database(server: str) -> str:
+    name = f"geneva_drive_test_{uuid.uuid4().hex}"
+    # MariaDB's own default is latin1, which no distribution leaves as it is.
+    _execute(server, f"create database {name}" + " character set utf8mb4" * server.startswith("mysql"))
+    return urlsplit(server)._replace(path=f"/{name}").geturl()
 
 
 def _execute(url: str, sql: str) -> None:
