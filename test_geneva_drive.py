@@ -248,6 +248,10 @@ def python(*arguments, **kwargs):
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=env, **kwargs)
 
 
+def utcnow():
+    return datetime.now(timezone.utc)
+
+
 def until(condition, seconds=30):
     """Wait for another process; the state that is waited for is asserted, not the time."""
     deadline = time.monotonic() + seconds
@@ -3043,17 +3047,27 @@ def test_the_doctor_tells_of_an_index_that_is_missing_and_what_it_let_through(db
 
 APP = """
 import logging, os, sys, time
-from huey import PriorityRedisHuey
+from datetime import datetime, timedelta, timezone
+from huey import MemoryHuey, PriorityRedisHuey
 from peewee import CharField, Model
 from playhouse.db_url import connect
 from geneva_drive import GenevaDrive, Workflow, step
 
-url = os.environ["APP_URL"]
-options = {"pragmas": {"journal_mode": "wal"}, "timeout": 20} if url.startswith("sqlite") else {}
+logging.basicConfig(level=logging.INFO)
+env = os.environ
+url = env["APP_URL"]
+is_sqlite = url.startswith("sqlite")
+options = {"pragmas": {"journal_mode": "wal"}, "timeout": float(env.get("APP_TIMEOUT", 20))} if is_sqlite else {}
 db = connect(url, **options)
-redis = os.environ.get("APP_REDIS")
-drive = GenevaDrive(db, huey=PriorityRedisHuey("app", url=redis, results=False) if redis else None, queues=["premium"])
-drive.stuck_in_progress_threshold = float(os.environ.get("APP_THRESHOLD", 120))
+outside = None
+if "APP_REDIS" in env:
+    outside = PriorityRedisHuey("app", url=env["APP_REDIS"], results=False)
+if "APP_MEMORY" in env:
+    outside = MemoryHuey("app", results=False)
+drive = GenevaDrive(db, huey=outside, queues=["premium"])
+drive.stuck_in_progress_threshold = float(env.get("APP_THRESHOLD", 120))
+drive.stuck_scheduled_threshold = float(env.get("APP_OVERDUE", 60))
+drive.clock = lambda: datetime.now(timezone.utc) + timedelta(seconds=float(env.get("APP_CLOCK", 0)))
 huey = drive.huey
 
 class Customer(Model):
@@ -3070,6 +3084,15 @@ class Trace(Model):
 
 def trace(what):
     Trace.create(what=what)
+
+def note(what):
+    # Not in the database, which may be down.
+    with open("notes", "a") as notes:
+        notes.write(what + "\\n")
+
+def wait_for_gate():
+    while not os.path.exists(env["APP_GATE"]):
+        time.sleep(0.02)
 
 class Welcome(Workflow):
     @step
@@ -3088,13 +3111,38 @@ class Slow(Workflow):
     @step
     def one(self):
         trace("one begins")
-        while not os.path.exists(os.environ["APP_GATE"]):
-            time.sleep(0.02)
+        wait_for_gate()
         trace("one ends")
 
     @step
     def two(self):
         trace("two")
+
+class Aloof(Workflow):
+    @step
+    def one(self):
+        note(f"{self.id} begins")
+        wait_for_gate()
+        note(f"{self.id} ends")
+
+    @step
+    def two(self):
+        note(f"{self.id} two")
+
+class Booked(Workflow):
+    @step(transactional=True)
+    def one(self):
+        note(f"{self.id} begins")
+        trace(f"{self.id} booked")
+        wait_for_gate()
+        note(f"{self.id} ends")
+
+class Later(Workflow):
+    @step(wait=2)
+    def one(self):
+        note(f"{self.id} one")
+
+kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later)}
 
 if __name__ == "__main__":
     command = sys.argv[1]
@@ -3102,13 +3150,23 @@ if __name__ == "__main__":
         db.create_tables([Customer, Trace])
         drive.create_tables()
     elif command == "create":
-        kind = {"Welcome": Welcome, "Slow": Slow}[sys.argv[2]]
         options = {"queue": sys.argv[3]} if sys.argv[3:] else None
-        print(kind.create(hero=Customer.create(name="Ada"), options=options).id)
+        print(kinds[sys.argv[2]].create(hero=Customer.create(name="Ada"), options=options).id)
+    elif command == "create_another":  # of another kind, for a customer that is there: one transaction, the library's
+        print(kinds[sys.argv[2]].create(hero=Customer.select().order_by(Customer.id).first()).id)
+    elif command == "create_many":
+        with db.atomic():
+            kinds[sys.argv[2]].create_many([Customer.create(name="Ada") for _ in range(int(sys.argv[3]))])
+    elif command == "housekeeping":
+        drive.housekeeping()
+    elif command == "lose":  # what Huey's scheduler does, and dies before it queues what it has taken out
+        print(len(huey.read_schedule()), flush=True)
+        os.kill(os.getpid(), 9)
     elif command == "run":
-        logging.basicConfig(level=logging.INFO)
         drive.run(workers=2)
 """
+
+HEALING = {"APP_THRESHOLD": "3", "APP_OVERDUE": "1"}  # finds in seconds what the defaults find in minutes
 
 
 class App:
@@ -3126,6 +3184,7 @@ class App:
             model.bind(self.db)
 
     def start(self, *arguments, **env):
+        """A process that logs to log0, log1, … in the order of their starts."""
         with (self.folder / f"log{len(self.processes)}").open("w") as log:
             # A session of its own: a consumer that is killed leaves its worker processes behind.
             where = {"cwd": self.folder, "start_new_session": True}
@@ -3153,6 +3212,21 @@ class App:
 
     def traces(self):
         return [row[0] for row in self.db.execute_sql("select what from app_traces order by id").fetchall()]
+
+    def notes(self):
+        """What bodies have told without the database."""
+        return (self.folder / "notes").read_text().split("\n")[:-1] if (self.folder / "notes").exists() else []
+
+    def log(self, number=0):
+        return (self.folder / f"log{number}").read_text()
+
+    def are_over(self):
+        """Whether all workflows are finished; what was lost on the way is looked for first."""
+        self.run("housekeeping", **HEALING)
+        return not Workflow.select().where(Workflow.state != "finished").exists()
+
+    def doctor(self):
+        return GenevaDrive(self.db).doctor()
 
     def close(self):
         for process in self.processes:
@@ -3217,7 +3291,7 @@ def test_a_killed_consumers_step_runs_again_in_the_next_one(app):
     consumer.send_signal(signal.SIGKILL)
     consumer.wait()
     app.gate.touch()
-    until(lambda: StepExecution.get().heartbeat_at < datetime.now(timezone.utc) - timedelta(seconds=0.6))
+    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=0.6))
     app.consumer(APP_THRESHOLD="0.5")  # sweeps as it starts
     until(lambda: app.state(workflow) == "finished")
     assert app.traces() == ["one begins", "one begins", "one ends", "two"]
@@ -3328,6 +3402,298 @@ def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db
     assert reload(workflow).state == "ready"
     drive.run(workers=1, until=lambda: reload(workflow).state == "finished")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# ==== Failures of the parts: real servers, real signals ===============================================================
+
+RUN = ["app.py", "run"]
+CONSUMER = ["-m", "huey.bin.huey_consumer", "app.huey", "-d", "0.02", "-m", "0.1", "-w", "2"]
+PROCESSES = [*CONSUMER, "-k", "process"]
+WAYS = {"run": RUN, "threads": CONSUMER, "processes": PROCESSES}
+
+
+@contextlib.contextmanager
+def running_app(folder, url, redis=None):
+    app = App(folder, url, redis)
+    try:
+        yield app
+        assert app.doctor() == []
+    finally:
+        app.close()
+
+
+@contextlib.contextmanager
+def down(server, app):
+    with server.down():
+        app.db.close()  # the test's own connection
+        yield
+
+
+def flushed(server):
+    """Lose all that a Redis holds; returns how many keys it held."""
+    redis = RedisHuey("any", url=server.url).storage.conn
+    keys = redis.dbsize()
+    redis.flushall()
+    return keys
+
+
+def is_unharmed(app, consumer, number=0):
+    """Whether a consumer is the process that was started, with the workers that it started with."""
+    return consumer.poll() is None and "died" not in app.log(number)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("postgresql", "threads"), ("postgresql", "processes"), ("mysql", "run"), ("mysql", "processes")]
+)
+def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(servers, tmp_path, kind, way):
+    server = servers.breakable(kind)
+    with running_app(tmp_path, server.empty()) as app:
+        consumer = app.start(*WAYS[way], **HEALING)
+        in_mid_body = app.create("Aloof")
+        until(lambda: app.notes() == [f"{in_mid_body} begins"])
+        with down(server, app):
+            pass
+        app.gate.touch()
+        until(lambda: app.state(in_mid_body) == "finished")
+        with down(server, app):
+            pass
+        while_idle = app.create("Aloof")
+        until(app.are_over)
+        app.gate.unlink()
+        to_be_recorded = app.create("Aloof")
+        until(lambda: f"{to_be_recorded} begins" in app.notes())
+        with down(server, app):
+            app.gate.touch()
+            until(lambda: f"{to_be_recorded} ends" in app.notes())
+            time.sleep(3)  # the outage
+        until(app.are_over)
+        workflows = (in_mid_body, while_idle, to_be_recorded)
+        assert app.notes() == [f"{each} {what}" for each in workflows for what in ("begins", "ends", "two")]
+        assert is_unharmed(app, consumer)
+
+
+@pytest.mark.parametrize(("kind", "way"), [("postgresql", "processes"), ("mysql", "threads")])
+def test_connections_that_are_dropped_all_the_time_cost_attempts_and_no_workflow(servers, tmp_path, kind, way):
+    listing, drop = {
+        "postgresql": (
+            "select pid from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
+            "select pg_terminate_backend(%s)",
+        ),
+        "mysql": (
+            "select id from information_schema.processlist where db = database() and id <> connection_id()",
+            "kill %s",
+        ),
+    }[kind]
+    with running_app(tmp_path, servers.empty(kind)) as app:
+        app.gate.touch()
+        app.run("create_many", "Welcome", 25)
+        app.run("create_many", "Booked", 25)
+        consumer = app.start(*WAYS[way], **HEALING)
+        dropped = []
+
+        def drop_all():
+            for row in app.db.execute_sql(listing).fetchall():
+                with contextlib.suppress(peewee.OperationalError):  # it is gone already
+                    app.db.execute_sql(drop, row)
+                    dropped.append(row)
+            return len(dropped) >= 30
+
+        until(drop_all)
+        until(app.are_over)
+        assert sorted(what for what in app.traces() if "booked" in what) == sorted(
+            f"{each.id} booked" for each in Workflow.select().where(Workflow.type == "Booked")
+        )
+        assert is_unharmed(app, consumer)
+
+
+@pytest.mark.parametrize("way", ["threads", "processes"])
+def test_a_redis_that_is_down_restarts_empty_or_is_flushed_loses_no_workflow(servers, tmp_path, way):
+    server = servers.breakable("redis")
+    with running_app(tmp_path, servers.empty("sqlite"), server.url) as app:
+        app.gate.touch()
+        consumer = app.start(*WAYS[way], **HEALING)
+        app.create("Welcome")
+        until(app.are_over)
+        with server.down():
+            producer = app.start("app.py", "create", "Welcome")
+            assert producer.wait(timeout=30) == 0
+        assert app.state(int(app.log(1).splitlines()[-1])) == "ready"
+        assert "failed after a commit; housekeeping makes up for it" in app.log(1)
+        until(app.are_over)
+        app.gate.unlink()
+        app.run("create_many", "Aloof", 10)  # two are performed, the others queued
+        app.run("create_many", "Later", 10)  # and these scheduled
+        with server.down():
+            pass
+        app.run("create_many", "Aloof", 10)
+        app.run("create_many", "Later", 10)
+        assert flushed(server) > 0
+        app.gate.touch()
+        until(app.are_over)
+        assert max(Counter(app.notes()).values()) == 1
+        assert is_unharmed(app, consumer)
+
+
+@pytest.mark.parametrize("timeout", [1, 20])
+def test_a_writer_that_locks_sqlite_for_seconds_delays_everything_and_loses_nothing(servers, tmp_path, timeout):
+    with running_app(tmp_path, servers.empty("sqlite")) as app:
+        consumer = app.start(*CONSUMER, APP_TIMEOUT=str(timeout))
+        to_be_recorded, to_be_claimed = app.create("Aloof"), app.create("Later")
+        until(lambda: app.notes() == [f"{to_be_recorded} begins"])
+        writer = sqlite3.connect(parse(app.env["APP_URL"])["database"])
+        writer.execute("begin immediate")
+        app.gate.touch()
+        producer = app.start("app.py", "create_another", "Later", APP_TIMEOUT=str(timeout))
+        time.sleep(6)
+        assert app.notes() == [f"{to_be_recorded} {what}" for what in ("begins", "ends")]
+        writer.rollback()
+        writer.close()
+        assert producer.wait(timeout=30) == 0
+        created = int(app.log(1).splitlines()[-1])
+        until(lambda: [app.state(each) for each in (to_be_recorded, to_be_claimed, created)] == ["finished"] * 3)
+        expected = [f"{to_be_recorded} {what}" for what in ("begins", "ends", "two")]
+        assert sorted(app.notes()) == sorted([*expected, f"{to_be_claimed} one", f"{created} one"])
+        assert is_unharmed(app, consumer)
+
+
+def test_a_full_schedule_that_dies_with_the_scheduler_is_made_up_for(app):
+    app.run("create_many", "Later", 300)
+    until(lambda: StepExecution.select(peewee.fn.MIN(StepExecution.scheduled_for)).scalar() < utcnow())
+    loser = app.start("app.py", "lose")
+    assert (loser.wait(timeout=30), app.log()) == (-signal.SIGKILL, "300\n")
+    app.start(*CONSUMER, **HEALING)
+    until(app.are_over)
+    assert sorted(app.notes()) == sorted(f"{each.id} one" for each in Workflow.select())
+    assert app.doctor() == []
+
+
+def test_a_schedule_in_memory_that_dies_with_its_process_is_made_up_for(servers, tmp_path):
+    with running_app(tmp_path, servers.empty("sqlite")) as app:
+        app.run("create_many", "Later", 300, APP_MEMORY="1")
+        latest = StepExecution.select(peewee.fn.MAX(StepExecution.scheduled_for))
+        until(lambda: latest.scalar() < utcnow() - timedelta(seconds=1))
+        app.start(*CONSUMER, APP_MEMORY="1", **HEALING)  # sweeps as it starts
+        until(lambda: Workflow.select().where(Workflow.state == "finished").count() == 300)
+        assert sorted(app.notes()) == sorted(f"{each.id} one" for each in Workflow.select())
+
+
+@pytest.mark.parametrize("way", ["threads", "processes"])
+def test_a_process_stopped_past_its_threshold_records_nothing_and_works_on(app, way):
+    short = {"APP_THRESHOLD": "1"}
+    workflow = app.create("Aloof")
+    stopped = app.start(*WAYS[way], **short)
+    until(lambda: app.notes() == [f"{workflow} begins"])
+    os.killpg(stopped.pid, signal.SIGSTOP)
+    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=1.1))
+    other = app.start(*CONSUMER, **short)
+    until(lambda: len(app.notes()) == 2)
+    app.gate.touch()
+    until(lambda: app.state(workflow) == "finished")
+    os.killpg(stopped.pid, signal.SIGCONT)
+    until(lambda: "the claim was lost to recovery" in app.log())
+    assert app.notes() == [f"{workflow} {what}" for what in ("begins", "begins", "ends", "two", "ends")]
+    assert [each[1:] for each in history(Workflow.get_by_id(workflow))] == [
+        *(("failed", "recovered"), ("completed", "success"), ("completed", "success"))
+    ]
+    other.kill()
+    later = app.create("Aloof")
+    until(lambda: app.state(later) == "finished")
+    assert is_unharmed(app, stopped)
+    assert app.doctor() == []
+
+
+def test_a_transactional_step_of_a_stopped_process_has_its_effect_once(app):
+    workflow = app.create("Booked")
+    stopped = app.start(*CONSUMER, APP_THRESHOLD="1")
+    until(lambda: app.notes() == [f"{workflow} begins"])
+    os.killpg(stopped.pid, signal.SIGSTOP)
+    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=1.1))
+    app.start(*CONSUMER, APP_THRESHOLD="1")
+    app.gate.touch()
+    if "sqlite" not in app.env["APP_URL"]:  # there the stopped process keeps the one write lock
+        until(lambda: app.state(workflow) == "finished")
+        assert app.traces() == [f"{workflow} booked"]
+    os.killpg(stopped.pid, signal.SIGCONT)
+    until(lambda: app.notes().count(f"{workflow} ends") == app.notes().count(f"{workflow} begins"))
+    later = app.create("Booked")
+    until(lambda: {app.state(workflow), app.state(later)} == {"finished"})
+    assert app.traces() == [f"{workflow} booked", f"{later} booked"]
+    assert is_unharmed(app, stopped)
+    assert app.doctor() == []
+
+
+def test_clocks_that_differ_by_thirty_seconds_recover_nothing_that_lives_and_stop_nothing(app):
+    slow = app.create("Aloof")
+    for offset in ("0", "-30"):
+        app.start(*CONSUMER, APP_CLOCK=offset)
+    until(lambda: app.notes() == [f"{slow} begins"])
+    app.run("create_many", "Welcome", 20)
+    app.run("create_many", "Welcome", 20, APP_CLOCK="-30")
+    app.run("housekeeping", APP_CLOCK="30")
+    until(lambda: Workflow.select().where(Workflow.state == "finished").count() == 40, 60)
+    app.run("housekeeping", APP_CLOCK="30")
+    app.gate.touch()
+    until(lambda: app.state(slow) == "finished")
+    assert app.notes() == [f"{slow} {what}" for what in ("begins", "ends", "two")]
+    assert len(app.traces()) == 120
+    assert {each.outcome for each in StepExecution.select()} == {"success"}
+    assert app.doctor() == []
+
+
+# How a consumer is told to end before its step has: its arguments, the signals, what it says before it gets the next.
+INTERRUPTIONS = {
+    "run": (RUN, ["SIGTERM", "SIGINT"], ["draining"]),
+    "threads": (CONSUMER, ["SIGTERM"], []),
+    "processes": (PROCESSES, ["SIGTERM"], []),
+    "threads after a timeout": ([*CONSUMER, "-g", "TERM", "-t", "1"], ["SIGTERM"], []),
+    "processes after a timeout": ([*PROCESSES, "-g", "TERM", "-t", "1"], ["SIGTERM"], []),
+    "threads asked twice": (CONSUMER, ["SIGINT", "SIGINT"], ["Shutting down gracefully"]),
+}
+
+
+@pytest.mark.parametrize("way", INTERRUPTIONS)
+def test_the_step_of_a_consumer_that_is_interrupted_runs_again_at_once_in_the_next_one(servers, tmp_path, way):
+    arguments, signals, answers = INTERRUPTIONS[way]
+    kind = SERVERS[list(INTERRUPTIONS).index(way) % len(SERVERS)]
+    with running_app(tmp_path, servers.empty(kind)) as app:
+        workflow = app.create("Aloof")
+        consumer = app.start(*arguments)
+        until(lambda: app.notes() == [f"{workflow} begins"])
+        for number, answer in zip(signals, [*answers, ""], strict=True):
+            consumer.send_signal(signal.Signals[number])
+            until(lambda answer=answer: answer in app.log())
+        consumer.wait(timeout=30)
+        app.gate.touch()
+        app.start(*CONSUMER)
+        until(lambda: app.state(workflow) == "finished")
+        assert app.notes() == [f"{workflow} {what}" for what in ("begins", "begins", "ends", "two")]
+        assert history(Workflow.get_by_id(workflow))[0] == ("one", "failed", "recovered")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_step_of_a_consumer_that_is_killed_runs_again_at_once_in_the_next_one(app, way):
+    workflow = app.create("Aloof")
+    consumer = app.start(*WAYS[way])
+    until(lambda: app.notes() == [f"{workflow} begins"])
+    os.killpg(consumer.pid, signal.SIGKILL)
+    app.start(*WAYS[way])  # at once, perhaps before the system has buried the other one
+    app.gate.touch()
+    until(lambda: app.state(workflow) == "finished")
+    assert app.notes() == [f"{workflow} {what}" for what in ("begins", "begins", "ends", "two")]
+    assert app.doctor() == []
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_run_ends_the_step_under_way_on_either_signal(servers, tmp_path, number):
+    with running_app(tmp_path, servers.empty("sqlite")) as app:
+        workflow = app.create("Aloof")
+        consumer = app.start(*RUN)
+        until(lambda: app.notes() == [f"{workflow} begins"])
+        consumer.send_signal(signal.Signals[number])
+        until(lambda: "draining" in app.log())
+        app.gate.touch()
+        assert consumer.wait(timeout=30) == 0
+        assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
 
 
 # ==== Help for tests ==================================================================================================
