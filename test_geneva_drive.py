@@ -3447,7 +3447,7 @@ def is_unharmed(app, consumer, number=0):
 def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(servers, tmp_path, kind, way):
     server = servers.breakable(kind)
     with running_app(tmp_path, server.empty()) as app:
-        consumer = app.start(*WAYS[way], **HEALING)
+        consumer = app.start(*WAYS[way])
         in_mid_body = app.create("Aloof")
         until(lambda: app.notes() == [f"{in_mid_body} begins"])
         with down(server, app):
@@ -3457,7 +3457,7 @@ def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(
         with down(server, app):
             pass
         while_idle = app.create("Aloof")
-        until(app.are_over)
+        until(lambda: app.state(while_idle) == "finished")
         app.gate.unlink()
         to_be_recorded = app.create("Aloof")
         until(lambda: f"{to_be_recorded} begins" in app.notes())
@@ -3465,7 +3465,7 @@ def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(
             app.gate.touch()
             until(lambda: f"{to_be_recorded} ends" in app.notes())
             time.sleep(3)  # the outage
-        until(app.are_over)
+        until(lambda: app.state(to_be_recorded) == "finished")
         workflows = (in_mid_body, while_idle, to_be_recorded)
         assert app.notes() == [f"{each} {what}" for each in workflows for what in ("begins", "ends", "two")]
         assert is_unharmed(app, consumer)
