@@ -229,6 +229,7 @@ def _find(*names: str) -> Path | None:
 
 
 def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     # Not one of those that the system picks for clients, from 32768 on: a client that keeps trying while the server is
     # down is connected to itself when its own port happens to be the server's.
     while True:
