@@ -1593,6 +1593,9 @@ class _Attempt:
             except Exception:
                 self.workflow.logger.exception("after_step_execution failed")
         if verdict.error is not None and verdict.surfaces:
+            if hasattr(verdict.error, "add_note"):  # Python 3.11: error trackers show it with the traceback
+                step_name, state = self.execution.step_name, self.workflow.state
+                verdict.error.add_note(f"in the step {step_name} of {self.workflow._label}, which is {state} now")
             raise verdict.error
         return following
 
