@@ -3644,22 +3644,22 @@ def test_a_transactional_step_of_a_stopped_process_has_its_effect_once(app):
     assert app.doctor() == []
 
 
-def test_clocks_that_differ_by_thirty_seconds_recover_nothing_that_lives_and_stop_nothing(app):
-    slow = app.create("Aloof")
-    for offset in ("0", "-30"):
-        app.start(*CONSUMER, APP_CLOCK=offset)
-    until(lambda: app.notes() == [f"{slow} begins"])
-    app.run("create_many", "Welcome", 5)
-    app.run("create_many", "Welcome", 5, APP_CLOCK="-30")
-    app.run("housekeeping", APP_CLOCK="30")
-    until(lambda: Workflow.select().where(Workflow.state == "finished").count() == 10, 60)
-    app.run("housekeeping", APP_CLOCK="30")
-    app.gate.touch()
-    until(lambda: app.state(slow) == "finished")
-    assert app.notes() == [f"{slow} {what}" for what in ("begins", "ends", "two")]
-    assert len(app.traces()) == 30
-    assert {each.outcome for each in StepExecution.select()} == {"success"}
-    assert app.doctor() == []
+def test_clocks_that_differ_by_thirty_seconds_recover_nothing_that_lives_and_stop_nothing(servers, tmp_path):
+    with running_app(tmp_path, servers.empty("postgresql")) as app:
+        slow = app.create("Aloof")
+        for offset in ("0", "-30"):
+            app.start(*CONSUMER, APP_CLOCK=offset)
+        until(lambda: app.notes() == [f"{slow} begins"])
+        app.run("create_many", "Welcome", 5)
+        app.run("create_many", "Welcome", 5, APP_CLOCK="-30")
+        app.run("housekeeping", APP_CLOCK="30")
+        until(lambda: Workflow.select().where(Workflow.state == "finished").count() == 10, 60)
+        app.run("housekeeping", APP_CLOCK="30")
+        app.gate.touch()
+        until(lambda: app.state(slow) == "finished")
+        assert app.notes() == [f"{slow} {what}" for what in ("begins", "ends", "two")]
+        assert len(app.traces()) == 30
+        assert {each.outcome for each in StepExecution.select()} == {"success"}
 
 
 # How a consumer is told to end before its step has: its arguments, the signals, what it says before it gets the next.
