@@ -3168,7 +3168,7 @@ if __name__ == "__main__":
         print(len(huey.read_schedule()), flush=True)
         os.kill(os.getpid(), 9)
     elif command == "run":
-        drive.run(workers=2)
+        drive.run(workers=2, shutdown_timeout=float(sys.argv[2]) if sys.argv[2:] else None)
 """
 
 HEALING = {"APP_THRESHOLD": "3", "APP_OVERDUE": "1"}  # finds in seconds what the defaults find in minutes
@@ -3665,6 +3665,7 @@ def test_clocks_that_differ_by_thirty_seconds_recover_nothing_that_lives_and_sto
 # How a consumer is told to end before its step has: its arguments, the signals, what it says before it gets the next.
 INTERRUPTIONS = {
     "run": (RUN, ["SIGTERM", "SIGINT"], ["draining"]),
+    "run after a timeout": ([*RUN, "1"], ["SIGTERM"], []),
     "threads": (CONSUMER, ["SIGTERM"], []),
     "processes": (PROCESSES, ["SIGTERM"], []),
     "threads after a timeout": ([*CONSUMER, "-g", "TERM", "-t", "1"], ["SIGTERM"], []),
