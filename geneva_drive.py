@@ -1538,7 +1538,8 @@ class _Attempt:
         :param due_only: leave one alone, and queue it again for its time, that is not due yet.
         :returns: None if it is not to be run, or not by us.
         """
-        return drive._transact(lambda: cls._claim(drive, execution_id, due_only))
+        # The message is gone from the queue: without a claim, the execution waits until it is overdue.
+        return drive._transact(lambda: cls._claim(drive, execution_id, due_only), insists=True)
 
     @classmethod
     def _claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool) -> _Attempt | None:
@@ -1744,7 +1745,7 @@ class _Attempt:
             # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
             patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
             changes, outcome, following = self.drive._transact(
-                lambda: self._conclude(verdict, run_on), patience, to_record=True
+                lambda: self._conclude(verdict, run_on), patience, insists=True
             )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
@@ -2011,12 +2012,12 @@ class GenevaDrive:
         # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
         return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
 
-    def _transact(self, work: Callable[[], T], patience: float = PATIENCE_SECONDS, to_record: bool = False) -> T:
+    def _transact(self, work: Callable[[], T], patience: float = PATIENCE_SECONDS, insists: bool = False) -> T:
         """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
 
         :param patience: for so many seconds.
-        :param to_record: whatever the number of tries, and though the database itself is away: the work of a step is
-            done, and would be done again if it could not be recorded.
+        :param insists: whatever the number of tries, and though the database itself is away: for work that nobody
+            repeats soon if it is not done now.
         """
         if self._db.in_transaction():
             with self._begin():
@@ -2033,7 +2034,7 @@ class GenevaDrive:
             except peewee.PeeweeException as error:
                 is_gone = not is_done and self._is_connection_lost(error)
                 may_be_repeated = is_gone or _is_transient(error)
-                limit = math.inf if to_record else 2 if is_gone else TRANSACTION_TRIES
+                limit = math.inf if insists else 2 if is_gone else TRANSACTION_TRIES
                 if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)

@@ -3495,6 +3495,32 @@ def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(
         assert is_unharmed(app, consumer)
 
 
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+def test_a_claim_waits_for_a_database_that_restarts_since_its_message_is_gone(servers, kind):
+    server = servers.breakable(kind)
+    db = open_database(server.empty())
+    drive = GenevaDrive(db)
+    drive.create_tables()
+    for model in (User, Effect):
+        model.bind(db)
+    db.create_tables([User, Effect])
+    workflow = Quick.create(hero=User.create())
+    message = scheduled(workflow).id
+    db.close()
+
+    def perform():
+        drive._perform(message)
+        db.close()
+
+    worker = threading.Thread(target=perform)
+    with server.down():
+        worker.start()
+        time.sleep(1)  # the outage
+    worker.join()
+    assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+    db.close()
+
+
 @pytest.mark.parametrize(("kind", "way"), [("postgresql", "processes"), ("mysql", "threads")])
 def test_connections_that_are_dropped_all_the_time_cost_attempts_and_no_workflow(servers, tmp_path, kind, way):
     listing, drop = {
