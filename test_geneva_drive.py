@@ -4068,6 +4068,61 @@ def test_the_two_processes_example_shares_its_workflows(servers, tmp_path, queue
         consumer.wait()
 
 
+def chaos(url, workflows, **options):
+    """examples/chaos.py, begun."""
+    words = [f"--{name}={value}" for name, value in options.items()]
+    where = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return python(HERE / "examples" / "chaos.py", url, f"--workflows={workflows}", *words, **where)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept(servers, kind):
+    url = servers.empty(kind)
+    process = chaos(url, 60, **{"seconds": 6, "workers": 3, "kill-every": 0.4, "disturb-every": 1})
+    table, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, table + errors
+    lines = dict(re.fullmatch(r"(.*?)  +(\S+)(?: s)?", line).groups() for line in table.splitlines())
+    assert (lines["finished"], lines["lost"], lines["effects of transactional steps wrong"]) == ("60", "0", "0")
+    assert int(lines["kills (SIGKILL)"]) > 0
+    assert int(lines["times that the file was locked" if kind == "sqlite" else "connections dropped"]) > 0
+    (shown,) = (text for _, language, text in readme_blocks() if language == "text")
+    assert [line[:44].rstrip() for line in shown.splitlines()] == [
+        name.replace("times that the file was locked", "connections dropped") for name in lines
+    ]
+    again = chaos(url, 60)
+    assert "is not empty" in again.communicate(timeout=60)[1]
+    assert again.returncode == 2
+
+
+def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
+    process = chaos(f"sqlite:///{tmp_path}/chaos.db", 40, seconds=3, workers=2)
+    booked = "select workflow_id from geneva_drive_step_executions where step_name = 'book' and state = 'completed'"
+    with contextlib.closing(sqlite3.connect(tmp_path / "chaos.db", timeout=30, isolation_level=None)) as db:
+
+        def rows(query):
+            with contextlib.suppress(sqlite3.OperationalError):  # there are no tables yet
+                return db.execute(query).fetchall()
+
+        until(lambda: len(rows(booked) or ()) >= 3)
+        (lacking,), (again,), (booked_again,), *_ = rows(booked)
+        db.execute(f"delete from chaos_effects where workflow = {lacking} and step = 'charge'")
+        effects = [(again, "charge")] * 30 + [(booked_again, "book")]
+        db.executemany("insert into chaos_effects (workflow, step) values (?, ?)", effects)
+        stop = f"update geneva_drive_workflows set state = 'canceled' where state = 'ready' and id in ({booked})"
+        until(lambda: db.execute(stop).rowcount)
+    table, errors = process.communicate(timeout=400)
+    assert process.returncode == 1, table + errors
+    assert re.search(r"^lost +[1-9]", table, re.MULTILINE)
+    assert re.findall("BROKEN: (.*)", table) == [
+        "every workflow finishes, and once",
+        "its steps succeed in their order, once each",
+        "what succeeded had its effect",
+        "a plain step repeats its effect only where an attempt died",
+        "a transactional step has its effect exactly once",
+        "doctor() finds nothing",
+    ]
+
+
 def test_the_readme_lists_every_example_and_the_small_ones_are_small():
     readme = (HERE / "README.md").read_text()
     for path in (HERE / "examples").iterdir():
@@ -4131,6 +4186,7 @@ README_PROGRAMS = {
 README_COMMANDS = {
     ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
     ".venv/bin/python -m pytest": pytest.main,  # this run
+    ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
 }
 
 
@@ -4170,7 +4226,7 @@ def test_every_command_in_the_readme_is_run_by_a_test():
 
 def test_every_block_in_the_readme_is_of_a_language_that_a_test_runs():
     blocks = list(readme_blocks())
-    assert {language for _, language, _ in blocks} == {"python", "sh"}
+    assert {language for _, language, _ in blocks} == {"python", "sh", "text"}  # text: what chaos.py printed
     assert 2 * len(blocks) == (HERE / "README.md").read_text().count("```")
 
 
