@@ -2387,7 +2387,7 @@ class GenevaDrive:
         """Recover what a process performs that fell silent, or that is known to be gone."""
         in_progress = SQL(f"state = '{IN_PROGRESS}'")
         performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
-        gone = [name for (name,) in performers if _is_process_gone(name)]
+        gone = self._transact(lambda: [name for (name,) in performers if _is_process_gone(name)])
         moment = self._now() - self.stuck_in_progress_threshold
         dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
         recovered = 0
