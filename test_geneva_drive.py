@@ -4592,13 +4592,25 @@ def test_a_schedule_in_memory_that_dies_with_its_process_is_made_up_for(servers,
         assert sorted(app.notes()) == sorted(f"{each.id} one" for each in Workflow.select())
 
 
+def stop(app, process):
+    """Stop a process group, but not while it holds SQLite's one write lock: everybody would wait for it."""
+    os.killpg(process.pid, signal.SIGSTOP)
+    if app.env["APP_URL"].startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(app.db.database, timeout=0.5)) as writer:
+            try:
+                writer.execute("begin immediate")
+            except sqlite3.OperationalError:
+                os.killpg(process.pid, signal.SIGCONT)
+                stop(app, process)
+
+
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
 def test_a_process_stopped_past_its_threshold_records_nothing_and_works_on(app, way):
     short = {"APP_THRESHOLD": "1"}
     workflow = app.create("Aloof")
     stopped = app.start(*WAYS[way], **short)
     until(lambda: app.notes() == [f"{workflow} begins"])
-    os.killpg(stopped.pid, signal.SIGSTOP)
+    stop(app, stopped)
     until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=1.1))
     other = app.start(*CONSUMER, **short)
     until(lambda: len(app.notes()) == 2)
@@ -4920,13 +4932,13 @@ def test_an_example_shows_what_it_says(tmp_path, name):
 
 def test_the_priorities_example_prefers_what_is_urgent_and_keeps_the_queues_apart(tmp_path):
     output = example(tmp_path, "priorities.py")
-    done = re.findall(r"(?:written|posted): (?:an? \w+ \w+|another one|offer \d)", output)
+    done = re.findall(r"(?:written|posted): (?:an? \w+ \w+|another one|offer \d+)", output)
     letters = ["an urgent letter", "an ordinary letter", "another one"]
     assert [each for each in done if "offer" not in each] == [
         f"{act}: {letter}" for letter in letters for act in ("written", "posted")
     ]
-    assert {f"posted: offer {number}" for number in range(10)} < set(done)
-    assert done.index("posted: another one") < done.index("posted: offer 9")  # nobody waits for the mailing
+    assert {f"posted: offer {number}" for number in range(20)} < set(done)
+    assert done.index("posted: another one") < done.index("posted: offer 19")  # nobody waits for the mailing
     assert doctor_of(tmp_path / "priorities.db") == []
 
 

@@ -26,7 +26,7 @@ class Letter(Model):
 class Send(Workflow):
     @step
     def write(self):
-        time.sleep(0.2)
+        time.sleep(0.1)
         print(f"written: {self.hero.text}", flush=True)
 
     @step(options={"priority": 100})  # what is written goes out before anything else is begun
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     db.create_tables([Letter])
     drive.create_tables()
     with db.atomic():
-        Mailing.create_many([Letter.create(text=f"offer {number}") for number in range(10)])
+        Mailing.create_many([Letter.create(text=f"offer {number}") for number in range(20)])
         Send.create(hero=Letter.create(text="an ordinary letter"))
         Send.create(hero=Letter.create(text="another one"))
         Send.create(hero=Letter.create(text="an urgent letter"), options={"priority": 10})
