@@ -205,7 +205,13 @@ def _postgresql_binaries(folder: Path) -> Path:
 
 def _mysql(folder: Path, port: int) -> Recipe:
     server = _find("mariadbd", "mysqld") or _missing("MariaDB or MySQL", "apt-get install mariadb-server")
-    common = ["--no-defaults", f"--datadir={folder / 'data'}", *(["--user=root"] if os.geteuid() == 0 else [])]
+    # A folder of its own for temporary tables: a server that starts clears away those of others.
+    common = [
+        "--no-defaults",
+        f"--datadir={folder / 'data'}",
+        f"--tmpdir={folder}",
+        *(["--user=root"] if os.geteuid() == 0 else []),
+    ]
     prepare = [str(server), *common, "--initialize-insecure"]
     if install := _find("mariadb-install-db"):
         prepare = [str(install), *common, "--auth-root-authentication-method=normal", "--skip-test-db"]

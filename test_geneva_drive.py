@@ -4206,6 +4206,8 @@ class App:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.db.close()
+        for log in sorted(self.folder.glob("log*")):
+            print(f"---- {log.name}\n{log.read_text(errors='replace')}")  # shown where the test failed
 
 
 @pytest.fixture(params=SERVERS)
