@@ -60,11 +60,11 @@ import time
 import traceback
 import types
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
 
 import peewee
 from huey import Huey, crontab
@@ -74,6 +74,9 @@ from huey.storage import BaseStorage
 from peewee import SQL, Database, Model, MySQLDatabase, PostgresqlDatabase, SqliteDatabase
 from playhouse.cockroachdb import CockroachDatabase
 from playhouse.signals import Signal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 
 __version__ = "0.1.0"
 
@@ -91,6 +94,8 @@ logger = logging.getLogger("geneva_drive")
 logger.addHandler(logging.NullHandler())
 
 T = TypeVar("T")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Row = TypeVar("_Row", bound=Model)
 _Route: TypeAlias = "tuple[str, int | None]"  # the name of a queue, and the priority in it
 _Json: TypeAlias = "dict[str, Any] | None"
 _Queues: TypeAlias = "Mapping[str, Huey] | Iterable[str] | None"
@@ -251,6 +256,9 @@ class _ClaimLost(Exception):
 
 class _Event(Signal):
     """A signal whose receivers cannot harm the workflow that they are told about."""
+
+    def __call__(self, name: str | None = None, sender: type | None = None) -> Callable[[_Function], _Function]:
+        return super().__call__(name, sender)
 
     def send(self, instance: Any, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
         responses = []
@@ -425,12 +433,21 @@ class StepDefinition:
 
 # ==== The language in which steps are declared ========================================================================
 
-# fmt: off
-STEP_OPTIONS = (
-    "wait", "skip_if", "on_exception", "max_reattempts", "terminal_action",
-    "before_step", "after_step", "transactional", "options", "name",
-)
-# fmt: on
+
+class _StepOptions(TypedDict, total=False):
+    wait: timedelta | float
+    skip_if: Callable[[Any], object] | str | bool | None
+    on_exception: Callable[[Any, Any], object] | ExceptionPolicy | str | None
+    max_reattempts: int | None
+    terminal_action: str
+    before_step: str | None
+    after_step: str | None
+    transactional: bool
+    options: Mapping[str, Any]
+    name: str
+
+
+STEP_OPTIONS = tuple(_StepOptions.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -441,6 +458,12 @@ class _Declaration:
     body: str | None = None
 
 
+@overload
+def step(body: _Function, /) -> _Function: ...
+@overload
+def step(body: str, /, **options: Unpack[_StepOptions]) -> Any: ...
+@overload
+def step(**options: Unpack[_StepOptions]) -> Callable[[_Function], _Function]: ...
 def step(body: Any = None, /, **options: Any) -> Any:
     """Declare a method as a step: `@step`, `@step(wait=...)`; or one more step with another's body: `step("body")`.
 
@@ -467,7 +490,7 @@ def step(body: Any = None, /, **options: Any) -> Any:
     return body
 
 
-def cancel_if(condition: Callable[[Any], Any]) -> Any:
+def cancel_if(condition: _Function) -> _Function:
     """Declare a method as a condition that is checked before every step; true cancels the workflow."""
     if not inspect.isfunction(condition):
         raise StepConfigurationError(f"@cancel_if is for methods, not for {condition!r}")
@@ -475,6 +498,10 @@ def cancel_if(condition: Callable[[Any], Any]) -> Any:
     return condition
 
 
+@overload
+def on_exception(*matching: type[BaseException] | str) -> Callable[[_Function], _Function]: ...
+@overload
+def on_exception(handler: _Function, /) -> _Function: ...
 def on_exception(*matching: Any) -> Any:
     """Declare a method as a handler of the errors that match, `@on_exception(KeyError)`, or bare, of all of them.
 
@@ -835,6 +862,24 @@ def _hero_key(hero: Any) -> tuple[str, str]:
 # ==== Workflows =======================================================================================================
 
 
+if TYPE_CHECKING:
+
+    class _Query(peewee.ModelSelect[_Row], Generic[_Row]):
+        """Peewee's query of rows, and what its hints leave out."""
+
+        def first(self, database: Any = None, n: int = 1) -> _Row | None: ...
+        def tuples(self, as_tuple: bool = True) -> _Query[Any]: ...
+        def dicts(self, as_dict: bool = True) -> _Query[Any]: ...
+        @overload
+        def __getitem__(self, place: int) -> _Row: ...
+        @overload
+        def __getitem__(self, place: slice) -> list[_Row]: ...
+        def __getitem__(self, place: Any) -> Any: ...
+
+    class _StateQuery:
+        def __get__(self, instance: object, owner: type[_Row]) -> Callable[[], _Query[_Row]]: ...
+
+
 class _WorkflowSelect(peewee.ModelSelect):
     """Reads all rows before it hands out the first: on SQLite a write fails while a read is half done."""
 
@@ -893,6 +938,8 @@ def _register(cls: type[Workflow]) -> None:
 class _Record(Model):
     """What the two tables of the library share."""
 
+    DoesNotExist: type[peewee.DoesNotExist]
+
     def _write(self, **values: Any) -> None:
         """Update this row, which the caller has locked, and the instance with it."""
         model = self._meta.model
@@ -913,14 +960,14 @@ class _Record(Model):
         return query.get_or_none()
 
 
-def _in_state(state: str, doc: str) -> Any:
+def _in_state(state: str, doc: str) -> _StateQuery:
     """A class method that selects by state."""
 
     def select(cls: type[Workflow]) -> Any:
         return cls.select().where(Workflow.state == state)
 
     select.__doc__ = f"{doc} A query, over this class and its subclasses."
-    return classmethod(select)
+    return cast("_StateQuery", classmethod(select))
 
 
 class Workflow(_Record, metaclass=_WorkflowType):
@@ -930,29 +977,29 @@ class Workflow(_Record, metaclass=_WorkflowType):
     Instances are rows; their state is changed by the methods below, never by assigning to a column.
     """
 
-    id = peewee.BigAutoField()
-    type = _TypeField()
-    hero_type = _ExactField(null=True)
-    hero_id = _ExactField(null=True)
-    state = _NameField(default=READY)
-    current_step_name = _NameField(null=True)
-    allow_multiple = peewee.BooleanField(default=False)
-    context = _JsonField()
-    options = _JsonField(null=True)
+    id: peewee.Field[int] = peewee.BigAutoField()
+    type: peewee.Field[str] = _TypeField()
+    hero_type: peewee.Field[str | None] = _ExactField(null=True)
+    hero_id: peewee.Field[str | None] = _ExactField(null=True)
+    state: peewee.Field[str] = _NameField(default=READY)
+    current_step_name: peewee.Field[str | None] = _NameField(null=True)
+    allow_multiple: peewee.Field[bool] = peewee.BooleanField(default=False)
+    context: peewee.Field[dict[str, Any]] = _JsonField()
+    options: peewee.Field[_Json] = _JsonField(null=True)
     #: How many executions it has had: the number of the newest one, and the fence around every change.
-    execution_count = peewee.IntegerField(default=1)
-    pause_requested = peewee.BooleanField(default=False)
+    execution_count: peewee.Field[int] = peewee.IntegerField(default=1)
+    pause_requested: peewee.Field[bool] = peewee.BooleanField(default=False)
     #: Tells apart workflows that get the same id, one after the other.
-    token = _NameField()
-    created_at = _UtcField()
-    transitioned_at = _UtcField(null=True)
+    token: peewee.Field[str] = _NameField()
+    created_at: peewee.Field[datetime] = _UtcField()
+    transitioned_at: peewee.Field[datetime | None] = _UtcField(null=True)
 
     class Meta:
         table_name = "geneva_drive_workflows"
 
     may_proceed_without_hero = False
     step_options: Mapping[str, Any] = {}
-    exception_policies: list[ExceptionPolicy] = []
+    exception_policies: Sequence[ExceptionPolicy] = []
     workflow_type = ""
     #: The steps in their order, own and inherited.
     steps: tuple[StepDefinition, ...] = ()
@@ -965,7 +1012,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     @classmethod
     def create(
         cls, hero: Model | None = None, allow_multiple: bool = False, context: _Json = None, options: _Json = None
-    ) -> Any:
+    ) -> Self:
         """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
 
         :param hero: a saved instance of any model; None only where `may_proceed_without_hero`.
@@ -998,7 +1045,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return workflow
 
     @classmethod
-    def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Any, bool]:
+    def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Self, bool]:
         """The hero's ongoing workflow of this class, or a new one; safe when several processes ask at once.
 
         :param kwargs: as for :meth:`create`, for a new one.
@@ -1078,7 +1125,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         }
 
     @classmethod
-    def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Workflow:
+    def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Self:
         workflow = cls(id=Workflow.insert(**values).execute(), **values)
         workflow._dirty.clear()
         StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
@@ -1217,12 +1264,19 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return self._hero
 
     @property
-    def execution_history(self) -> Any:
+    def execution_history(self) -> _Query[StepExecution]:
         """The executions in their order: a query of :class:`StepExecution`."""
         return StepExecution.select().where(StepExecution.workflow == self.id).order_by(StepExecution.number)
 
-    previous_step_name = property(lambda self: self._neighbour(-1), doc="The step declared before the current one.")
-    next_step_name = property(lambda self: self._neighbour(+1), doc="The step declared after the current one.")
+    @property
+    def previous_step_name(self) -> str | None:
+        """The step declared before the current one."""
+        return self._neighbour(-1)
+
+    @property
+    def next_step_name(self) -> str | None:
+        """The step declared after the current one."""
+        return self._neighbour(+1)
 
     @property
     def idempotency_key(self) -> str:
@@ -1304,30 +1358,30 @@ class Workflow(_Record, metaclass=_WorkflowType):
     canceled = _in_state(CANCELED, "The workflows that were canceled.")
 
     @classmethod
-    def ongoing(cls) -> Any:
+    def ongoing(cls) -> _Query[Self]:
         """The workflows that are neither finished nor canceled."""
         return cls.select().where(Workflow.state.in_(ONGOING))
 
     @classmethod
-    def for_hero(cls, hero: Model) -> Any:
+    def for_hero(cls, hero: Model) -> _Query[Self]:
         """The workflows of one hero."""
         hero_type, hero_id = _hero_key(hero)
         return cls.select().where((Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id))
 
     @classmethod
-    def select(cls, *fields: Any) -> Any:
+    def select(cls, *fields: Any) -> _Query[Self]:
         """A query over this class and its subclasses; rows come back as their own class."""
         # On Workflow itself, for Peewee to recognise the model that the fields belong to, in joins above all.
         query = _WorkflowSelect(Workflow, fields or Workflow._meta.sorted_fields, is_default=not fields)
         return cls._narrow(query)
 
     @classmethod
-    def update(cls, __data: Any = None, **values: Any) -> Any:
+    def update(cls, __data: Any = None, **values: Any) -> peewee.ModelUpdate:
         """An update of the rows of this class and its subclasses."""
         return cls._narrow(peewee.ModelUpdate(Workflow, Workflow._normalize_data(__data, values)))
 
     @classmethod
-    def delete(cls) -> Any:
+    def delete(cls) -> peewee.ModelDelete:
         """A deletion of rows of this class and its subclasses."""
         return cls._narrow(peewee.ModelDelete(Workflow))
 
@@ -1338,7 +1392,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         names = {name for name, each in _workflow_classes.items() if issubclass(each, cls)} | {cls.workflow_type}
         return query.where(Workflow.type.in_(sorted(names)))
 
-    def save(self, force_insert: bool = False, only: Any = None) -> Any:
+    def save(self, force_insert: bool = False, only: Any = None) -> int:
         """Save the context. The rest is the engine's: a stale instance must not turn back what moved on.
 
         :raises TypeError: if another column was assigned to.
@@ -1437,28 +1491,31 @@ def _enter(workflow: Workflow, step_name: str, due: datetime) -> StepExecution:
 class StepExecution(_Record):
     """One attempt at a step of a workflow: when it was due, when it ran, and what came of it."""
 
-    id = peewee.BigAutoField()
-    workflow = peewee.ForeignKeyField(Workflow, backref="executions", on_delete="CASCADE", index=False)
+    id: peewee.Field[int] = peewee.BigAutoField()
+    workflow: peewee.Field[Workflow] = peewee.ForeignKeyField(
+        Workflow, backref="executions", on_delete="CASCADE", index=False
+    )
+    workflow_id: peewee.Field[int]
     #: 1, 2, 3, … within the workflow.
-    number = peewee.IntegerField()
-    step_name = _NameField()
-    state = _NameField()
-    outcome = _NameField(null=True)
-    scheduled_for = _UtcField()
-    enqueued_at = _UtcField(null=True)
-    started_at = _UtcField(null=True)
-    heartbeat_at = _UtcField(null=True)
+    number: peewee.Field[int] = peewee.IntegerField()
+    step_name: peewee.Field[str] = _NameField()
+    state: peewee.Field[str] = _NameField()
+    outcome: peewee.Field[str | None] = _NameField(null=True)
+    scheduled_for: peewee.Field[datetime] = _UtcField()
+    enqueued_at: peewee.Field[datetime | None] = _UtcField(null=True)
+    started_at: peewee.Field[datetime | None] = _UtcField(null=True)
+    heartbeat_at: peewee.Field[datetime | None] = _UtcField(null=True)
     #: The process that performs or performed it, as `_this_process()` names it.
-    performed_by = _NameField(null=True)
-    finished_at = _UtcField(null=True)
+    performed_by: peewee.Field[str | None] = _NameField(null=True)
+    finished_at: peewee.Field[datetime | None] = _UtcField(null=True)
     #: Reattempts after errors, and recoveries after crashes, of this step so far.
-    reattempts = peewee.IntegerField(default=0)
-    recoveries = peewee.IntegerField(default=0)
-    error_class_name = _NameField(null=True)
-    error_message = _LongTextField(null=True)
-    error_backtrace = _LongTextField(null=True)
-    job_id = _NameField(null=True)
-    created_at = _UtcField()
+    reattempts: peewee.Field[int] = peewee.IntegerField(default=0)
+    recoveries: peewee.Field[int] = peewee.IntegerField(default=0)
+    error_class_name: peewee.Field[str | None] = _NameField(null=True)
+    error_message: peewee.Field[str | None] = _LongTextField(null=True)
+    error_backtrace: peewee.Field[str | None] = _LongTextField(null=True)
+    job_id: peewee.Field[str | None] = _NameField(null=True)
+    created_at: peewee.Field[datetime] = _UtcField()
 
     class Meta:
         table_name = "geneva_drive_step_executions"
@@ -1954,6 +2011,8 @@ class GenevaDrive:
     housekeeping_schedule: Callable[[datetime], bool]
     run_on: timedelta
     clock: Callable[[], datetime]
+    database: Any
+    queues: dict[str, Huey]
 
     def __init__(self, database: Any, huey: Huey | None = None, *, queues: _Queues = None, **settings: Any) -> None:
         if not isinstance(database, (Database, peewee.Proxy)):
