@@ -5277,12 +5277,150 @@ def test_the_wheel_brings_the_schema_file(built, fresh_python, tmp_path):
     assert taken.read_bytes() == gd.SCHEMA_FILE.read_bytes()
 
 
+# A user's module, as strict as mypy can be. An ignored error that does not occur is an error too.
+TYPED = """
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from peewee import BooleanField, Model, SqliteDatabase
+from typing_extensions import assert_type
+
+from geneva_drive import *
+
+drive = GenevaDrive(SqliteDatabase("app.db"), queues=["premium"], max_recoveries=3)
+now = datetime.now(timezone.utc)
+
+
+class User(Model):
+    deactivated = BooleanField(default=False)
+
+
+class Signup(Workflow):
+    step_options = {"queue": "premium"}
+    exception_policies = [ExceptionPolicy("reattempt", matching=ConnectionError, wait=0.1)]
+
+    @cancel_if
+    def hero_deactivated(self) -> bool:
+        return bool(self.hero.deactivated)
+
+    @on_exception(TimeoutError, "requests.Timeout")
+    def wait_as_told(self, error: TimeoutError) -> None:
+        self.reattempt(wait=error.args[0])
+
+    @on_exception
+    def give_up(self, error: Exception) -> None:
+        self.cancel()
+
+    @step
+    def welcome(self) -> int:
+        self.context["invoice"] = 7
+        return self.id
+
+    @step(wait=timedelta(days=2), skip_if=lambda self: self.hero.deactivated, on_exception="reattempt")
+    async def remind(self) -> None:
+        self.logger.info("asked with %s", self.idempotency_key)
+
+    def check(self) -> None:
+        self.finish()
+
+    checks = [step("check"), *(step("check", wait=60) for _ in range(5))]
+    misspelt = step("check", wate=60)  # type: ignore[call-overload]
+
+    @contextmanager
+    def around_step_execution(self, execution: StepExecution) -> Iterator[None]:
+        assert_type(execution.workflow, Workflow)
+        yield
+
+
+@step_finished(sender=Signup)
+def count(cls: type[Signup], workflow: Signup, execution: StepExecution) -> None:
+    assert_type(execution.outcome, str | None)
+
+
+user = User.create()
+workflow = Signup.create(hero=user, context={"answer": 42})
+assert_type(workflow, Signup)
+assert_type(Signup.get_or_create(hero=user), tuple[Signup, bool])
+assert_type(Signup.create_many(User.select(), on_conflict="ignore"), int)
+Signup.create(heroe=user)  # type: ignore[call-arg]
+assert_type(workflow.welcome(), int)
+workflow.welcome(1)  # type: ignore[call-arg]
+
+for each in Signup.paused():
+    assert_type(each, Signup)
+for each in Signup.for_hero(user).where(Workflow.created_at > now).order_by(Workflow.id.desc()):
+    assert_type(each, Signup)
+for some in Workflow.ready():
+    assert_type(some, Workflow)
+query = Signup.ongoing().where((Workflow.state != "paused") & Workflow.hero_id.in_(["1", "2"]))
+assert_type(query.get(), Signup)
+assert_type(query.first(), Signup | None)
+assert_type(query[0], Signup)
+assert_type(query[:2], list[Signup])
+assert_type(list(query), list[Signup])
+assert_type((query.count(), len(query), query.exists()), tuple[int, int, bool])
+assert_type(list(Signup.select(Workflow.id).tuples()), list[Any])
+assert_type(Signup.get_or_none(Workflow.id == 1), Signup | None)
+Signup.update(context={}).where(Workflow.state == "finished").execute()
+Signup.delete().where(Workflow.transitioned_at < now).execute()
+
+assert_type((workflow.id, workflow.type, workflow.state), tuple[int, str, str])
+assert_type((workflow.hero, workflow.hero_id, workflow.context), tuple[Any, str | None, dict[str, Any]])
+assert_type((workflow.created_at, workflow.transitioned_at), tuple[datetime, datetime | None])
+assert_type((workflow.current_step_name, workflow.next_step_name), tuple[str | None, str | None])
+workflow.stat  # type: ignore[attr-defined]
+for execution in workflow.execution_history:
+    assert_type((execution.step_name, execution.scheduled_for), tuple[str, datetime])
+    assert_type((execution.workflow_id, execution.finished_at), tuple[int, datetime | None])
+assert_type(workflow.execution_history.where(StepExecution.state == "failed").first(), StepExecution | None)
+
+assert_type(drive.housekeeping(), dict[str, int])
+assert_type((drive.run_on, drive.max_recoveries), tuple[timedelta, int])
+drive.clock = lambda: now
+drive.run(workers=2, until=lambda: not query.exists(), shutdown_timeout=5)
+TestHelpers().speedrun_workflow(workflow)
+try:
+    workflow.resume_at("remind")
+except (InvalidStateError, Signup.DoesNotExist):
+    pass
+except AlreadyOngoingError as error:
+    assert_type(error.workflow_id, int | None)
+"""
+
+# Programs that leave out hints of their own are none the worse for it.
+TYPE_RULES = """
+[mypy]
+strict = True
+[mypy-untyped.*]
+disallow_untyped_defs = False
+disallow_untyped_calls = False
+"""
+
+
+def test_the_wheel_brings_type_hints_that_keep_the_class_of_each_workflow(built, fresh_python, tmp_path):
+    pip_install(fresh_python, *built.glob("*.whl"))
+    (stubs,) = tmp_path.glob("venv/lib/python*/site-packages/geneva_drive-stubs/__init__.pyi")
+    assert stubs.read_bytes() == Path(gd.__file__).read_bytes()
+    untyped = tmp_path / "untyped"
+    untyped.mkdir()
+    (untyped / "__init__.py").touch()
+    shutil.copy(HERE / "examples" / "payment.py", untyped)
+    (untyped / "app.py").write_text(next(text for _, language, text in readme_blocks() if language == "python"))
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "rules.ini").write_text(TYPE_RULES)
+    mypy = (sys.executable, "-m", "mypy", "--config-file", "rules.ini", "--python-executable", fresh_python)
+    assert run(*mypy, "typed.py", "untyped", cwd=tmp_path).startswith("Success: no issues found in 4 source files")
+
+
 def test_the_sdist_brings_what_the_tests_need(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     examples = {str(path.relative_to(HERE)) for path in (HERE / "examples").rglob("*.py")}
-    assert {"conftest.py", "test_geneva_drive.py", "pyproject.toml", "README.md", "LICENSE", *examples} <= names
+    needed = {"conftest.py", "test_geneva_drive.py", "pyproject.toml", "setup.py", "README.md", "LICENSE", *examples}
+    assert needed <= names
 
 
 def test_an_editable_install_takes_the_schema_file_of_the_source(source, fresh_python, tmp_path):
