@@ -2,7 +2,8 @@
 
     GENEVA_DRIVE_TEST_URLS          servers of one's own, used in place of throwaway ones; separated by commas:
                                     postgresql://user:password@host/db,mysql://user:password@host/db,redis://host/0
-    GENEVA_DRIVE_REQUIRE_SERVERS=1  a missing server fails the tests that ask for it, instead of skipping them
+    GENEVA_DRIVE_REQUIRE_SERVERS=1  a missing server, or browser, fails the tests that ask for it, instead of skipping
+                                    them
 
 Run as a script, it gives any command a new, empty database in GENEVA_DRIVE_URL:
 
@@ -171,6 +172,13 @@ def servers() -> Iterator[Servers]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    """A real browser."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return _find(*names) or _missing("Chromium", "apt-get install chromium", instead="")
+
+
 # How to run each of them: on 127.0.0.1 alone, and for speed: what is committed survives that the server is killed, for
 # the system has it by then; nothing here needs to survive a power cut.
 
@@ -304,8 +312,8 @@ def _given_urls() -> dict[str, str]:
     return given
 
 
-def _missing(what: str, remedy: str) -> NoReturn:
-    reason = f"{what} is missing: {remedy}; or name a server in GENEVA_DRIVE_TEST_URLS"
+def _missing(what: str, remedy: str, instead: str = "; or name a server in GENEVA_DRIVE_TEST_URLS") -> NoReturn:
+    reason = f"{what} is missing: {remedy}{instead}"
     if os.environ.get("GENEVA_DRIVE_REQUIRE_SERVERS") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import enum
 import gzip
+import html
 import itertools
 import json
 import logging
@@ -35,6 +36,7 @@ import uuid
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from email.utils import parseaddr
+from html.parser import HTMLParser
 from pathlib import Path
 from queue import Empty
 from urllib.error import HTTPError, URLError
@@ -5102,6 +5104,168 @@ def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
         "a transactional step has its effect exactly once",
         "doctor() finds nothing",
     ]
+
+
+# What may come from users: markup, quotes, an override of the direction, a language from right to left, characters that
+# no page may hold. And what of it is shown.
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&amp; \u05e9"
+UNPRINTABLE = HOSTILE + "\u202egnp.exe\x1b[31m\x85"
+SHOWN = HOSTILE + r"\u202egnp.exe\x1b[31m\x85"
+
+REPORTED = f"""
+from peewee import CharField, Model, SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers, Workflow, step
+
+db = SqliteDatabase("app.db")
+drive = GenevaDrive(db)
+
+class Thing(Model):
+    id = CharField(primary_key=True)
+
+    class Meta:
+        database = db
+
+class Job(Workflow):
+    workflow_type = {HOSTILE!r}
+
+    @step(name={HOSTILE!r})
+    def one(self):
+        self.context[{UNPRINTABLE!r}] = {UNPRINTABLE + chr(0xD800)!r}
+
+    @step(on_exception="reattempt", max_reattempts=60)
+    def two(self):
+        raise type({HOSTILE!r}, (ValueError,), {{}})({UNPRINTABLE!r} + "long" * 20_000)
+
+if __name__ == "__main__":
+    db.create_tables([Thing])
+    drive.create_tables()
+    for key in ({UNPRINTABLE!r}, "W" * 255, "waits"):
+        job = Job.create(hero=Thing.create(id=key))
+        if key != "waits":
+            TestHelpers().speedrun_workflow(job, raise_errors=False)
+"""
+
+
+class Page(HTMLParser):
+    """The elements and the text of a page that is well-formed, and holds nothing that loads or runs anything."""
+
+    ATTRIBUTES = {"class", "dir", "datetime", "scope", "value", "x", "y", "width", "height", "role", "aria-label"}
+    ATTRIBUTES |= {"viewbox", "preserveaspectratio", "lang", "charset", "http-equiv", "content", "name"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = Counter(), [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in {"script", "img", "link", "base", "iframe", "object", "embed", "form", "a", "image", "use"}
+        assert {name for name, _ in attributes} <= self.ATTRIBUTES
+        self.elements[tag] += 1
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open[-1:] == ["style"]:
+            assert not re.search(r"url\(|@import|//", data)
+
+
+# Opens what is folded in a page, and tells the page around it how it has fared.
+PROBE = """<script>
+document.querySelectorAll('details').forEach(each => each.open = true);
+const root = document.documentElement, style = getComputedStyle(document.body);
+parent.postMessage({title: document.title, width: innerWidth, needed: root.scrollWidth,
+    scripts: document.scripts.length, page: style.backgroundColor, text: style.color}, '*');
+</script>"""
+# Shows a page in frames as wide as a telephone and a screen, for no window of Chromium is narrower than 500 pixels, and
+# then holds what the probes told.
+FRAMES = """<!doctype html><meta name="color-scheme" content="light dark"><script>
+const told = [];
+onmessage = message => { told.push(message.data); document.documentElement.dataset.told = JSON.stringify(told); };
+</script><iframe src="probed.html" width="400"></iframe><iframe src="probed.html" width="1280"></iframe>"""
+SCHEMES = {
+    "dark": {"page": "rgb(17, 20, 24)", "text": "rgb(230, 233, 237)"},
+    "light": {"page": "rgb(244, 245, 247)", "text": "rgb(27, 31, 36)"},
+}
+
+
+def browse(chromium, page, scheme="light"):
+    """A process that opens a page in a real browser, and prints what has become of it."""
+    profile = page.with_name(f"profile-{page.stem}-{scheme}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--dump-dom"]
+    options += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    options += [f"--blink-settings=preferredColorScheme={list(SCHEMES).index(scheme)}"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([chromium, *options, page.as_uri()], **streams)
+
+
+def browsed(process):
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors.decode()
+    assert b"CONSOLE" not in errors  # where a page's errors, and what its policy forbade, are told
+    return output.decode()
+
+
+def test_the_report_example_makes_one_safe_page_of_an_applications_tables(tmp_path, chromium):
+    (tmp_path / "app.py").write_text(REPORTED, encoding="utf-8")
+    report = tmp_path / "report.html"
+    assert "drive.create_tables() makes them" in example(tmp_path, "report.py", "app:drive", status=1)
+    assert "app:Job is no GenevaDrive" in example(tmp_path, "report.py", "app:Job", status=2)
+    assert not report.exists()
+    example(tmp_path, tmp_path / "app.py")
+    example(tmp_path, "report.py", "app:drive")
+    text = report.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(text) < 200_000  # of 60 errors of 80,000 characters
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert (page.elements["article"], page.elements["h1"], page.elements["title"] > 100) == (3, 1, True)
+    assert page.elements["li"] == 50 + 50 + 1
+    assert f"{HOSTILE} 1 paused" in page.text
+    assert f"Thing {SHOWN} at two, since 2" in page.text
+    assert f"Thing {'W' * 255} at two" in page.text
+    assert "two: failed, reattempted; began 2" in page.text
+    assert f"__main__.{HOSTILE}: {SHOWN}long" in page.text
+    assert "In words, the last 50 of 62" in page.text
+    assert "Traceback" in page.text
+    assert r"gnp.exe\u001b[31m\x85\ud800" in page.text  # in the context, as JSON
+    assert doctor_of(tmp_path / "app.db") == []
+    # Without its policy, for the probe: no other script may run even so.
+    probed = re.sub("<meta http-equiv=.*>", "", text).replace("</body>", PROBE + "</body>")
+    (tmp_path / "probed.html").write_text(probed, encoding="utf-8")
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES)
+    processes = [browse(chromium, report), *(browse(chromium, frames, scheme) for scheme in SCHEMES)]
+    untouched, *doms = map(browsed, processes)
+    for colours, dom in zip(SCHEMES.values(), doms, strict=True):
+        told = json.loads(html.unescape(re.search('data-told="(.*?)"', dom)[1]))
+        expected = {"title": "Workflows of app:drive", "scripts": 1, **colours}
+        assert sorted(told, key=lambda each: each["width"]) == [
+            {"width": width, "needed": width, **expected} for width in (400, 1280)
+        ]
+    assert Page(untouched).elements == page.elements + Counter()
+
+
+def test_the_report_example_shows_a_demonstration_and_empty_tables(tmp_path):
+    example(tmp_path, "report.py")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.elements["article"] > 20
+    for word in ("ConnectionError: 451 greylisted", "Payment", "Signup", "In figures", "is paused"):
+        assert word in page.text
+    (tmp_path / "app.py").write_text(REPORTED, encoding="utf-8")
+    process = python("-c", "import app; app.drive.create_tables()", cwd=tmp_path)
+    assert process.wait(timeout=60) == 0
+    example(tmp_path, "report.py", "app:drive", "-o", "empty.html")
+    page = Page((tmp_path / "empty.html").read_text(encoding="utf-8"))
+    assert page.elements["article"] == 0
+    assert page.text.count("None.") == 3
 
 
 def test_the_readme_lists_every_example_and_the_small_ones_are_small():
