@@ -64,7 +64,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
 
 import peewee
 from huey import Huey, crontab
@@ -83,7 +83,7 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = [
     "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
-    "InvalidStateError", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
+    "InvalidStateError", "Metric", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
     "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnsupportedDatabaseError", "Workflow",
     "WorkflowNotDefinedError", "cancel_if", "on_exception", "step", "step_finished", "step_started",
     "workflow_transitioned",
@@ -107,6 +107,7 @@ SCHEDULED, WAITING, IN_PROGRESS = "scheduled", "waiting", "in_progress"
 COMPLETED, FAILED, SKIPPED = "completed", "failed", "skipped"
 
 ONGOING = (READY, PERFORMING, PAUSED)
+WORKFLOW_STATES = (*ONGOING, FINISHED, CANCELED)
 ACTIVE = (SCHEDULED, WAITING, IN_PROGRESS)
 
 # Why an attempt ended and what was decided, against: the execution's state, its outcome, what the workflow does next.
@@ -1268,6 +1269,26 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The executions in their order: a query of :class:`StepExecution`."""
         return StepExecution.select().where(StepExecution.workflow == self.id).order_by(StepExecution.number)
 
+    @classmethod
+    def graph(cls) -> str:
+        """The class as a Mermaid flowchart: its steps, the waits between them, conditions and policies."""
+        lines, last = ["flowchart TD", _mermaid_node("start", "([{}])", cls.__name__)], "start"
+        for number, each in enumerate(cls.steps, 1):
+            notes = [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
+            notes += ["transactional"] if each.transactional else []
+            notes += [_policy_note(each.policy)] if each.policy else []
+            wait = f'|"{_span(each.wait)}"|' if each.wait else ""
+            lines.append(_mermaid_node(f"{last} -->{wait} step{number}", "[{}]", each.name, *notes))
+            last = f"step{number}"
+        lines.append(_mermaid_node(f"{last} --> finished", "([{}])", "finished"))
+        conditions, policies = cls._blueprint.cancel_ifs, cls._blueprint.policies
+        if conditions:
+            lines.append(_mermaid_node("conditions", "[{}]", "before each step: cancel if", *conditions))
+            lines.append(_mermaid_node("conditions -.-> canceled", "([{}])", "canceled"))
+        if policies:
+            lines.append(_mermaid_node("policies", "[{}]", "in every step", *map(_policy_note, reversed(policies))))
+        return "\n".join(lines)
+
     @property
     def previous_step_name(self) -> str | None:
         """The step declared before the current one."""
@@ -1418,6 +1439,42 @@ class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
 
 def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
     return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
+
+
+#: Of durations, the largest first, in milliseconds.
+UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
+
+
+def _span(duration: timedelta, parts: int | None = None) -> str:
+    """A duration for people, "2 d 3 h"; of it, the so many largest parts."""
+    left, words = abs(duration) // timedelta(milliseconds=1), []
+    for unit, size in UNITS.items():
+        number, left = divmod(left, size)
+        words += [f"{number} {unit}"] if number else []
+    return " ".join(words[:parts]) or "0 ms"
+
+
+def _name_of(function: Any) -> str:
+    """How a condition or a handler is called; a lambda has no name to speak of."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
+    return name.replace("<lambda>", "…")
+
+
+def _policy_note(policy: ExceptionPolicy) -> str:
+    kinds = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in policy.matching or ()) or "error"
+    if isinstance(policy, _HandlerPolicy):
+        return f"on {kinds}: {_name_of(policy.handler)}"
+    limit = "" if policy.max_reattempts is None else f" {policy.max_reattempts} times, then {policy.terminal_action}"
+    return f"on {kinds}: {policy.action}{limit if policy.action == 'reattempt' else ''}"
+
+
+def _mermaid_node(node: str, shape: str, *lines: str) -> str:
+    # Names may hold anything printable: what could be Mermaid's, HTML's or Markdown's goes by its number.
+    def by_number(found: re.Match[str]) -> str:
+        return "".join(f"#{ord(each)};" for each in found[0])
+
+    safe = [re.sub(r"[^\w ,:…]|\b_+|_+\b", by_number, line) for line in lines]
+    return f"    {node}" + shape.format(f'"{"<br/>".join(safe)}"')
 
 
 def _ongoing_rows() -> Any:
@@ -1983,6 +2040,15 @@ VIOLATIONS = {
         where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
 }
 
+
+class Metric(NamedTuple):
+    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
 _current_drive: GenevaDrive | None = None
 
 
@@ -2363,6 +2429,15 @@ class GenevaDrive:
             finally:
                 _drain(started, drain_seconds)
 
+    def is_idle(self) -> bool:
+        """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
+
+        Paused ones wait for a person.
+        """
+        # By way of the active executions, which an index holds: of a million finished workflows none is looked at.
+        active = SQL(f"t1.state in {ACTIVE}") & Workflow.state.in_((READY, PERFORMING))
+        return not StepExecution.select().join(Workflow).where(active).exists()
+
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
     def housekeeping(self) -> dict[str, int]:
@@ -2399,6 +2474,36 @@ class GenevaDrive:
         sections = ["every database", self._dialect]
         missing = [each for section in sections for each in _schema_statements(section) if not self._is_applied(each)]
         return found + [f"the schema lacks: {statement}" for statement in missing]
+
+    def stats(self) -> list[Metric]:
+        """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
+
+        :returns: sorted by name: how many workflows there are by type and state, and what part of the ongoing ones is
+            paused; how many steps are due and not begun, and since when the oldest; how many attempts, of the workflows
+            that are kept, ended with their process.
+        """
+        now, count, kinds = self._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
+        late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
+        first = peewee.fn.MIN(StepExecution.scheduled_for)
+        ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
+        died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
+        recovered = dict(died.group_by(Workflow.type).tuples())
+        states: dict[str, dict[str, int]] = {}
+        for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
+            states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
+        metrics = []
+
+        def add(name: str, value: float, **labels: str) -> None:
+            metrics.append(Metric(f"geneva_drive_{name}", labels, value))
+
+        for name, counts in sorted(states.items()):
+            for state, number in counts.items():
+                add("workflows", number, type=name, state=state)
+            add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
+            add("recovered_steps", recovered.get(name, 0), type=name)
+        add("overdue_steps", overdue)
+        add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
+        return sorted(metrics, key=lambda metric: metric.name)
 
     def _clean_up(self) -> dict[str, int]:
         if self.delete_completed_workflows_after is None:
@@ -2811,6 +2916,10 @@ def _schema_statements(section: str) -> list[str]:
 # ==== Help for tests ==================================================================================================
 
 
+def _shifted(clock: Callable[[], datetime], duration: timedelta) -> datetime:
+    return clock() + duration
+
+
 class TestHelpers:
     """Runs workflows in a test, step by step, ignoring waits: a mixin for unittest.TestCase, or an object by itself.
 
@@ -2856,6 +2965,33 @@ class TestHelpers:
             return _moved(drive, row, active, step_name)
 
         self._perform(workflow, drive._transact(move), raise_errors)
+
+    def travel(
+        self, workflow: Workflow, duration: timedelta | float, max_iterations: int = 100, raise_errors: bool = True
+    ) -> None:
+        """Move `drive.clock` forward, and run what falls due of the workflow on the way, each step at its own time.
+
+        The clock goes on from there; where a step's error is raised, from the time of that step. With unittest it is
+        put back at the end of the test; elsewhere, make a drive or set `drive.clock` in each test.
+
+        :param duration: a timedelta or seconds.
+        :raises AssertionError: if a step is due still after so many steps.
+        :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
+        """
+        drive, total, gone = _drive(), _duration(duration), NO_WAIT
+        clock = drive.clock
+        if hasattr(self, "addCleanup"):
+            self.addCleanup(setattr, drive, "clock", clock)
+        due = (StepExecution.state == SCHEDULED) & (StepExecution.scheduled_for <= clock() + total)
+        for left in range(max_iterations, -1, -1):
+            self._refresh(workflow)
+            execution = workflow.execution_history.where(due).get_or_none() if workflow.state == READY else None
+            gone = max(gone, execution.scheduled_for - clock()) if execution else total
+            drive.clock = functools.partial(_shifted, clock, gone)
+            if execution is None:
+                return
+            self._assert(left, workflow, f"a step is due still after {max_iterations} steps")
+            self._perform(workflow, execution, raise_errors)
 
     def assert_workflow_state(self, workflow: Workflow, state: str) -> None:
         """:raises AssertionError: if the workflow is not in `state`."""

@@ -3396,6 +3396,52 @@ def test_the_logger_says_what_a_line_is_about(drive, hero, caplog):
     assert (record.workflow_id, record.step_name, record.more) == (workflow.id, "one", 1)
 
 
+class Busy(Exception):
+    pass
+
+
+class Drawn(Workflow):
+    exception_policies = [ExceptionPolicy("reattempt", matching="shop.Down", max_reattempts=9, terminal_action="skip")]
+
+    @cancel_if
+    def hero_inactive(self):
+        return False
+
+    @on_exception(Busy)
+    def wait_a_bit(self, error):
+        self.reattempt(wait=60)
+
+    @step(skip_if=lambda self: False)
+    def one(self):
+        pass
+
+    @step(wait=timedelta(days=2, hours=3), skip_if="hero_inactive", transactional=True)
+    def two(self):
+        pass
+
+    @step(wait=0.3, on_exception="reattempt", max_reattempts=None)
+    def three(self):
+        pass
+
+    odd = [step("three", name='_4. "<b>"; | `x`')]
+
+
+def test_a_graph_shows_steps_waits_conditions_and_policies():
+    assert Drawn.graph().splitlines() == [
+        "flowchart TD",
+        '    start(["Drawn"])',
+        '    start --> step1["one<br/>skip if …"]',
+        '    step1 -->|"2 d 3 h"| step2["two<br/>skip if hero_inactive<br/>transactional"]',
+        '    step2 -->|"300 ms"| step3["three<br/>on error: reattempt"]',
+        # Names may hold what means something to Mermaid, HTML or Markdown: seen in a browser, it reads as it is.
+        '    step3 --> step4["#95;4#46; #34;#60;b#62;#34;#59; #124; #96;x#96;"]',
+        '    step4 --> finished(["finished"])',
+        '    conditions["before each step: cancel if<br/>hero_inactive"]',
+        '    conditions -.-> canceled(["canceled"])',
+        '    policies["in every step<br/>on Busy: wait_a_bit<br/>on shop#46;Down: reattempt 9 times, then skip"]',
+    ]
+
+
 # ==== Definitions =====================================================================================================
 
 
@@ -4015,6 +4061,56 @@ def test_the_doctor_tells_of_an_index_that_is_missing_and_what_it_let_through(db
         StepExecution.delete().execute()
         Workflow.delete().execute()
         drive.create_tables()
+
+
+def test_stats_count_what_there_is(drive, clock, helpers):
+    class Fails(Workflow):
+        @step
+        def one(self):
+            raise OddError
+
+    assert drive.stats() == [("geneva_drive_oldest_overdue_seconds", {}, 0), ("geneva_drive_overdue_steps", {}, 0)]
+    finished, canceled, dead, paused, *_ = [Plain.create(hero=User.create()) for _ in range(6)]
+    helpers.speedrun_workflow(finished)
+    canceled.cancel()
+    helpers.speedrun_workflow(Fails.create(hero=User.create()), raise_errors=False)
+    gd._Attempt.claim(drive, scheduled(dead).id)
+    paused.pause()  # what is scheduled in it is not overdue
+    clock.forward(minutes=5)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    clock.forward(minutes=5)
+    numbers = {(each.name.removeprefix("geneva_drive_"), *each.labels.values()): each.value for each in drive.stats()}
+    assert numbers == {
+        ("workflows", "Plain", "ready"): 3,
+        ("workflows", "Plain", "performing"): 0,
+        ("workflows", "Plain", "paused"): 1,
+        ("workflows", "Plain", "finished"): 1,
+        ("workflows", "Plain", "canceled"): 1,
+        **{("workflows", "Fails", state): int(state == "paused") for state in gd.WORKFLOW_STATES},
+        ("paused_ratio", "Plain"): 0.25,
+        ("paused_ratio", "Fails"): 1,
+        ("recovered_steps", "Plain"): 1,
+        ("recovered_steps", "Fails"): 0,
+        ("overdue_steps",): 3,
+        ("oldest_overdue_seconds",): 600,
+    }
+    names = [each.name for each in drive.stats()]
+    assert names == sorted(names)  # what belongs to one metric stands together, as Prometheus wants it
+    Workflow.delete().execute()
+
+
+def test_a_drive_is_idle_when_nothing_is_ready_or_performing(drive, hero, helpers):
+    assert drive.is_idle()
+    workflow = Plain.create(hero=hero)
+    assert not drive.is_idle()
+    workflow.pause()
+    assert drive.is_idle()  # though a step of it is scheduled
+    workflow.resume()
+    gd._Attempt.claim(drive, scheduled(workflow).id)
+    assert not drive.is_idle()
+    workflow.cancel()
+    assert drive.is_idle()
+    StepExecution.update(state="completed", outcome="success", finished_at=START).execute()
 
 
 # ==== Consumers: real processes =======================================================================================
@@ -4793,6 +4889,75 @@ def test_failed_assertions_show_the_history(drive, hero, helpers):
         helpers.speedrun_workflow(Endless.create(hero=hero), max_iterations=7)
 
 
+def test_travelling_runs_each_step_at_its_own_time(drive, clock, hero, helpers):
+    class Nudges(Workflow):
+        @step
+        def first(self):
+            did("first")
+
+        @step(wait=timedelta(days=2))
+        def second(self):
+            did("second")
+
+        @step(wait=timedelta(days=7))
+        def third(self):
+            did("third")
+
+    workflow = Nudges.create(hero=hero)
+    helpers.travel(workflow, timedelta(days=1))
+    assert (effects(), drive.clock()) == (["first"], START + timedelta(days=1))
+    helpers.travel(workflow, timedelta(days=7, hours=23))  # an hour short of the third: waits add up
+    assert (effects(), workflow.current_step_name) == (["first", "second"], "third")
+    helpers.travel(workflow, 3600)
+    assert (effects(), workflow.state) == (["first", "second", "third"], "finished")
+    days = [(each.started_at - START) / timedelta(days=1) for each in workflow.execution_history]
+    assert days == [0, 2, 9]
+    assert drive.clock() == START + timedelta(days=9)
+    clock.forward(days=1)  # the test's own clock counts on below
+    assert drive.clock() == START + timedelta(days=10)
+
+
+def test_a_real_clock_goes_on_from_where_one_travelled_to(drive, hero, helpers):
+    workflow = Plain.create(hero=hero)
+    helpers.travel(workflow, timedelta(days=3))
+    assert workflow.state == "finished"
+    first, second = drive.clock(), drive.clock()
+    assert timedelta(days=3) <= first - datetime.now(timezone.utc) + timedelta(minutes=1)
+    until(lambda: drive.clock() > second)
+
+
+def test_travelling_stops_at_an_error_and_passes_over_what_is_paused(drive, clock, hero, helpers):
+    class Fails(Workflow):
+        @step(wait=timedelta(days=1))
+        def one(self):
+            raise OddError("what went wrong")
+
+    workflow = Fails.create(hero=hero)
+    with pytest.raises(OddError):
+        helpers.travel(workflow, timedelta(days=5))
+    assert (workflow.state, drive.clock()) == ("paused", START + timedelta(days=1))
+    helpers.travel(workflow, timedelta(days=5))
+    assert (workflow.state, drive.clock()) == ("paused", START + timedelta(days=6))
+    other = Fails.create(hero=User.create())
+    helpers.travel(other, timedelta(days=5), raise_errors=False)
+    assert (other.state, drive.clock()) == ("paused", START + timedelta(days=11))
+
+
+def test_travelling_gives_up_on_a_step_that_falls_due_without_end(drive, clock, hero, helpers):
+    class Endless(Workflow):
+        @step
+        def one(self):
+            self.reattempt(wait=timedelta(minutes=1))
+
+    workflow = Endless.create(hero=hero)
+    with pytest.raises(AssertionError, match=r"(?s)is due still after 3 steps.* one .*reattempted"):
+        helpers.travel(workflow, timedelta(days=1), max_iterations=3)
+    assert len(history(workflow)) == 4
+    helpers.travel(Endless.create(hero=User.create()), timedelta(minutes=2.5), max_iterations=3)
+    with pytest.raises(ValueError, match="negative"):
+        helpers.travel(workflow, timedelta(days=-1))
+
+
 class TestWithUnittest(gd.TestHelpers, unittest.TestCase):
     def test_the_mixin_works_under_unittest(self):
         db = SqliteDatabase(":memory:")
@@ -4804,6 +4969,27 @@ class TestWithUnittest(gd.TestHelpers, unittest.TestCase):
         self.speedrun_workflow(workflow)
         self.assert_workflow_state(workflow, "finished")
         self.assert_step_executed(workflow, "two")
+        db.close()
+
+    def test_the_clock_is_put_back_at_the_end_of_a_test(self):
+        class Travels(gd.TestHelpers, unittest.TestCase):
+            def runTest(self):
+                workflow = Plain.create(hero=User.create())
+                for _ in range(3):
+                    self.travel(workflow, timedelta(days=1))
+                assert drive.clock is not clock
+                self.assert_workflow_state(workflow, "finished")
+
+        db, clock = SqliteDatabase(":memory:"), Clock()
+        drive = GenevaDrive(db, clock=clock)
+        drive.create_tables()
+        for model in MODELS:
+            model.bind(db)
+        db.create_tables(MODELS)
+        result = unittest.TestResult()
+        Travels().run(result)
+        assert result.wasSuccessful(), result.errors
+        assert drive.clock is clock
         db.close()
 
 

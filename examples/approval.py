@@ -34,7 +34,7 @@ class Reimbursement(Workflow):
 
 
 def run():
-    drive.run(until=lambda: not Reimbursement.ongoing().where(Workflow.state != "paused").exists())
+    drive.run(until=drive.is_idle)
 
 
 def decide(workflow):

@@ -62,7 +62,7 @@ if __name__ == "__main__":
             Backup.create(hero=today)
     for failed in Backup.paused():
         failed.resume()
-    drive.run(until=lambda: not Backup.ongoing().where(Workflow.state != "paused").exists())
+    drive.run(until=drive.is_idle)
     print("run by", geneva_drive.__file__)
     for backup in Backup.select():
         print(f"the backup of {backup.hero_id} is {backup.state}")

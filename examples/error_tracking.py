@@ -60,7 +60,7 @@ if __name__ == "__main__":
     drive.create_tables()
     for name in ("Ada", "Bob"):
         Import.create(hero=Customer.create(name=name))
-    drive.run(until=lambda: not Import.ongoing().where(Workflow.state != "paused").exists())
+    drive.run(until=drive.is_idle)
     print("The tables have them all:")
     for failed in StepExecution.select().where(StepExecution.error_message.is_null(False)):
         print(f"{failed.step_name}: {failed.outcome}, {failed.error_class_name}: {failed.error_message}")

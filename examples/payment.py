@@ -69,7 +69,7 @@ if __name__ == "__main__":
     payments["canceled by hand"].cancel()
     payments["paused by hand"].pause()
     for moment in ("before", "after"):
-        drive.run(workers=2, until=lambda: not Payment.ongoing().where(Workflow.state != "paused").exists())
+        drive.run(workers=2, until=drive.is_idle)
         print(f"{moment} somebody looks at what is paused: {Payment.paused().count()} payments")
         for payment in Payment.paused():
             payment.resume()

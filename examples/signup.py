@@ -147,11 +147,6 @@ def start_workflows(people: list[dict[str, str]]) -> int:
         return Signup.create_many(Person.select().where(Person.id > newest))
 
 
-def is_over() -> bool:
-    """Whether nothing is left to do; a paused workflow waits for someone to resume it."""
-    return not Signup.ongoing().where(Workflow.state != "paused").exists()
-
-
 def counts() -> str:
     query = Signup.select(Workflow.state, fn.count(Workflow.id)).group_by(Workflow.state).tuples()
     states = ", ".join(f"{count} {state}" for state, count in query)
@@ -174,7 +169,7 @@ def run() -> None:
             if on_terminal or line != shown:
                 print(f"{begin}{time.monotonic() - started:6.1f} s  {line}", end=end, flush=True)
             shown = line
-        return is_over()
+        return drive.is_idle()
 
     drive.run(workers=4, until=look)
     print(f"{begin}{time.monotonic() - started:6.1f} s  {counts()}\n")
@@ -199,12 +194,12 @@ def main() -> None:
     db.create_tables([Person])
     drive.create_tables()
     print(f"{args.people}: {len(people)} rows, {start_workflows(people)} new people; {counts()}", flush=True)
-    if is_over():
+    if drive.is_idle():
         print("nothing left to do")
     else:
         run()
     print_histories()
-    if not is_over():
+    if not drive.is_idle():
         print("stopped before the end: start it again to go on")
 
 
