@@ -39,11 +39,13 @@ that this execution is still its newest: one fence and one lock order for everyt
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import atexit
 import contextlib
 import copyreg
 import functools
+import importlib.util
 import inspect
 import json
 import logging
@@ -53,12 +55,15 @@ import os
 import pkgutil
 import random
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
 import types
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -3029,3 +3034,314 @@ class TestHelpers:
             error = f"  {each.error_class_name}: {each.error_message}" if each.error_class_name else ""
             lines.append(f"  {each.number:>3}  {each.step_name:<30} {each.state:<12} {each.outcome or '':<12}{error}")
         raise AssertionError("\n".join(lines))
+
+
+# ==== Command line ====================================================================================================
+
+_SELECTION = ("--state", "--type", "--hero")
+_CALLS = ("resume", "skip", "pause", "cancel")
+_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "worker": ("run steps until SIGTERM or SIGINT, then drain", ("--workers", "--queue", "--shutdown-timeout")),
+    "list": ("list workflows, the newest first", (*_SELECTION, "--limit", "--json")),
+    "show": ("show a workflow, its attempts over time with their errors, and what to do next", ("id", "--json")),
+    **{call: (f"{call} workflows, by id or selected", ("ids", *_SELECTION, "--dry-run", "--json")) for call in _CALLS},
+    "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
+    "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
+    "doctor": ("check over the tables what must always hold", ("--json",)),
+    "graph": ("print a class as a Mermaid flowchart", ("name",)),
+}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "id": {"type": int, "metavar": "ID", "help": "the workflow's id"},
+    "ids": {"type": int, "metavar": "ID", "nargs": "*", "help": "ids of workflows"},
+    "name": {"metavar": "CLASS", "help": "a workflow class"},
+    "--state": {"choices": WORKFLOW_STATES, "help": "those in this state"},
+    "--type": {"metavar": "CLASS", "help": "those of this class and its subclasses"},
+    "--hero": {"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"},
+    "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
+    "--dry-run": {"action": "store_true", "help": "only say what would be done"},
+    "--json": {"action": "store_true", "help": "print JSON, for programs"},
+    "--workers": {"type": int, "default": 1, "metavar": "N", "help": "threads for each queue (default: 1)"},
+    "--queue": {"action": "append", "metavar": "NAME", "help": "serve this one; may be repeated (default: all)"},
+    "--shutdown-timeout": {"type": float, "metavar": "S", "help": "seconds that draining may take (default: no limit)"},
+}
+# The colours of states and of the marks of a timeline.
+_COLORS = {"!": 31, "failed": 31, "recovered": 31, "paused": 33, "█": 32, "success": 32, "finished": 32, "ready": 36}
+_COLORED = re.compile(rf"[!█]|\b(?:{'|'.join(filter(str.isalpha, _COLORS))})\b")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line, `APP COMMAND ...`; see the README.
+
+    :param argv: the arguments; None takes the process's.
+    :returns: the exit code: 0, 1 (the operation failed) or 2 (usage).
+    """
+    prog = "geneva-drive" if Path(sys.argv[0]).stem == "geneva-drive" else f"python -m {__name__}"
+    parser = argparse.ArgumentParser(prog, description="Look after the workflows of an application.")
+    parser.add_argument("app", metavar="APP", help="module:attribute of its GenevaDrive; `module` means module:drive")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (description, arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        for argument in arguments:
+            command.add_argument(argument, **_ARGUMENTS[argument])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the terminal's encoding
+    try:
+        options = parser.parse_args(argv)
+        status = _CommandLine(_load(options.app), options, f"{prog} {options.app}").run()
+        sys.stdout.flush()
+        return status
+    except SystemExit as left:  # argparse has said why
+        return left.code if isinstance(left.code, int) else 1
+    except BrokenPipeError:  # the reader has seen enough; what Python still flushes must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (peewee.PeeweeException, OverflowError) as error:
+        problem, status = f"the database refused: {error}", 1
+    except (GenevaDriveError, KeyboardInterrupt) as error:
+        is_usage = isinstance(error, (ConfigurationError, UnknownQueueError))
+        problem, status = str(error) or "interrupted", 1 + is_usage
+    sys.stderr.write(f"{prog}: {_clean(problem)}\n")
+    return status
+
+
+def _load(app: str) -> GenevaDrive:
+    """The drive that APP names. An error of the application's own, as it is imported, is raised as it is."""
+    sys.path.insert(0, str(Path.cwd()))
+    name, _, attribute = app.partition(":")
+    try:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"no module named {name!r}")
+    except (ImportError, ValueError) as error:
+        fix = "call it in the application's folder with module:attribute, such as app:drive"
+        raise ConfigurationError(f"{app!r}: {error}; {fix}") from None
+    module = importlib.import_module(name)
+    drive = getattr(module, attribute or "drive", None)
+    if not isinstance(drive, GenevaDrive) or drive is not _current_drive:
+        known = [f"{name}:{key}" for key, value in vars(module).items() if value is _current_drive is not None]
+        problem = f"{app} is {drive!r}, not the {__name__}.GenevaDrive in use"
+        raise ConfigurationError(f"{problem}, which is {known[0]}" if known else f"{problem}: there is none in {name}")
+    return drive
+
+
+def _clean(text: object) -> str:
+    """What others wrote, for a terminal: it must not take that for commands."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def _width(text: str) -> int:
+    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(_clean, super().format(record).split("\n")))
+
+
+class _CommandLine:
+    """A command; each has its method, which returns the exit code."""
+
+    def __init__(self, drive: GenevaDrive, options: argparse.Namespace, call: str) -> None:
+        self.drive, self.options, self.call, self.now = drive, options, call, drive._now()
+        self.columns = shutil.get_terminal_size((0, 0)).columns  # 0 where there is no terminal
+
+    def run(self) -> int:
+        command, handler = self.options.command, logging.StreamHandler()
+        handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO if command == "worker" else logging.WARNING, handlers=[handler])
+        logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
+        self.drive._connect_worker()
+        if command != "graph" and not (Workflow.table_exists() and StepExecution.table_exists()):
+            problem = f"the database {self.drive._db.database!r} has no tables of GenevaDrive"
+            raise GenevaDriveError(f"{problem}: call drive.create_tables() once, if it is the right one")
+        return cast(int, getattr(self, f"_{command}", self._control)())
+
+    def _worker(self) -> int:
+        workers, queues = self.options.workers, self.options.queue
+        logger.info("serving %s, workers for each: %s", ", ".join(queues or self.drive.queues), workers)
+        self.drive.run(workers, queues, shutdown_timeout=self.options.shutdown_timeout)
+        return 0
+
+    def _list(self) -> int:
+        query = self._selected()
+        workflows, total = list(query.order_by(Workflow.id.desc()).limit(self.options.limit)), query.count()
+        rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE, OR DUE"]]
+        for each in workflows:
+            hero = _hero_label(each.hero_type, each.hero_id)
+            rows.append([each.id, each.type, hero, each.state, each.current_step_name or "", self._since(each)])
+        lines = self._table(rows) if total else ["no workflow matches"]
+        if total > len(workflows):
+            lines.append(f"{len(workflows)} of {total}: use --limit {total}, or {', '.join(_SELECTION)}")
+        return self._answer([each.__data__ for each in workflows], lines)
+
+    def _show(self) -> int:
+        workflow = self._find(self.options.id)
+        history, state = list(workflow.execution_history), workflow.state
+        title = f"{workflow._label} of {_hero_label(workflow.hero_type, workflow.hero_id)}: {state}"
+        title += f" at {workflow.current_step_name}" if workflow.current_step_name else ""
+        title += ", to pause when this step ends" if workflow.pause_requested else ""
+        facts = {"created": self._moment(workflow.created_at), state: self._since(workflow)}
+        facts |= {"context": json.dumps(workflow.context, ensure_ascii=False)} if workflow.context else {}
+        lines = [_clean(title), *(line for key, text in facts.items() for line in self._wrapped(f"{key}: {text}"))]
+        lines += ["", *self._timeline(history), "", *self._wrapped(workflow._undefined() or "", "")]
+        calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
+        if calls:
+            lead = "Mend the cause, then" if state == PAUSED else "You may"
+            lines.append(f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})")
+        return self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
+
+    def _timeline(self, history: list[Any]) -> Iterator[str]:
+        """A line for each attempt, its bar from when it was scheduled to its end, or to now; and its error."""
+        now, start, columns = self.now, history[0].created_at, self.columns or 100
+        span = max(each.finished_at or now for each in history) - start or timedelta(1)
+        is_wide = columns >= 120
+        room = max(24, columns - 50 - 34 * is_wide)
+
+        def place(moment: datetime) -> int:
+            return min(int((moment - start) / span * room), room - 1)
+
+        title = f"{start:%m-%d %H:%M:%SZ}".ljust(room - 10) + f"+ {_span(span, 1)}".rjust(10)
+        rows: list[list[Any]] = [["#", "STEP", "OUTCOME", title, "TOOK, OR DUE", *["STARTED, OR DUE"] * is_wide]]
+        for each in history:
+            begun, ended = each.started_at, each.finished_at
+            mark = "!" if each.error_class_name or each.outcome == "recovered" else "█" if begun else "·"
+            bar = (" " * place(each.created_at)).ljust(place(begun or ended or now), "·")
+            bar = bar.ljust(place(ended or now) + 1, mark).ljust(room)
+            took = _span((ended or now) - begun, 2) if begun else "" if ended else self._relative(each.scheduled_for)
+            row = [each.number, each.step_name, each.outcome or each.state, bar, took]
+            rows.append(row + [self._moment(begun or each.scheduled_for)] * is_wide)
+        title, *lines = self._table(rows)
+        yield title
+        for each, line in zip(history, lines):
+            yield line
+            if each.error_class_name:
+                yield from self._wrapped(f"{each.error_class_name}: {each.error_message}", "    ")
+        yield "· waited   █ performed   ! failed or died"
+
+    def _control(self) -> int:
+        call, ids = self.options.command, self.options.ids
+        if bool(ids) == bool(self.options.state or self.options.type or self.options.hero):
+            raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTION)}")
+        if not ids:
+            states = [self.options.state] if self.options.state else ALLOWED_FROM[call]
+            ids = [each.id for each in self._selected().where(Workflow.state.in_(states)).order_by(Workflow.id)]
+        reports = []
+        for workflow_id in ids:
+            reports.append(self._controlled(call, workflow_id))
+            if not self.options.json:  # each at once, for there may be many
+                self._say(_clean(reports[-1]["done"] or f"{workflow_id}: {reports[-1]['error']}"))
+        self._answer(reports, [] if ids else ["no workflow matches"])
+        return int(any(report["error"] for report in reports))
+
+    def _controlled(self, call: str, workflow_id: int) -> dict[str, Any]:
+        try:
+            workflow = self._find(workflow_id)
+            before = workflow.state
+            if not self.options.dry_run:
+                getattr(workflow, call)()
+            elif before not in ALLOWED_FROM[call] or (workflow.pause_requested and call == "pause"):
+                raise InvalidStateError(workflow, call)
+            what = f"would {call}, is {before}" if self.options.dry_run else f"{call}, {before} -> {workflow.state}"
+            what = f"{workflow._label} of {_hero_label(workflow.hero_type, workflow.hero_id)}: {what}"
+            return {"id": workflow_id, "state": workflow.state, "done": what, "error": None}
+        except Exception as error:  # it must not keep the others from their turn
+            return {"id": workflow_id, "state": None, "done": None, "error": str(error) or repr(error)}
+
+    def _housekeeping(self) -> int:
+        counts = self.drive.housekeeping()
+        return self._answer(counts, self._table([[*item] for item in counts.items()]))
+
+    def _stats(self) -> int:
+        metrics = self.drive.stats()
+        value = {(each.name.removeprefix("geneva_drive_"), *each.labels.values()): each.value for each in metrics}
+        rows: list[list[Any]] = [["TYPE", *map(str.upper, WORKFLOW_STATES), "PAUSED %", "RECOVERED"]]
+        for name in dict.fromkeys(each.labels["type"] for each in metrics if each.labels):
+            states = [value["workflows", name, state] for state in WORKFLOW_STATES]
+            rows.append([name, *states, round(100 * value["paused_ratio", name]), value["recovered_steps", name]])
+        late, oldest = value["overdue_steps",], timedelta(seconds=value["oldest_overdue_seconds",])
+        overdue = f"overdue steps: {late}" + (f", the oldest due {self._moment(self.now - oldest)}" if late else "")
+        return self._answer([each._asdict() for each in metrics], [*self._table(rows), overdue])
+
+    def _doctor(self) -> int:
+        found = self.drive.doctor()
+        self._answer(found, [*map(_clean, found), f"violations: {len(found)}" if found else "all is sound"])
+        return int(bool(found))
+
+    def _graph(self) -> int:
+        return self._say(self._class(self.options.name).graph())
+
+    def _selected(self) -> Any:
+        """A query for the workflows that --state, --type and --hero select."""
+        state, name, (hero_type, *hero_id) = (
+            self.options.state,
+            self.options.type,
+            (self.options.hero or "").split(":", 1),
+        )
+        query = (_workflow_classes.get(name) or Workflow).select()
+        if name and name not in _workflow_classes:  # rows may be left of a class that is gone
+            query = query.where(Workflow.type == name)
+            query.exists() or self._class(name)
+        if hero_type and not hero_id:
+            raise ConfigurationError(f"--hero {hero_type}: it must be TYPE:ID, such as User:7")
+        query = query.where(Workflow.state == state) if state else query
+        return query.where(Workflow.hero_type == hero_type, Workflow.hero_id == hero_id[0]) if hero_id else query
+
+    def _class(self, name: str) -> type[Workflow]:
+        if name not in _workflow_classes:
+            raise ConfigurationError(f"no workflow class is called {name!r}: use {', '.join(_workflow_classes)}")
+        return _workflow_classes[name]
+
+    def _find(self, workflow_id: int) -> Workflow:
+        for workflow in Workflow.select().where(Workflow.id == workflow_id):
+            return cast(Workflow, workflow)
+        raise GenevaDriveError(f"there is no workflow {workflow_id}: see {self.call} list")
+
+    def _since(self, workflow: Workflow) -> str:
+        """When it came to stand still or, where it goes on, since when it performs its step, or when that is due."""
+        active = workflow.execution_history.where(StepExecution.state.in_(ACTIVE)).get_or_none()
+        moment = workflow.transitioned_at or (active and (active.started_at or active.scheduled_for))
+        return self._moment(moment or workflow.created_at)
+
+    def _moment(self, moment: datetime) -> str:
+        return f"{self._relative(moment)}, {moment:%Y-%m-%d %H:%M:%SZ}"
+
+    def _relative(self, moment: datetime) -> str:
+        span = _span(moment - self.now, 1)
+        return f"in {span}" if moment > self.now else f"{span} ago"
+
+    def _answer(self, value: object, lines: Iterable[str]) -> int:
+        as_json = functools.partial(json.dumps, indent=2, default=lambda moment: moment.isoformat())
+        return self._say(*([as_json(value)] if self.options.json else lines))
+
+    def _say(self, *lines: str) -> int:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        return 0
+
+    def _wrapped(self, text: str, indent: str = "  ") -> list[str]:
+        width, placeholder = max(40, self.columns or 100), " … (see --json)"
+        wrapper = textwrap.TextWrapper(width, indent, indent, max_lines=4, placeholder=placeholder)
+        return wrapper.wrap(_clean(" ".join(text[:2000].split())))
+
+    def _table(self, rows: list[list[Any]]) -> list[str]:
+        """Aligned columns, numbers to the right. Names are cut where the terminal is too narrow."""
+        cells = [[_clean(cell) for cell in row] for row in rows]
+        widths = [max(map(_width, column)) for column in zip(*cells)]
+        names = [place for place, title in enumerate(rows[0]) if title in ("TYPE", "HERO", "STEP")]
+        room = (self.columns or math.inf) - 2 * (len(widths) - 1)
+        while sum(widths) > room and names and max(widths[place] for place in names) > 6:
+            widths[max(names, key=widths.__getitem__)] -= 1
+        lines = []
+        for row, texts in zip(rows, cells):
+            for place, width in enumerate(widths):
+                while _width(texts[place]) > width:
+                    texts[place] = f"{texts[place][:-2]}…"
+                space = " " * (width - _width(texts[place]))
+                texts[place] = space + texts[place] if isinstance(row[place], int) else texts[place] + space
+            lines.append("  ".join(texts).rstrip())
+        if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+            return lines
+        return [_COLORED.sub(lambda found: f"\033[{_COLORS[found[0]]}m{found[0]}\033[0m", line) for line in lines]
+
+
+if __name__ == "__main__":
+    # As __main__, this is a second copy of the module: the application's drive is of the one that it imports.
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())

@@ -9,6 +9,7 @@ import copy
 import csv
 import dataclasses
 import enum
+import fcntl
 import gzip
 import html
 import itertools
@@ -22,14 +23,17 @@ import re
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import termios
 import textwrap
 import threading
 import time
 import traceback
+import types
 import typing
 import unittest
 import uuid
@@ -37,6 +41,7 @@ from collections import Counter
 from datetime import datetime, timedelta, timezone
 from email.utils import parseaddr
 from html.parser import HTMLParser
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import Empty
 from urllib.error import HTTPError, URLError
@@ -4998,6 +5003,334 @@ def test_the_mixin_itself_is_not_collected():
     assert TestWithUnittest.__test__ is True
 
 
+# ==== Command line ====================================================================================================
+
+
+@pytest.fixture
+def command_line(drive, monkeypatch, capsys):
+    """Runs a command on the test's drive: `command_line("show", 7)` returns the exit code, the output, the errors."""
+    shop = types.ModuleType("shop")
+    shop.drive, shop.other, shop.__spec__ = drive, drive.database, ModuleSpec("shop", None)
+    monkeypatch.setitem(sys.modules, "shop", shop)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments, app="shop:drive"):
+        status = gd.main([app, *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    yield run
+    logging.getLogger("huey").setLevel(logging.NOTSET)
+
+
+class Charged(Workflow):
+    workflow_type = "shop.Charged"
+
+    @step(on_exception="reattempt", max_reattempts=1)
+    def charge_the_card(self):
+        raise OddError("the bank \x1b[31mis closed\x07 \u202e and " + 60 * "so on, ")
+
+    @step(wait=timedelta(days=9))
+    def two(self):
+        pass
+
+
+@pytest.fixture
+def failed(drive, clock, hero, helpers):
+    """A workflow that failed twice, an hour apart, and is paused since a day."""
+    workflow = Charged.create(hero=hero, context={"invoice": 7})
+    for _ in range(2):
+        helpers.speedrun_workflow(workflow, max_iterations=2, raise_errors=False)
+        clock.forward(hours=1)
+    clock.forward(days=1)
+    return workflow
+
+
+def test_show_draws_the_attempts_with_their_errors_and_says_what_to_do_next(command_line, failed, helpers, clock):
+    status, output, _ = command_line("show", failed.id)
+    lines = output.splitlines()
+    assert status == 0
+    assert lines[0] == f"shop.Charged {failed.id} of User {failed.hero_id}: paused at charge_the_card"
+    assert lines[1] == "  created: 1 d ago, 2026-03-01 12:00:00Z"
+    assert '  context: {"invoice": 7}' in lines
+    assert lines[-1].endswith(f" shop:drive resume {failed.id}  (or skip, cancel)")
+    assert re.search(r"^1  charge_the_card  reattempted +!", output, re.MULTILINE)
+    assert re.search(r"^2  charge_the_card  failed +!", output, re.MULTILINE)
+    assert r"OddError: the bank \x1b[31mis closed\x07 \u202e and so on" in output
+    assert "… (see --json)" in output
+    failed.skip()
+    clock.forward(days=3)
+    _, output, _ = command_line("show", failed.id)
+    assert re.search(r"^4  two +scheduled +·{20,} +in 6 d$", output, re.MULTILINE)
+    assert output.splitlines()[-1].endswith(f"shop:drive skip {failed.id}  (or pause, cancel)")
+    failed.cancel()
+    assert "You may" not in command_line("show", failed.id)[1]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 160])
+def test_tables_fit_the_terminal(command_line, drive, clock, monkeypatch, columns):
+    class Long(Workflow):
+        workflow_type = "billing.monthly.Invoicing 日本語 and whatever else is to be done"
+
+        @step(name="a_step_that_has_rather_much_to_say_about_itself")
+        def one(self):
+            pass
+
+    workflow = Long.create(hero=Country.create(code="日" * 30, force_insert=True))
+    Plain.create(hero=User.create())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (["list"], ["stats"], ["show", workflow.id]):
+        _, output, _ = command_line(*command)
+        room = {40: 90, 80: 80, 160: 160}[columns]  # below some width, lines are left to the terminal to break
+        assert max(map(gd._width, output.splitlines())) <= room, output
+    monkeypatch.delenv("COLUMNS")
+    assert Long.workflow_type in command_line("list")[1]  # no terminal: nothing is cut
+
+
+def test_list_narrows_by_state_class_and_hero(command_line, drive, clock, helpers):
+    dogs = [Dog.create(hero=User.create()) for _ in range(3)]
+    cat = Cat.create(hero=User.create())
+    dogs[0].pause()
+    Workflow.update(type="Horse").where(Workflow.id == dogs[2].id).execute()
+
+    def listed(*options):
+        status, output, _ = command_line("list", "--json", *options)
+        assert status == 0
+        return [each["id"] for each in json.loads(output)]
+
+    assert listed() == [cat.id, *(dog.id for dog in reversed(dogs))]
+    assert listed("--type", "Animal") == [cat.id, dogs[1].id, dogs[0].id]
+    assert listed("--type", "Horse") == [dogs[2].id]  # no class defines it any more
+    assert listed("--state", "paused", "--type", "Dog") == [dogs[0].id]
+    assert listed("--hero", f"User:{cat.hero_id}") == [cat.id]
+    assert listed("--limit", 1) == [cat.id]
+    assert "1 of 4: use --limit 4" in command_line("list", "--limit", 1)[1]
+    assert command_line("list", "--hero", "User:none")[1] == "no workflow matches\n"
+    clock.forward(hours=2)
+    assert re.search(r"paused +\w+ +2 h ago, 2026-03-01 12:00:00Z", command_line("list")[1])
+
+
+def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, drive, helpers):
+    first, over, last = [Plain.create(hero=User.create()) for _ in range(3)]
+    over.cancel()
+    ids = (first.id, over.id, 10**9, last.id)
+    status, output, _ = command_line("pause", *ids, "--dry-run")
+    assert status == 1
+    assert f"Plain {last.id} of User {last.hero_id}: would pause, is ready" in output
+    assert [reload(each).state for each in (first, over, last)] == ["ready", "canceled", "ready"]
+    status, output, _ = command_line("pause", *ids)
+    assert (status, len(output.splitlines())) == (1, 4)
+    assert f"Plain {first.id} of User {first.hero_id}: pause, ready -> paused" in output
+    assert "pause() was refused: it is allowed when ready, performing" in output
+    assert "there is no workflow 1000000000: see " in output
+    assert [reload(each).state for each in (first, over, last)] == ["paused", "canceled", "paused"]
+    status, output, _ = command_line(
+        "resume", "--type", "Plain", "--json"
+    )  # those that can be, where no state is given
+    assert status == 0
+    assert [(each["id"], each["state"], each["error"]) for each in json.loads(output)] == [
+        (first.id, "ready", None),
+        (last.id, "ready", None),
+    ]
+    assert command_line("resume", "--type", "Plain") == (0, "no workflow matches\n", "")
+    assert command_line("cancel", "--state", "canceled")[0] == 1
+    assert command_line("skip", "--hero", f"User:{last.hero_id}")[0] == 0
+    assert reload(last).current_step_name == "two"
+
+
+def test_what_a_program_may_read_comes_as_json_too(command_line, drive, failed):
+    shown = json.loads(command_line("show", failed.id, "--json")[1])
+    assert (shown["id"], shown["state"], shown["context"]) == (failed.id, "paused", {"invoice": 7})
+    assert [each["outcome"] for each in shown["executions"]] == ["reattempted", "failed"]
+    assert shown["executions"][0]["error_message"].startswith("the bank \x1b[31mis closed")
+    assert datetime.fromisoformat(shown["created_at"]) == START
+    (listed,) = json.loads(command_line("list", "--json")[1])
+    assert listed["id"] == failed.id
+    assert json.loads(command_line("stats", "--json")[1]) == [each._asdict() for each in drive.stats()]
+    assert json.loads(command_line("housekeeping", "--json")[1]) == drive.housekeeping()
+    assert json.loads(command_line("doctor", "--json")[1]) == []
+
+
+def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, clock, failed):
+    Plain.create(hero=User.create())
+    clock.forward(seconds=30)
+    _, output, _ = command_line("stats")
+    assert re.search(r"^shop\.Charged +0 +0 +1 +0 +0 +100 +0$", output, re.MULTILINE)
+    assert output.endswith("overdue steps: 1, the oldest due 30 s ago, 2026-03-02 14:00:00Z\n")
+    assert re.search(r"^workflows_cleaned_up +0$", command_line("housekeeping")[1], re.MULTILINE)
+    assert command_line("doctor") == (0, "all is sound\n", "")
+    Workflow.update(current_step_name=None).execute()
+    status, output, _ = command_line("doctor")
+    assert (status, output.count("stands at the step")) == (1, 2)
+    Workflow.delete().execute()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "app", "problem"),
+    [
+        ([], "shop", "the following arguments are required: COMMAND"),
+        (["dance"], "shop", "invalid choice: 'dance'"),
+        (["list", "--state", "asleep"], "shop", "invalid choice: 'asleep'"),
+        (["show", "seven"], "shop", "invalid int value: 'seven'"),
+        (["list", "--hero", "User"], "shop", "it must be TYPE:ID, such as User:7"),
+        (["list", "--type", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
+        (["graph", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
+        (["cancel"], "shop", "cancel: give either ids or some of --state, --type, --hero"),
+        (["cancel", "7", "--state", "ready"], "shop", "cancel: give either ids or some of"),
+        (["worker", "--queue", "nowhere"], "shop", "asks for the queue 'nowhere'"),
+        (["worker", "--workers", "0"], "shop", "workers must be a positive int"),
+        (["list"], "nowhere:drive", "'nowhere:drive': no module named 'nowhere'; call it in the application's folder"),
+        (["list"], "a file.py", "'a file.py': no module named 'a file.py'"),
+        (["list"], ":", "such as app:drive"),
+        (
+            ["list"],
+            "shop:nothing",
+            "shop:nothing is None, not the geneva_drive.GenevaDrive in use, which is shop:drive",
+        ),
+        (["list"], "shop:other", "which is shop:drive"),
+    ],
+)
+def test_wrong_usage_is_named_and_exits_with_2(command_line, arguments, app, problem):
+    status, output, errors = command_line(*arguments, app=app)
+    assert (status, output) == (2, "")
+    assert problem in errors
+
+
+def test_the_graph_of_a_class_is_printed(command_line):
+    assert command_line("graph", "Drawn") == (0, Drawn.graph() + "\n", "")
+
+
+def test_ids_that_no_database_takes_are_refused_in_a_line(command_line):
+    for number in (0, 7, 2**70):
+        status, output, errors = command_line("show", number)
+        assert (status, output, errors.count("\n")) == (1, "", 1)
+
+
+def test_a_worker_on_the_command_line_drains_on_sigterm(app):
+    workflow = app.create("Slow", "premium")
+    # As __main__ the module is loaded a second time; the application's classes are of the one that it imports.
+    worker = app.start("-m", "geneva_drive", "app:drive", "worker", "--workers", "2", "--queue", "premium")
+    until(lambda: app.traces() == ["one begins"])
+    worker.terminate()
+    until(lambda: "draining" in (app.folder / "log0").read_text())
+    app.gate.touch()
+    assert worker.wait(timeout=30) == 0
+    assert app.traces() == ["one begins", "one ends"]
+    assert app.state(workflow) == "ready"
+    assert f"Slow {workflow}: ready -> performing" in (app.folder / "log0").read_text()
+
+
+def command(folder, *arguments, module="geneva_drive", **kwargs):
+    process = python(
+        "-m", module, *arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+    output, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    return process.returncode, output, errors
+
+
+SHOP = """
+import os
+from peewee import CharField, Model
+from playhouse.db_url import connect
+from {module} import GenevaDrive, Workflow, step
+
+db = connect(os.environ.get("SHOP_URL", "sqlite:///shop.db"))
+drive = GenevaDrive(db)
+
+class Customer(Model):
+    name = CharField()
+    class Meta:
+        database = db
+
+class Greets(Workflow):
+    @step(wait=60)
+    def greet(self):
+        pass
+
+def setup():
+    db.create_tables([Customer])
+    drive.create_tables()
+    for number in range({count}):
+        Greets.create(hero=Customer.create(name="Ada"))
+"""
+
+
+def make_shop(folder, module="geneva_drive", count=1, is_set_up=True):
+    (folder / "shop.py").write_text(SHOP.format(module=module, count=count))
+    if is_set_up:
+        run_python = python("-c", "import shop; shop.setup()", cwd=folder)
+        assert run_python.wait(timeout=60) == 0
+
+
+def test_expected_errors_cost_a_line_and_no_traceback(tmp_path):
+    make_shop(tmp_path, is_set_up=False)
+    status, output, errors = command(tmp_path, "shop", "list")
+    assert (status, output) == (1, "")
+    assert "the database 'shop.db' has no tables of GenevaDrive: call drive.create_tables()" in errors
+    nobody_there = f"postgresql://postgres@127.0.0.1:{free_port()}/shop"
+    for url in ("sqlite:////nowhere/at/all/shop.db", nobody_there, nobody_there.replace("postgresql", "mysql")):
+        status, output, errors = command(tmp_path, "shop", "list", env={"SHOP_URL": url})
+        assert (status, output, errors.count("\n")) == (1, "", 1)
+        assert "the database refused: " in errors
+    (tmp_path / "shop.py").write_text("import not_installed_here")
+    process = python("-m", "geneva_drive", "shop", "list", cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "No module named 'not_installed_here'" in errors  # the application's own, with the place
+
+
+def test_the_command_line_of_a_vendored_copy_finds_its_own_application(tmp_path):
+    package = tmp_path / "vendor"
+    package.mkdir()
+    for file in (gd.__file__, gd.SCHEMA_FILE):
+        shutil.copy(file, package)
+    make_shop(tmp_path, module="vendor.geneva_drive")
+    status, output, _ = command(tmp_path, "shop", "list", module="vendor.geneva_drive")
+    assert (status, len(output.splitlines())) == (0, 2)
+    status, _, errors = command(tmp_path, "shop", "list")
+    assert status == 2
+    assert "shop is <vendor.geneva_drive.GenevaDrive object at" in errors
+
+
+def test_a_reader_that_has_seen_enough_costs_no_traceback(tmp_path):
+    make_shop(tmp_path, count=2000)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = python("-m", "geneva_drive", "shop", "list", "--limit", "2000", "--json", cwd=tmp_path, **pipe)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+
+
+def in_a_terminal(folder, *arguments, **env):
+    """What a command writes to a terminal of 100 columns."""
+    here, there = os.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    env = {"NO_COLOR": "", "COLUMNS": "", **env}
+    process = python("-m", "geneva_drive", *arguments, cwd=folder, stdin=there, stdout=there, stderr=there, env=env)
+    os.close(there)
+    output = b""
+    with contextlib.suppress(OSError), open(here, "rb", buffering=0) as terminal:  # an error is how Linux says the end
+        while chunk := terminal.read(4096):
+            output += chunk
+    assert process.wait(timeout=60) == 0
+    return output.decode()
+
+
+def test_there_is_colour_on_a_terminal_only_and_never_with_no_color(tmp_path):
+    make_shop(tmp_path)
+    colored = in_a_terminal(tmp_path, "shop", "list")
+    assert "\033[36mready\033[0m" in colored
+    plain = in_a_terminal(tmp_path, "shop", "list", NO_COLOR="1")
+    assert "\033" not in plain
+    assert re.sub(r"\033\[\d*m", "", colored).splitlines()[0] == plain.splitlines()[0]
+    assert "\033" not in command(tmp_path, "shop", "list")[1]
+    bar = re.search(r"·+", in_a_terminal(tmp_path, "shop", "show", "1"))
+    assert len(bar[0]) == 50  # as wide as the terminal has room for
+
+
 # ==== Examples and README =============================================================================================
 
 
@@ -5625,6 +5958,10 @@ def test_the_wheel_brings_the_schema_file(built, fresh_python, tmp_path):
     taken = schema_file_taken(fresh_python, cwd=tmp_path / "elsewhere")
     assert taken.is_relative_to(tmp_path / "venv")
     assert taken.read_bytes() == gd.SCHEMA_FILE.read_bytes()
+    make_shop(tmp_path)
+    script = tmp_path / "venv" / "bin" / "geneva-drive"
+    assert "ready" in run(script, "shop:drive", "list", cwd=tmp_path)
+    assert f"{script.name} shop:drive skip 1" in run(script, "shop:drive", "show", 1, cwd=tmp_path)
 
 
 # A user's module, as strict as mypy can be. An ignored error that does not occur is an error too.
