@@ -3192,12 +3192,12 @@ class _CommandLine:
     def _timeline(self, history: list[Any]) -> Iterator[str]:
         """A line for each attempt, its bar from when it was scheduled to its end, or to now; and its error."""
         now, start, columns = self.now, history[0].created_at, self.columns or 100
-        span = max(each.finished_at or now for each in history) - start or timedelta(1)
+        span = max(each.finished_at or now for each in history) - start
         is_wide = columns >= 120
         room = max(24, columns - 50 - 34 * is_wide)
 
         def place(moment: datetime) -> int:
-            return min(int((moment - start) / span * room), room - 1)
+            return min(int((moment - start) / (span or timedelta(1)) * room), room - 1)
 
         title = f"{start:%m-%d %H:%M:%SZ}".ljust(room - 10) + f"+ {_span(span, 1)}".rjust(10)
         rows: list[list[Any]] = [["#", "STEP", "OUTCOME", title, "TOOK, OR DUE", *["STARTED, OR DUE"] * is_wide]]
