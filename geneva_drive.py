@@ -3090,8 +3090,10 @@ def main(argv: list[str] | None = None) -> int:
         status = _CommandLine(_load(options.app), options, f"{prog} {options.app}").run()
         sys.stdout.flush()
         return status
-    except SystemExit as left:  # argparse has said why
-        return left.code if isinstance(left.code, int) else 1
+    except SystemExit as left:
+        if isinstance(left.code, int):  # argparse has said why
+            return left.code
+        raise
     except BrokenPipeError:  # the reader has seen enough; what Python still flushes must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -3149,10 +3151,11 @@ class _CommandLine:
         handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO if command == "worker" else logging.WARNING, handlers=[handler])
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
-        self.drive._connect_worker()
-        if command != "graph" and not (Workflow.table_exists() and StepExecution.table_exists()):
-            problem = f"the database {self.drive._db.database!r} has no tables of GenevaDrive"
-            raise GenevaDriveError(f"{problem}: call drive.create_tables() once, if it is the right one")
+        if command != "graph":
+            self.drive._connect_worker()
+            if not (Workflow.table_exists() and StepExecution.table_exists()):
+                problem = f"the database {self.drive._db.database!r} has no tables of GenevaDrive"
+                raise GenevaDriveError(f"{problem}: call drive.create_tables() once, if it is the right one")
         return cast(int, getattr(self, f"_{command}", self._control)())
 
     def _worker(self) -> int:

@@ -5545,6 +5545,26 @@ def test_the_web_example_answers_while_its_consumer_works(tmp_path):
     assert doctor_of(tmp_path / "web.db") == []
 
 
+def test_the_metrics_example_speaks_to_prometheus(tmp_path):
+    process = python(
+        HERE / "examples" / "metrics.py", "0", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        with urlopen(process.stdout.readline().decode().strip(), timeout=10) as response:
+            text = response.read().decode()
+    finally:
+        process.kill()
+        process.communicate()
+    sample = re.compile(r'geneva_drive_\w+(\{(\w+="([^"\\\n]|\\[\\"n])*",?)+\})? [\d.]+')
+    kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(kinds) == len(set(kinds)) == 5
+    assert all(sample.fullmatch(line) for line in text.splitlines() if not line.startswith("# "))
+    assert 'geneva_drive_workflows{type="Delivery",state="finished"} 2\n' in text
+    assert 'geneva_drive_paused_ratio{type="Delivery"} 1.0\n' in text
+    assert 'geneva_drive_recovered_steps{type="Delivery"} 0\n' in text
+    assert doctor_of(tmp_path / "metrics.db") == []
+
+
 def test_the_backup_example_needs_no_more_than_the_two_files_beside_it(tmp_path):
     folder = tmp_path / "backup"
     folder.mkdir()
@@ -5902,9 +5922,64 @@ def test_every_command_in_the_readme_is_run_by_a_test():
         assert text.endswith(end)
 
 
+# The application of the README's session at the command line, on a morning when the mail server was down.
+MORNING = """
+from datetime import datetime, timedelta, timezone
+from peewee import CharField, Model, SqliteDatabase
+from geneva_drive import ExceptionPolicy, GenevaDrive, TestHelpers, Workflow, step
+
+db = SqliteDatabase("app.db")
+now = datetime(2026, 11, 23, 5, 40, 30, tzinfo=timezone.utc)
+drive = GenevaDrive(db, clock=lambda: now)
+
+class User(Model):
+    email = CharField()
+    class Meta:
+        database = db
+
+class SignupWorkflow(Workflow):
+    @step
+    def send_welcome_email(self):
+        passes(seconds=0.2)
+
+    @step(wait=timedelta(days=2), on_exception=ExceptionPolicy("reattempt", wait=1200, jitter=0, max_reattempts=1))
+    def send_reminder(self):
+        passes(seconds=5)
+        if self.hero.email != "ada@example.com":
+            raise ConnectionRefusedError(111, "Connection refused")
+
+def passes(**duration):
+    global now
+    now += timedelta(**duration)
+
+def setup():
+    global now
+    db.create_tables([User])
+    drive.create_tables()
+    for email in ("ada@example.com", "bob@example.com"):
+        now = datetime(2026, 11, 21, 3, 20, 1, tzinfo=timezone.utc)
+        workflow = SignupWorkflow.create(hero=User.create(email=email))
+        while workflow.state == "ready":
+            now = max(now, workflow.execution_history[-1].scheduled_for)
+            TestHelpers().perform_next_step(workflow, raise_errors=False)
+"""
+
+
+def test_the_session_at_the_command_line_is_as_the_readme_shows_it(tmp_path):
+    (tmp_path / "app.py").write_text(MORNING)
+    assert python("-c", "import app; app.setup()", cwd=tmp_path).wait(timeout=60) == 0
+    ((_, _, session),) = [block for block in readme_blocks() if block[1] == "console"]
+    printed = ""
+    for line in re.findall(r"^\$ geneva-drive (.*)$", session, re.MULTILINE):
+        status, output, _ = command(tmp_path, *line.split(), env={"COLUMNS": "80"})
+        assert status == 0
+        printed += f"$ geneva-drive {line}\n{output}"
+    assert printed.replace("python -m geneva_drive", "geneva-drive") == session
+
+
 def test_every_block_in_the_readme_is_of_a_language_that_a_test_runs():
     blocks = list(readme_blocks())
-    assert {language for _, language, _ in blocks} == {"python", "sh", "text"}  # text: what chaos.py printed
+    assert {language for _, language, _ in blocks} == {"console", "python", "sh", "text"}  # text: what chaos.py printed
     assert 2 * len(blocks) == (HERE / "README.md").read_text().count("```")
 
 
