@@ -3179,13 +3179,14 @@ class _CommandLine:
     def _show(self) -> int:
         workflow = self._find(self.options.id)
         history, state = list(workflow.execution_history), workflow.state
-        title = f"{workflow._label} of {_hero_label(workflow.hero_type, workflow.hero_id)}: {state}"
-        title += f" at {workflow.current_step_name}" if workflow.current_step_name else ""
-        title += ", to pause when this step ends" if workflow.pause_requested else ""
         facts = {"created": self._moment(workflow.created_at), state: self._since(workflow)}
         facts |= {"context": json.dumps(workflow.context, ensure_ascii=False)} if workflow.context else {}
-        lines = [_clean(title), *(line for key, text in facts.items() for line in self._wrapped(f"{key}: {text}"))]
-        lines += ["", *self._timeline(history), "", *self._wrapped(workflow._undefined() or "", "")]
+        lines = [
+            _clean(self._title(workflow)),
+            *(line for key, text in facts.items() for line in self._wrapped(f"{key}: {text}")),
+        ]
+        lines += ["", *self._timeline(history), ""] * bool(history)
+        lines += self._wrapped(workflow._undefined() or "", "")
         calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
         if calls:
             lead = "Mend the cause, then" if state == PAUSED else "You may"
@@ -3243,9 +3244,9 @@ class _CommandLine:
                 getattr(workflow, call)()
             elif before not in ALLOWED_FROM[call] or (workflow.pause_requested and call == "pause"):
                 raise InvalidStateError(workflow, call)
-            what = f"would {call}, is {before}" if self.options.dry_run else f"{call}, {before} -> {workflow.state}"
-            what = f"{workflow._label} of {_hero_label(workflow.hero_type, workflow.hero_id)}: {what}"
-            return {"id": workflow_id, "state": workflow.state, "done": what, "error": None}
+            title = self._title(workflow)
+            done = f"would {call} {title}" if self.options.dry_run else f"{title}, was {before}"
+            return {"id": workflow_id, "state": workflow.state, "done": done, "error": None}
         except Exception as error:  # it must not keep the others from their turn
             return {"id": workflow_id, "state": None, "done": None, "error": str(error) or repr(error)}
 
@@ -3274,19 +3275,19 @@ class _CommandLine:
 
     def _selected(self) -> Any:
         """A query for the workflows that --state, --type and --hero select."""
-        state, name, (hero_type, *hero_id) = (
-            self.options.state,
-            self.options.type,
-            (self.options.hero or "").split(":", 1),
-        )
+        name, hero = self.options.type, self.options.hero
         query = (_workflow_classes.get(name) or Workflow).select()
         if name and name not in _workflow_classes:  # rows may be left of a class that is gone
             query = query.where(Workflow.type == name)
             query.exists() or self._class(name)
-        if hero_type and not hero_id:
-            raise ConfigurationError(f"--hero {hero_type}: it must be TYPE:ID, such as User:7")
-        query = query.where(Workflow.state == state) if state else query
-        return query.where(Workflow.hero_type == hero_type, Workflow.hero_id == hero_id[0]) if hero_id else query
+        if self.options.state:
+            query = query.where(Workflow.state == self.options.state)
+        if hero:
+            hero_type, colon, hero_id = hero.partition(":")
+            if not colon:
+                raise ConfigurationError(f"--hero {hero}: it must be TYPE:ID, such as User:7")
+            query = query.where(Workflow.hero_type == hero_type, Workflow.hero_id == hero_id)
+        return query
 
     def _class(self, name: str) -> type[Workflow]:
         if name not in _workflow_classes:
@@ -3294,9 +3295,15 @@ class _CommandLine:
         return _workflow_classes[name]
 
     def _find(self, workflow_id: int) -> Workflow:
-        for workflow in Workflow.select().where(Workflow.id == workflow_id):
-            return cast(Workflow, workflow)
-        raise GenevaDriveError(f"there is no workflow {workflow_id}: see {self.call} list")
+        workflow = Workflow.get_or_none(Workflow.id == workflow_id)
+        if workflow is None:
+            raise GenevaDriveError(f"there is no workflow {workflow_id}: see {self.call} list")
+        return cast(Workflow, workflow)
+
+    def _title(self, workflow: Workflow) -> str:
+        hero, step_name = _hero_label(workflow.hero_type, workflow.hero_id), workflow.current_step_name
+        suffix = ", to pause when this step ends" if workflow.pause_requested else ""
+        return f"{workflow._label} of {hero}: {workflow.state}{f' at {step_name}' if step_name else ''}{suffix}"
 
     def _since(self, workflow: Workflow) -> str:
         """When it came to stand still or, where it goes on, since when it performs its step, or when that is due."""

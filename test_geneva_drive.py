@@ -5118,11 +5118,11 @@ def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, 
     ids = (first.id, over.id, 10**9, last.id)
     status, output, _ = command_line("pause", *ids, "--dry-run")
     assert status == 1
-    assert f"Plain {last.id} of User {last.hero_id}: would pause, is ready" in output
+    assert f"would pause Plain {last.id} of User {last.hero_id}: ready at one" in output
     assert [reload(each).state for each in (first, over, last)] == ["ready", "canceled", "ready"]
     status, output, _ = command_line("pause", *ids)
     assert (status, len(output.splitlines())) == (1, 4)
-    assert f"Plain {first.id} of User {first.hero_id}: pause, ready -> paused" in output
+    assert f"Plain {first.id} of User {first.hero_id}: paused at one, was ready" in output
     assert "pause() was refused: it is allowed when ready, performing" in output
     assert "there is no workflow 1000000000: see " in output
     assert [reload(each).state for each in (first, over, last)] == ["paused", "canceled", "paused"]
@@ -5138,6 +5138,11 @@ def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, 
     assert command_line("cancel", "--state", "canceled")[0] == 1
     assert command_line("skip", "--hero", f"User:{last.hero_id}")[0] == 0
     assert reload(last).current_step_name == "two"
+    gd._Attempt.claim(drive, scheduled(first).id)
+    assert command_line("pause", first.id)[1].endswith(
+        ": performing at one, to pause when this step ends, was performing\n"
+    )
+    assert command_line("pause", first.id, "--dry-run")[0] == 1
 
 
 def test_what_a_program_may_read_comes_as_json_too(command_line, drive, failed):
