@@ -3120,8 +3120,8 @@ def _load(app: str) -> GenevaDrive:
     drive = getattr(module, attribute or "drive", None)
     if not isinstance(drive, GenevaDrive) or drive is not _current_drive:
         known = [f"{name}:{key}" for key, value in vars(module).items() if value is _current_drive is not None]
-        problem = f"{app} is {drive!r}, not the {__name__}.GenevaDrive in use"
-        raise ConfigurationError(f"{problem}, which is {known[0]}" if known else f"{problem}: there is none in {name}")
+        which = f"which is {known[0]}" if known else f"which {name} does not have"
+        raise ConfigurationError(f"{app} is {drive!r}, not the {__name__}.GenevaDrive in use, {which}")
     return drive
 
 
@@ -3134,11 +3134,6 @@ def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
 
 
-class _LogFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(_clean, super().format(record).split("\n")))
-
-
 class _CommandLine:
     """A command; each has its method, which returns the exit code."""
 
@@ -3148,7 +3143,8 @@ class _CommandLine:
 
     def run(self) -> int:
         command, handler = self.options.command, logging.StreamHandler()
-        handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s").format
+        handler.format = lambda record: "\n".join(map(_clean, plain(record).split("\n")))  # type: ignore[method-assign]
         logging.basicConfig(level=logging.INFO if command == "worker" else logging.WARNING, handlers=[handler])
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
         if command != "graph":
@@ -3169,8 +3165,8 @@ class _CommandLine:
         workflows, total = list(query.order_by(Workflow.id.desc()).limit(self.options.limit)), query.count()
         rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE, OR DUE"]]
         for each in workflows:
-            hero = _hero_label(each.hero_type, each.hero_id)
-            rows.append([each.id, each.type, hero, each.state, each.current_step_name or "", self._since(each)])
+            hero, step_name = _hero_label(each.hero_type, each.hero_id), each.current_step_name or ""
+            rows.append([each.id, each.type, hero, each.state, step_name, self._since(each)])
         lines = self._table(rows) if total else ["no workflow matches"]
         if total > len(workflows):
             lines.append(f"{len(workflows)} of {total}: use --limit {total}, or {', '.join(_SELECTION)}")
@@ -3188,17 +3184,15 @@ class _CommandLine:
         lines += ["", *self._timeline(history), ""] * bool(history)
         lines += self._wrapped(workflow._undefined() or "", "")
         calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
-        if calls:
-            lead = "Mend the cause, then" if state == PAUSED else "You may"
-            lines.append(f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})")
+        lead = "Mend the cause, then" if state == PAUSED else "You may"
+        lines += [f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})"] if calls else []
         return self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
 
     def _timeline(self, history: list[Any]) -> Iterator[str]:
         """A line for each attempt, its bar from when it was scheduled to its end, or to now; and its error."""
-        now, start, columns = self.now, history[0].created_at, self.columns or 100
+        now, start, is_wide = self.now, history[0].created_at, self.columns >= 120
         span = max(each.finished_at or now for each in history) - start
-        is_wide = columns >= 120
-        room = max(24, columns - 50 - 34 * is_wide)
+        room = max(24, (self.columns or 100) - 50 - 34 * is_wide)
 
         def place(moment: datetime) -> int:
             return min(int((moment - start) / (span or timedelta(1)) * room), room - 1)
@@ -3211,8 +3205,8 @@ class _CommandLine:
             bar = (" " * place(each.created_at)).ljust(place(begun or ended or now), "·")
             bar = bar.ljust(place(ended or now) + 1, mark).ljust(room)
             took = _span((ended or now) - begun, 2) if begun else "" if ended else self._relative(each.scheduled_for)
-            row = [each.number, each.step_name, each.outcome or each.state, bar, took]
-            rows.append(row + [self._moment(begun or each.scheduled_for)] * is_wide)
+            started = [self._moment(begun or each.scheduled_for)] * is_wide
+            rows.append([each.number, each.step_name, each.outcome or each.state, bar, took, *started])
         title, *lines = self._table(rows)
         yield title
         for each, line in zip(history, lines):
@@ -3319,17 +3313,18 @@ class _CommandLine:
         return f"in {span}" if moment > self.now else f"{span} ago"
 
     def _answer(self, value: object, lines: Iterable[str]) -> int:
-        as_json = functools.partial(json.dumps, indent=2, default=lambda moment: moment.isoformat())
-        return self._say(*([as_json(value)] if self.options.json else lines))
+        if self.options.json:
+            lines = [json.dumps(value, indent=2, default=lambda moment: moment.isoformat())]
+        return self._say(*lines)
 
     def _say(self, *lines: str) -> int:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
         return 0
 
     def _wrapped(self, text: str, indent: str = "  ") -> list[str]:
-        width, placeholder = max(40, self.columns or 100), " … (see --json)"
-        wrapper = textwrap.TextWrapper(width, indent, indent, max_lines=4, placeholder=placeholder)
-        return wrapper.wrap(_clean(" ".join(text[:2000].split())))
+        limits = {"width": max(40, self.columns or 100), "max_lines": 4, "placeholder": " … (see --json)"}
+        text = _clean(" ".join(text[:2000].split()))
+        return textwrap.wrap(text, initial_indent=indent, subsequent_indent=indent, **limits)  # type: ignore[arg-type]
 
     def _table(self, rows: list[list[Any]]) -> list[str]:
         """Aligned columns, numbers to the right. Names are cut where the terminal is too narrow."""
