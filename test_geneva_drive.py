@@ -5888,7 +5888,7 @@ README_PROGRAMS = {
 # What runs the README's commands, those that install aside.
 README_COMMANDS = {
     ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
-    ".venv/bin/python -m pytest": pytest.main,  # this run
+    ".venv/bin/python -m pytest -n 3 --dist worksteal": pytest.main,  # this run
     ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
 }
 
@@ -5922,7 +5922,7 @@ def test_every_command_in_the_readme_is_run_by_a_test():
     commands = [command for text in texts for line in text.splitlines() for command in line.split(" && ")]
     installs = re.compile(r"python3 -m venv |\S*pip install ")
     assert {command for command in commands if not installs.match(command)} == README_COMMANDS.keys()
-    for text, end in zip(texts, ("examples/signup.py\n", "-m pytest\n")):  # the first two are for a fresh clone
+    for text, end in zip(texts, ("examples/signup.py\n", "worksteal\n")):  # the first two are for a fresh clone
         assert text.startswith("python3 -m venv .venv && ")
         assert text.endswith(end)
 
