@@ -1325,6 +1325,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         }
         return _WorkflowLogger(logger, details)
 
+    def __repr__(self) -> str:
+        return f"<{self._label}: {self.state}{f' at {self.current_step_name}' if self.current_step_name else ''}>"
+
     @property
     def _label(self) -> str:
         return f"{self.type} {self.id}"
@@ -1451,8 +1454,11 @@ UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
 
 
 def _span(duration: timedelta, parts: int | None = None) -> str:
-    """A duration for people, "2 d 3 h"; of it, the so many largest parts."""
+    """A duration for people, "2 d 3 h"; of it, the so many largest parts, or the nearest one."""
     left, words = abs(duration) // timedelta(milliseconds=1), []
+    if parts == 1:  # two days that have just begun are not one
+        size = next((size for size in UNITS.values() if left >= size), 1)
+        left = round(left / size) * size
     for unit, size in UNITS.items():
         number, left = divmod(left, size)
         words += [f"{number} {unit}"] if number else []
@@ -1658,7 +1664,7 @@ class _Attempt:
         :returns: None if it is not to be run, or not by us.
         """
         # The message is gone from the queue: without a claim, the execution waits until it is overdue.
-        return drive._transact(lambda: cls._claim(drive, execution_id, due_only), insists=True)
+        return drive._transact(lambda: cls._claim(drive, execution_id, due_only), PATIENCE_SECONDS)
 
     @classmethod
     def _claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool) -> _Attempt | None:
@@ -1863,9 +1869,7 @@ class _Attempt:
         try:
             # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
             patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
-            changes, outcome, following = self.drive._transact(
-                lambda: self._conclude(verdict, run_on), patience, insists=True
-            )
+            changes, outcome, following = self.drive._transact(lambda: self._conclude(verdict, run_on), patience)
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         before = self.workflow.state
@@ -2142,21 +2146,22 @@ class GenevaDrive:
         # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
         return self._db.atomic("IMMEDIATE") if self._dialect == "sqlite" else self._db.atomic()
 
-    def _transact(self, work: Callable[[], T], patience: float = PATIENCE_SECONDS, insists: bool = False) -> T:
+    def _transact(self, work: Callable[[], T], insist_seconds: float | None = None) -> T:
         """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
 
-        :param patience: for so many seconds.
-        :param insists: whatever the number of tries, and though the database itself is away: for work that nobody
-            repeats soon if it is not done now.
+        :param insist_seconds: for so long, whatever the number of tries and though the database itself is away: for
+            work that nobody repeats soon if it is not done now.
         """
         if self._db.in_transaction():
             with self._begin():
                 return work()
-        started, tries = time.monotonic(), 0
+        started, tries, is_open = time.monotonic(), 0, not self._db.is_closed()
         while True:
             self._drop_dead_connection()
             tries, is_done = tries + 1, False
             try:
+                if is_open:  # where autoconnect is off, nobody else opens another
+                    self._db.connect(reuse_if_open=True)
                 with self._begin():
                     result = work()
                     is_done = True  # what fails now is the commit, and may have succeeded all the same
@@ -2164,8 +2169,12 @@ class GenevaDrive:
             except peewee.PeeweeException as error:
                 is_gone = not is_done and self._is_connection_lost(error)
                 may_be_repeated = is_gone or _is_transient(error)
-                limit = math.inf if insists else 2 if is_gone else TRANSACTION_TRIES
-                if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
+                limit = math.inf if insist_seconds else 2 if is_gone else TRANSACTION_TRIES
+                if (
+                    not may_be_repeated
+                    or tries >= limit
+                    or time.monotonic() - started > (insist_seconds or PATIENCE_SECONDS)
+                ):
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
@@ -2596,8 +2605,9 @@ class GenevaDrive:
             & (StepExecution.scheduled_for <= moment)
             & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= moment))
         )
-        columns = StepExecution.id, StepExecution.step_name, StepExecution.enqueued_at, Workflow.type, Workflow.options
-        query = StepExecution.select(*columns).join(Workflow).where(overdue & (Workflow.state == READY))
+        columns = [StepExecution.id, StepExecution.step_name, StepExecution.enqueued_at]
+        about = [Workflow.id, Workflow.type, Workflow.options]
+        query = StepExecution.select(*columns, *about).join(Workflow).where(overdue & (Workflow.state == READY))
         progress = functools.cache(self._progress)
         recovered = 0
         for executions in self._batches(query, StepExecution.scheduled_for):
@@ -2703,6 +2713,7 @@ def _after_fork_in_child() -> None:
     global _heartbeat
     _heartbeat = _Heartbeat()  # its thread did not come along
     _this_process.cache_clear()
+    _host.cache_clear()  # the parent may have given it a namespace of its own
     if _current_drive is not None:
         _current_drive._after_fork_in_child()
 
@@ -2729,7 +2740,8 @@ def _host() -> str | None:
 def _process_start(pid: int) -> str | None:
     """When a process of this host began, in ticks since the boot; None if it is over, though nobody waited for it."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]  # proc_pid_stat(5): the fields 3 and 22
+    is_over = state in "ZX" and int(fields[16]) < 2  # the first of its threads may end before the others
+    return None if is_over else fields[18]  # proc_pid_stat(5): the fields 3, 20 and 22
 
 
 @functools.cache
@@ -2741,15 +2753,16 @@ def _this_process() -> str | None:
 
 def _is_process_gone(name: str | None) -> bool:
     """Whether a process is known to be no more. Of those of other hosts, only their heartbeats tell."""
-    host, pid, start = (name or "//").rsplit("/", 2)
-    if not host or host != _host():
+    host = _host()
+    if not host or not name or not name.startswith(f"{host}/"):
         return False
     try:
+        pid, start = name[len(host) + 1 :].split("/")
         os.kill(int(pid), 0)  # asks whether it is there; /proc may hide what belongs to others
         return _process_start(int(pid)) != start
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -2759,10 +2772,11 @@ def _drain(consumers: list[Consumer], seconds: float | None) -> None:
     began = time.monotonic()
     for consumer in consumers:
         consumer.stop_flag.set()
-    for consumer in consumers:
-        if seconds is not None:
-            consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
-        consumer.stop(graceful=True)
+    with contextlib.suppress(KeyboardInterrupt):  # Huey's own stop() would suppress it too, and the next one wait again
+        for consumer in consumers:
+            if seconds is not None:
+                consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
+            consumer._join_workers()
 
 
 @contextlib.contextmanager
@@ -2792,6 +2806,7 @@ class _Heartbeat:
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
         self.hurry = threading.Event()
+        self.is_leaving, self.left = False, threading.Event()
         self.interval = math.inf
 
     def add(self, execution_id: int) -> None:
@@ -2807,41 +2822,45 @@ class _Heartbeat:
                 self.hurry.set()  # the threshold was made shorter since it went to sleep
 
     def _interval(self) -> float:
-        return _drive().stuck_in_progress_threshold.total_seconds() / 4
+        return (_drive().stuck_in_progress_threshold - self._ahead()).total_seconds() / 4
+
+    def _ahead(self) -> timedelta:
+        """How much silence is told of beforehand, in a process that exits."""
+        return max(NO_WAIT, _drive().stuck_in_progress_threshold - EXIT_TIME) if self.is_leaving else NO_WAIT
 
     def _run(self) -> None:
         while True:
             self.interval = self._interval()
             self.hurry.wait(self.interval)
             self.hurry.clear()
-            while not self._beat():
+            failures = 0
+            while error := self._beat():
+                level, failures = logging.DEBUG if failures else logging.WARNING, failures + 1
+                logger.log(level, "the heartbeat failed and is tried again each second: %s", error)
                 time.sleep(min(1, self.interval))  # so that a database that comes back finds nobody silent
+            if self.is_leaving:
+                self.left.set()
 
-    def _beat(self) -> bool:
-        if self.beating and not _is_private(_drive()._db):
-            try:
-                with _drive()._db.connection_context():  # none is kept open between beats
-                    self._renew(_drive()._now())
-            except Exception as error:
-                logger.warning("the heartbeat failed and is tried again: %s", error)
-                return False
-        return True
-
-    def _renew(self, moment: datetime) -> None:
-        mine = StepExecution.id.in_(list(self.beating)) & (StepExecution.state == IN_PROGRESS)
-        StepExecution.update(heartbeat_at=moment).where(mine).execute()
+    def _beat(self) -> Exception | None:
+        try:
+            drive = _drive()
+            if self.beating and not _is_private(drive._db):
+                with drive._db.connection_context():  # none is kept open between beats
+                    mine = StepExecution.id.in_(list(self.beating)) & (StepExecution.state == IN_PROGRESS)
+                    StepExecution.update(heartbeat_at=drive._now() - self._ahead()).where(mine).execute()
+        except Exception as error:
+            return error
+        return None
 
     def leave(self) -> None:
         """As the process exits with steps under way: let housekeeping on any host take them over soon.
 
-        Not at once, for a body may go on until the interpreter is gone.
+        The thread goes on beating, for a body may go on until the interpreter is gone, which other hooks may delay.
         """
-        if self.beating and not _is_private(_drive()._db):
-            drive = _drive()
-            try:
-                self._renew(drive._now() - max(NO_WAIT, drive.stuck_in_progress_threshold - EXIT_TIME))
-            except Exception:
-                logger.exception("the steps under way could not be handed on; they are recovered later")
+        if self.beating and self.thread:
+            self.is_leaving = True
+            self.hurry.set()
+            self.left.wait(EXIT_TIME.total_seconds())  # the database may be away, and the exit is not to hang on it
 
 
 _heartbeat = _Heartbeat()
@@ -2894,6 +2913,13 @@ class _EmbeddedStorage(SqlStorage):
         if self.drive._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
             return "FOR UPDATE"
         return "FOR UPDATE SKIP LOCKED"
+
+    def dequeue(self) -> Any:
+        try:
+            return super().dequeue()
+        except peewee.PeeweeException:
+            time.sleep(1)  # Huey logs a traceback each time, and polls often
+            raise
 
     def check_conn(self) -> None:
         self.drive._connect_worker()  # never in a transaction: a silent reconnect would tear it in two
@@ -2976,25 +3002,27 @@ class TestHelpers:
     ) -> None:
         """Move `drive.clock` forward, and run what falls due of the workflow on the way, each step at its own time.
 
-        The clock goes on from there; where a step's error is raised, from the time of that step. With unittest it is
-        put back at the end of the test; elsewhere, make a drive or set `drive.clock` in each test.
+        The clock goes on from there; where a step's error is raised, it stands still at the time of that step. With
+        unittest it is put back at the end of the test; elsewhere, make a drive or set `drive.clock` in each test.
 
         :param duration: a timedelta or seconds.
         :raises AssertionError: if a step is due still after so many steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
-        drive, total, gone = _drive(), _duration(duration), NO_WAIT
+        drive, total = _drive(), _duration(duration)
         clock = drive.clock
         if hasattr(self, "addCleanup"):
             self.addCleanup(setattr, drive, "clock", clock)
-        due = (StepExecution.state == SCHEDULED) & (StepExecution.scheduled_for <= clock() + total)
+        moment = start = clock()  # it stands still on the way: what is due at the very end is not to be late for it
+        due = (StepExecution.state == SCHEDULED) & (StepExecution.scheduled_for <= start + total)
         for left in range(max_iterations, -1, -1):
             self._refresh(workflow)
             execution = workflow.execution_history.where(due).get_or_none() if workflow.state == READY else None
-            gone = max(gone, execution.scheduled_for - clock()) if execution else total
-            drive.clock = functools.partial(_shifted, clock, gone)
             if execution is None:
+                drive.clock = functools.partial(_shifted, clock, total)
                 return
+            moment = max(moment, execution.scheduled_for)
+            drive.clock = functools.partial(_shifted, lambda: start, moment - start)
             self._assert(left, workflow, f"a step is due still after {max_iterations} steps")
             self._perform(workflow, execution, raise_errors)
 
@@ -3039,12 +3067,14 @@ class TestHelpers:
 # ==== Command line ====================================================================================================
 
 _SELECTION = ("--state", "--type", "--hero")
+_CONTROLS = ("--dry-run", "--json")
 _CALLS = ("resume", "skip", "pause", "cancel")
 _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "worker": ("run steps until SIGTERM or SIGINT, then drain", ("--workers", "--queue", "--shutdown-timeout")),
     "list": ("list workflows, the newest first", (*_SELECTION, "--limit", "--json")),
     "show": ("show a workflow, its attempts over time with their errors, and what to do next", ("id", "--json")),
-    **{call: (f"{call} workflows, by id or selected", ("ids", *_SELECTION, "--dry-run", "--json")) for call in _CALLS},
+    **{call: (f"{call} workflows, by id or selected", ("ids", *_SELECTION, *_CONTROLS)) for call in _CALLS},
+    "resume": ("resume workflows, by id or selected", ("ids", *_SELECTION, "--at", *_CONTROLS)),
     "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
     "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
     "doctor": ("check over the tables what must always hold", ("--json",)),
@@ -3057,6 +3087,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--state": {"choices": WORKFLOW_STATES, "help": "those in this state"},
     "--type": {"metavar": "CLASS", "help": "those of this class and its subclasses"},
     "--hero": {"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"},
+    "--at": {"metavar": "STEP", "help": "go on with this step"},
     "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
     "--dry-run": {"action": "store_true", "help": "only say what would be done"},
     "--json": {"action": "store_true", "help": "print JSON, for programs"},
@@ -3077,6 +3108,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     prog = "geneva-drive" if Path(sys.argv[0]).stem == "geneva-drive" else f"python -m {__name__}"
     parser = argparse.ArgumentParser(prog, description="Look after the workflows of an application.")
+    parser.add_argument("--version", action="version", version=f"GenevaDrive {__version__}")
     parser.add_argument("app", metavar="APP", help="module:attribute of its GenevaDrive; `module` means module:drive")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (description, arguments) in _COMMANDS.items():
@@ -3117,11 +3149,11 @@ def _load(app: str) -> GenevaDrive:
         fix = "call it in the application's folder with module:attribute, such as app:drive"
         raise ConfigurationError(f"{app!r}: {error}; {fix}") from None
     module = importlib.import_module(name)
-    drive = getattr(module, attribute or "drive", None)
+    drive = getattr(module, attribute or "drive", "not there")
     if not isinstance(drive, GenevaDrive) or drive is not _current_drive:
         known = [f"{name}:{key}" for key, value in vars(module).items() if value is _current_drive is not None]
         which = f"which is {known[0]}" if known else f"which {name} does not have"
-        raise ConfigurationError(f"{app} is {drive!r}, not the {__name__}.GenevaDrive in use, {which}")
+        raise ConfigurationError(f"{app} is {drive}, not the {__name__}.GenevaDrive in use, {which}")
     return drive
 
 
@@ -3182,8 +3214,11 @@ class _CommandLine:
             *(line for key, text in facts.items() for line in self._wrapped(f"{key}: {text}")),
         ]
         lines += ["", *self._timeline(history), ""] * bool(history)
-        lines += self._wrapped(workflow._undefined() or "", "")
-        calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
+        problem, calls = workflow._undefined(), [call for call in _CALLS if state in ALLOWED_FROM[call]]
+        if not problem and calls and workflow.current_step_name not in {each.name for each in workflow.steps}:
+            problem = str(StepNotDefinedError(workflow, workflow.current_step_name))
+            calls = ["resume --at STEP", "cancel"] if state == PAUSED else ["pause", "cancel"]
+        lines += self._wrapped(problem or "", "")
         lead = "Mend the cause, then" if state == PAUSED else "You may"
         lines += [f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})"] if calls else []
         return self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
@@ -3233,14 +3268,17 @@ class _CommandLine:
     def _controlled(self, call: str, workflow_id: int) -> dict[str, Any]:
         try:
             workflow = self._find(workflow_id)
-            before = workflow.state
+            before, would = workflow.state, f"would {call} {self._title(workflow)}"
+            step_name = getattr(self.options, "at", None)
+            act = functools.partial(workflow.resume_at, step_name) if step_name else getattr(workflow, call)
             if not self.options.dry_run:
-                getattr(workflow, call)()
-            elif before not in ALLOWED_FROM[call] or (workflow.pause_requested and call == "pause"):
-                raise InvalidStateError(workflow, call)
-            title = self._title(workflow)
-            done = f"would {call} {title}" if self.options.dry_run else f"{title}, was {before}"
-            return {"id": workflow_id, "state": workflow.state, "done": done, "error": None}
+                act()
+                done = f"{self._title(workflow)}, was {before}"
+                return {"id": workflow_id, "state": workflow.state, "done": done, "error": None}
+            with self.drive._begin() as transaction:
+                act()
+                transaction.rollback()
+            return {"id": workflow_id, "state": before, "done": would, "error": None}
         except Exception as error:  # it must not keep the others from their turn
             return {"id": workflow_id, "state": None, "done": None, "error": str(error) or repr(error)}
 

@@ -536,19 +536,6 @@ def test_a_process_is_gone_though_nobody_waited_for_it_or_another_one_has_its_id
     assert gd._is_process_gone(name)
 
 
-def test_a_process_that_exits_with_a_step_under_way_hands_it_on(drive, clock, hero):
-    workflow = Plain.create(hero=hero)
-    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
-    gd._heartbeat.beating.add(attempt.execution.id)
-    try:
-        gd._heartbeat.leave()
-    finally:
-        gd._heartbeat.beating.clear()
-    assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
-    clock.forward(seconds=6)
-    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
-
-
 def test_a_step_whose_process_died_is_canceled_where_that_is_asked_for(drive, clock, hero):
     drive.stuck_recovery_action = "cancel"
     workflow = Plain.create(hero=hero)
@@ -4121,7 +4108,11 @@ def test_a_drive_is_idle_when_nothing_is_ready_or_performing(drive, hero, helper
 # ==== Consumers: real processes =======================================================================================
 
 APP = """
-import logging, os, sys, time
+import atexit, logging, os, sys, time
+
+if "APP_EXIT" in os.environ:
+    atexit.register(lambda: (note(f"{os.getpid()} exits"), time.sleep(float(os.environ["APP_EXIT"]))))
+
 from datetime import datetime, timedelta, timezone
 from huey import MemoryHuey, PriorityRedisHuey
 from peewee import CharField, Model
@@ -4814,6 +4805,49 @@ def test_the_step_of_a_consumer_that_is_killed_runs_again_at_once_in_the_next_on
     until(lambda: app.state(workflow) == "finished")
     assert app.notes() == [f"{workflow} {what}" for what in ("begins", "begins", "ends", "two")]
     assert app.doctor() == []
+
+
+@pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH[:2], indirect=["app"])
+def test_the_step_of_a_process_that_exits_is_soon_recovered_on_another_host_but_not_while_it_goes_on(app, way):
+    workflow = app.create("Aloof")
+    consumer = app.start(*WAYS[way], APP_EXIT="7")
+    until(lambda: app.notes() == [f"{workflow} begins"])
+    StepExecution.update(performed_by="another host/1/1").execute()  # about which nobody here knows anything
+    consumer.send_signal(signal.SIGTERM)
+    if way == "run":
+        until(lambda: "draining" in app.log())
+        consumer.send_signal(signal.SIGTERM)
+    until(lambda: f"{consumer.pid} exits" in app.notes())
+    time.sleep(6)  # longer than a process usually takes to exit: this one is still there
+    app.run("housekeeping")
+    assert history(Workflow.get_by_id(workflow)) == [("one", "in_progress", None)]
+    consumer.wait(timeout=30)
+    app.run("housekeeping", APP_CLOCK="6")
+    assert history(Workflow.get_by_id(workflow))[0] == ("one", "failed", "recovered")
+    assert app.notes()[:1] == [f"{workflow} begins"]
+    assert app.doctor() == []
+
+
+def test_a_second_signal_ends_the_waiting_for_all_queues(servers, tmp_path):
+    with running_app(tmp_path, servers.empty("sqlite")) as app:
+        workflows = app.create("Aloof"), app.create("Aloof", "premium")
+        consumer = app.start(*RUN)
+        until(lambda: sorted(app.notes()) == sorted(f"{each} begins" for each in workflows))
+        consumer.send_signal(signal.SIGINT)
+        until(lambda: "draining" in app.log())
+        consumer.send_signal(signal.SIGINT)
+        consumer.wait(timeout=30)
+        assert sorted(app.notes()) == sorted(f"{each} begins" for each in workflows)
+
+
+def test_a_strange_name_of_a_process_does_not_stop_recovery(drive, clock, hero):
+    for name in ("worker-7", f"{gd._host()}/a/b", f"{gd._host()}/1", None):
+        workflow = Plain.create(hero=User.create())
+        gd._Attempt.claim(drive, scheduled(workflow).id)
+        workflow.execution_history.get()._write(performed_by=name)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+    clock.forward(minutes=3)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 4
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
