@@ -4956,6 +4956,14 @@ def test_travelling_runs_each_step_at_its_own_time(drive, clock, hero, helpers):
     assert drive.clock() == START + timedelta(days=10)
 
 
+def test_travelling_for_exactly_the_wait_runs_the_step_though_a_real_clock_goes_on(drive, hero, helpers):
+    workflow = Plain.create(hero=hero)
+    helpers.travel(workflow, timedelta(days=2))
+    assert (workflow.state, effects()) == ("finished", ["one", "two", "three"])
+    assert repr(workflow) == f"<Plain {workflow.id}: finished>"
+    assert repr(Plain.create(hero=User.create())).endswith(": ready at one>")
+
+
 def test_a_real_clock_goes_on_from_where_one_travelled_to(drive, hero, helpers):
     workflow = Plain.create(hero=hero)
     helpers.travel(workflow, timedelta(days=3))
@@ -5259,6 +5267,26 @@ def test_a_worker_on_the_command_line_drains_on_sigterm(app):
     assert app.traces() == ["one begins", "one ends"]
     assert app.state(workflow) == "ready"
     assert f"Slow {workflow}: ready -> performing" in (app.folder / "log0").read_text()
+
+
+def test_what_stands_at_a_step_that_is_gone_is_moved_on_with_resume_at(command_line, drive, hero):
+    workflow = Plain.create(hero=hero)
+    Workflow.update(current_step_name="gone").execute()
+    StepExecution.update(step_name="gone").execute()
+    _, output, _ = command_line("show", workflow.id)
+    assert "Plain has no step 'gone' (it has: one, two, three)" in " ".join(output.split())
+    assert f"pause {workflow.id}  (or cancel)" in output
+    workflow.pause()
+    assert f"resume --at STEP {workflow.id}  (or cancel)" in command_line("show", workflow.id)[1]
+    for arguments in (("resume",), ("skip",), ("resume", "--at", "three too")):
+        before = history(workflow)
+        assert command_line(*arguments, workflow.id, "--dry-run")[0] == 1
+        assert command_line(*arguments, workflow.id)[0] == 1
+        assert (reload(workflow).state, history(workflow)) == ("paused", before)
+    assert command_line("resume", "--at", "three", workflow.id, "--dry-run")[0] == 0
+    assert reload(workflow).state == "paused"
+    assert command_line("resume", "--at", "three", "--state", "paused")[0] == 0
+    assert (reload(workflow).state, scheduled(workflow).step_name) == ("ready", "three")
 
 
 def command(folder, *arguments, module="geneva_drive", **kwargs):
