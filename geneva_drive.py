@@ -2816,6 +2816,7 @@ class _Heartbeat:
             return
         with self.lock:
             if self.thread is None:
+                self.interval = self._interval()  # before the thread sets it: or who comes next would hurry it
                 self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
                 self.thread.start()
             elif self._interval() < self.interval:

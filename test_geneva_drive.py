@@ -5234,7 +5234,7 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (
             ["list"],
             "shop:nothing",
-            "shop:nothing is None, not the geneva_drive.GenevaDrive in use, which is shop:drive",
+            "shop:nothing is not there, not the geneva_drive.GenevaDrive in use, which is shop:drive",
         ),
         (["list"], "shop:other", "which is shop:drive"),
     ],
