@@ -2276,7 +2276,7 @@ class GenevaDrive:
             finally:
                 self._db.execute_sql("SELECT RELEASE_LOCK('geneva_drive_schema')")
         else:
-            self._transact(create)
+            self._transact(create, PATIENCE_SECONDS)  # SQLite: many that open a new file at once lock each other out
 
     def _is_applied(self, statement: str) -> bool:
         index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
