@@ -4692,7 +4692,7 @@ def stop(app, process):
     """Stop a process group, but not while it holds SQLite's one write lock: everybody would wait for it."""
     os.killpg(process.pid, signal.SIGSTOP)
     if app.env["APP_URL"].startswith("sqlite"):
-        with contextlib.closing(sqlite3.connect(app.db.database, timeout=0.5)) as writer:
+        with contextlib.closing(sqlite3.connect(app.db.database, timeout=0.05)) as writer:
             try:
                 writer.execute("begin immediate")
             except sqlite3.OperationalError:
@@ -4702,12 +4702,12 @@ def stop(app, process):
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
 def test_a_process_stopped_past_its_threshold_records_nothing_and_works_on(app, way):
-    short = {"APP_THRESHOLD": "1"}
+    short = {"APP_THRESHOLD": "3"}
     workflow = app.create("Aloof")
     stopped = app.start(*WAYS[way], **short)
     until(lambda: app.notes() == [f"{workflow} begins"])
     stop(app, stopped)
-    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=1.1))
+    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=3.1))
     other = app.start(*CONSUMER, **short)
     until(lambda: len(app.notes()) == 2)
     app.gate.touch()
