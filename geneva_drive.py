@@ -1897,8 +1897,7 @@ class _Attempt:
         if verdict.context is not None:
             changes["context"] = verdict.context
         fence = _fence(self.workflow, self.execution, PERFORMING)
-        undisturbed = Workflow.pause_requested == False  # noqa: E712
-        if not Workflow.update(**changes).where(fence & undisturbed).execute():
+        if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
             follows = self._interrupted(changes, follows, now)
         StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
         return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
@@ -2156,6 +2155,7 @@ class GenevaDrive:
             with self._begin():
                 return work()
         started, tries, is_open = time.monotonic(), 0, not self._db.is_closed()
+        patience = insist_seconds or PATIENCE_SECONDS
         while True:
             self._drop_dead_connection()
             tries, is_done = tries + 1, False
@@ -2170,11 +2170,7 @@ class GenevaDrive:
                 is_gone = not is_done and self._is_connection_lost(error)
                 may_be_repeated = is_gone or _is_transient(error)
                 limit = math.inf if insist_seconds else 2 if is_gone else TRANSACTION_TRIES
-                if (
-                    not may_be_repeated
-                    or tries >= limit
-                    or time.monotonic() - started > (insist_seconds or PATIENCE_SECONDS)
-                ):
+                if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
                     raise
                 logger.debug("repeating a transaction that failed: %s", error)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
@@ -2427,21 +2423,7 @@ class GenevaDrive:
             raise ConfigurationError(f"run(): shutdown_timeout {error}") from None
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
-        started: list[Consumer] = []
-        with _stop_signals() as stop:
-            try:
-                for consumer in consumers:
-                    consumer._set_signal_handlers = lambda: None  # ours stop all of them
-                    consumer.start()
-                    started.append(consumer)
-                checked = time.monotonic()
-                while not stop.wait(0.1) and not (until and until()):
-                    if time.monotonic() - checked > 10:
-                        checked = time.monotonic()
-                        for consumer in consumers:
-                            consumer.check_worker_health()
-            finally:
-                _drain(started, drain_seconds)
+        _serve(consumers, until, drain_seconds)
 
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
@@ -2764,6 +2746,25 @@ def _is_process_gone(name: str | None) -> bool:
         return True
     except (OSError, ValueError):
         return False
+
+
+def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
+    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain those that started."""
+    started: list[Consumer] = []
+    with _stop_signals() as stop:
+        try:
+            for consumer in consumers:
+                consumer._set_signal_handlers = lambda: None  # ours stop all of them
+                consumer.start()
+                started.append(consumer)
+            checked = time.monotonic()
+            while not stop.wait(0.1) and not (until and until()):
+                if time.monotonic() - checked > 10:
+                    checked = time.monotonic()
+                    for consumer in consumers:
+                        consumer.check_worker_health()
+        finally:
+            _drain(started, drain_seconds)
 
 
 def _drain(consumers: list[Consumer], seconds: float | None) -> None:
