@@ -90,7 +90,7 @@ __all__ = [
     "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
     "InvalidStateError", "Metric", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
     "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnsupportedDatabaseError", "Workflow",
-    "WorkflowNotDefinedError", "cancel_if", "on_exception", "step", "step_finished", "step_started",
+    "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception", "step", "step_finished", "step_started",
     "workflow_transitioned",
 ]
 # fmt: on
@@ -729,15 +729,20 @@ class _LongTextField(_DialectField, peewee.TextField):
 
 
 class _JsonField(_DialectField, peewee.TextField):
-    """A JSON object as text. A database's own JSON type would reorder its keys and refuse some of its strings."""
+    """A JSON value as text. A database's own JSON type would reorder its keys and refuse some of its strings."""
 
     mysql_type = _LongTextField.mysql_type
 
     def db_value(self, value: Any) -> str | None:
-        return None if value is None else _dump_json(value)
+        return None if value is None else _dump_json(value, f"the {self.name}")
 
     def python_value(self, value: Any) -> Any:
         return None if value is None else json.loads(value)
+
+
+class _JsonObjectField(_JsonField):
+    def db_value(self, value: Any) -> str | None:
+        return None if value is None else _dump_object(value)
 
 
 class _UtcField(_DialectField, peewee.DateTimeField):
@@ -753,17 +758,22 @@ class _UtcField(_DialectField, peewee.DateTimeField):
         return moment and moment.replace(tzinfo=timezone.utc)
 
 
-def _dump_json(value: Any) -> str:
-    """`value`, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
+def _dump_object(value: Any) -> str:
+    """The context, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
+    return _dump_json(value, "the context")
+
+
+def _dump_json(value: Any, what: str) -> str:
+    """Any JSON value as text; else a TypeError or a ValueError says what is wrong with `what`."""
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"the context is not JSON: {error}; keep ids, numbers and text in it") from error
+        raise kind(f"{what} is not JSON: {error}; keep ids, numbers and text in it") from error
     if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"the context takes {len(text)} bytes, over {MAX_JSON_BYTES}: keep large things in own rows")
+        raise ValueError(f"{what} takes {len(text)} bytes, over {MAX_JSON_BYTES}: keep large things in own rows")
     return text
 
 
@@ -990,8 +1000,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     state: peewee.Field[str] = _NameField(default=READY)
     current_step_name: peewee.Field[str | None] = _NameField(null=True)
     allow_multiple: peewee.Field[bool] = peewee.BooleanField(default=False)
-    context: peewee.Field[dict[str, Any]] = _JsonField()
-    options: peewee.Field[_Json] = _JsonField(null=True)
+    context: peewee.Field[dict[str, Any]] = _JsonObjectField()
+    options: peewee.Field[_Json] = _JsonObjectField(null=True)
     #: How many executions it has had: the number of the newest one, and the fence around every change.
     execution_count: peewee.Field[int] = peewee.IntegerField(default=1)
     pause_requested: peewee.Field[bool] = peewee.BooleanField(default=False)
@@ -1105,7 +1115,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if not isinstance(allow_multiple, bool):
             raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
         if context is not None:
-            _dump_json(context)
+            _dump_object(context)
         if options is not None:
             options = _checked_options(options, f"{where}: options")
         for definition in cls.steps:
@@ -1584,6 +1594,13 @@ class StepExecution(_Record):
     error_backtrace: peewee.Field[str | None] = _LongTextField(null=True)
     job_id: peewee.Field[str | None] = _NameField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
+    #: While it waits: the signal that it waits for. Until when: after that, `on_timeout` says what follows.
+    waiting_for: peewee.Field[str | None] = _NameField(null=True)
+    times_out_at: peewee.Field[datetime | None] = _UtcField(null=True)
+    #: The newest signal that it looked at; once it ended, the one that it was given.
+    signal_id: peewee.Field[int | None] = peewee.BigIntegerField(null=True)
+    #: How far a resumable step came, in this attempt or an earlier one: any JSON value.
+    cursor: peewee.Field[Any] = _JsonField(null=True)
 
     class Meta:
         table_name = "geneva_drive_step_executions"
@@ -1633,6 +1650,26 @@ class StepExecution(_Record):
         drive._enqueue(executions, drive._route(workflows[0], first.name))
 
 
+class WorkflowSignal(_Record):
+    """Something that happened outside, told to a workflow; kept until the step that waits for it ended."""
+
+    id: peewee.Field[int] = peewee.BigAutoField()
+    workflow: peewee.Field[Workflow] = peewee.ForeignKeyField(
+        Workflow, backref="signals", on_delete="CASCADE", index=False
+    )
+    workflow_id: peewee.Field[int]
+    name: peewee.Field[str] = _NameField()
+    payload: peewee.Field[Any] = _JsonField(null=True)
+    idempotency_key: peewee.Field[str | None] = _ExactField(null=True)
+    created_at: peewee.Field[datetime] = _UtcField()
+    consumed_at: peewee.Field[datetime | None] = _UtcField(null=True)
+
+    class Meta:
+        table_name = "geneva_drive_signals"
+
+
+MODELS = (Workflow, StepExecution, WorkflowSignal)
+
 # ==== The executor: one attempt, from claim to record =================================================================
 
 
@@ -1653,7 +1690,7 @@ class _Attempt:
 
     def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False):
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
-        self.saved_context = _dump_json(workflow.context)
+        self.saved_context = _dump_object(workflow.context)
         self.claimed = time.monotonic()
 
     @classmethod
@@ -1803,7 +1840,7 @@ class _Attempt:
         if left_open:
             problem = "left a transaction open; it was rolled back: use db.atomic()"
             raise TransactionLeftOpenError(f"the step {self.execution.step_name} {problem}")
-        if _dump_json(self.workflow.context) != self.saved_context:
+        if _dump_object(self.workflow.context) != self.saved_context:
             verdict = replace(verdict, context=self.workflow.context)
         return verdict
 
@@ -2046,6 +2083,9 @@ VIOLATIONS = {
     "execution {0} belongs to the workflow {1}, which is gone": """
         select e.id, e.workflow_id from geneva_drive_step_executions e
         where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
+    "signal {0} belongs to the workflow {1}, which is gone": """
+        select s.id, s.workflow_id from geneva_drive_signals s
+        where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
 }
 
 
@@ -2099,7 +2139,7 @@ class GenevaDrive:
         self._consumers: dict[str, Consumer] = {}
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
-        for model in (Workflow, StepExecution):
+        for model in MODELS:
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
         _current_drive = self
@@ -2249,7 +2289,7 @@ class GenevaDrive:
         :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
         """
         dialect = self._dialect
-        models: list[Any] = [Workflow, StepExecution]
+        models: list[Any] = [*MODELS]
         sections = ["every database", dialect]
         if any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.queues.values()):
             models += self._embedded_models
@@ -2508,6 +2548,7 @@ class GenevaDrive:
         expired = SQL(f"state in ('{FINISHED}', '{CANCELED}')") & (Workflow.transitioned_at < moment)
 
         def delete(ids: list[int]) -> tuple[int, int]:
+            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
             return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
 
@@ -3183,7 +3224,7 @@ class _CommandLine:
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
         if command != "graph":
             self.drive._connect_worker()
-            if not (Workflow.table_exists() and StepExecution.table_exists()):
+            if not all(model.table_exists() for model in MODELS):
                 problem = f"the database {self.drive._db.database!r} has no tables of GenevaDrive"
                 raise GenevaDriveError(f"{problem}: call drive.create_tables() once, if it is the right one")
         return cast(int, getattr(self, f"_{command}", self._control)())

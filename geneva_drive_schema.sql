@@ -4,6 +4,7 @@
 --
 --   geneva_drive_workflows         one row for each workflow: its hero, its state, the step it stands at, its context
 --   geneva_drive_step_executions   one row for each attempt at a step; deleted with its workflow
+--   geneva_drive_signals           one row for each signal that a workflow was sent; deleted with its workflow
 --   geneva_drive_huey_*            the embedded queue, where no other Huey was given to the drive
 --
 -- A workflow is ready (a step is scheduled), performing (a step runs), paused, finished or canceled. An execution is
@@ -28,6 +29,10 @@ create unique index geneva_drive_execution_number on geneva_drive_step_execution
 -- Workflow.for_hero(), over finished and canceled ones too.
 create index geneva_drive_hero on geneva_drive_workflows (hero_id, hero_type);
 
+-- The signals of a workflow by their name; a key that is delivered again is refused. NULLs differ from each other:
+-- signals without a key are all new.
+create unique index geneva_drive_signal_key on geneva_drive_signals (workflow_id, name, idempotency_key);
+
 
 -- section: postgresql, sqlite
 
@@ -45,13 +50,19 @@ create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for
 create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
 create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id) where state in ('finished', 'canceled');
 
+-- Housekeeping: what waited for a signal in vain, what waits at a step that does not wait any more.
+create index geneva_drive_timeout on geneva_drive_step_executions (times_out_at, id) where state = 'waiting';
+create index geneva_drive_waiting on geneva_drive_step_executions (step_name, id) where state = 'waiting';
+
 
 -- section: sqlite
 
--- Executions are deleted with their workflow, as the foreign key says; SQLite obeys it only where a connection asks for
+-- Executions and signals are deleted with their workflow, as the foreign key says; SQLite obeys it only where a connection asks for
 -- that, and gives the id of a deleted workflow to a new one.
 create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
     begin delete from geneva_drive_step_executions where workflow_id = old.id; end;
+create trigger geneva_drive_delete_signals after delete on geneva_drive_workflows
+    begin delete from geneva_drive_signals where workflow_id = old.id; end;
 
 
 -- section: mysql
@@ -71,6 +82,10 @@ create unique index geneva_drive_one_active_execution on geneva_drive_step_execu
 create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for, id);
 create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
 create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id);
+
+-- Housekeeping: what waited for a signal in vain, what waits at a step that does not wait any more.
+create index geneva_drive_timeout on geneva_drive_step_executions (state, times_out_at, id);
+create index geneva_drive_waiting on geneva_drive_step_executions (state, step_name, id);
 
 
 -- section: embedded queue

@@ -3790,7 +3790,7 @@ def test_an_unsupported_database_is_refused_before_anything_is_created():
             drive.create_tables()
 
 
-ENGINE_TABLES = ["geneva_drive_workflows", "geneva_drive_step_executions"]
+ENGINE_TABLES = [model._meta.table_name for model in gd.MODELS]
 QUEUE_TABLES = [f"geneva_drive_huey_{name}" for name in ("kv", "schedule", "task", "counter")]
 SCHEMA_INDEXES = sorted(set(re.findall(r"^create (?:unique )?index (\w+)", gd.SCHEMA_FILE.read_text(), re.MULTILINE)))
 
@@ -3803,7 +3803,7 @@ def test_the_schema_file_speaks_of_the_models_tables_and_columns():
             table = re.search(r" on (\w+)|alter table (\w+)", statement)
             assert (table[1] or table[2]) in ENGINE_TABLES + QUEUE_TABLES
             columns = re.search(r"\((.*?)\)", statement.split(" on ")[-1]) if " on " in statement else None
-            known = {field.column_name for model in (Workflow, StepExecution) for field in model._meta.sorted_fields}
+            known = {field.column_name for model in gd.MODELS for field in model._meta.sorted_fields}
             known |= {"queue", "timestamp", "priority", "ongoing", "active"}
             for column in columns[1].split(", ") if columns else ():
                 assert column.split()[0] in known, statement
@@ -4246,7 +4246,7 @@ class App:
         self.processes = []
         self.db = open_database(url)
         self.run("setup")
-        for model in (Workflow, StepExecution):
+        for model in gd.MODELS:
             model.bind(self.db)
 
     def start(self, *arguments, **env):
