@@ -88,10 +88,10 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = [
     "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
-    "InvalidStateError", "Metric", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
-    "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnsupportedDatabaseError", "Workflow",
-    "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception", "step", "step_finished", "step_started",
-    "workflow_transitioned",
+    "InvalidStateError", "Metric", "SignalTimeoutError", "StepConfigurationError", "StepDefinition", "StepExecution",
+    "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnknownSignalError",
+    "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception",
+    "step", "step_finished", "step_started", "workflow_transitioned",
 ]
 # fmt: on
 
@@ -128,6 +128,9 @@ EFFECTS = {
     ("error", "cancel"): (FAILED, "canceled", "cancel"),
     ("error", "pause"): (FAILED, "failed", "pause"),
     ("error", "finish"): (FAILED, "failed", "finish"),
+    ("timeout", "skip"): (SKIPPED, "skipped", "advance"),
+    ("timeout", "cancel"): (FAILED, "canceled", "cancel"),
+    ("timeout", "pause"): (FAILED, "failed", "pause"),
     ("death", "reattempt"): (FAILED, "recovered", "repeat"),
     ("death", "cancel"): (FAILED, "recovered", "cancel"),
     ("death", "pause"): (FAILED, "recovered", "pause"),
@@ -143,10 +146,12 @@ ALLOWED_FROM = {
     "resume_at": (PAUSED,),
     "reattempt": (),
     "finish": (),
+    "signal": ONGOING,
 }
 
 ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
 TERMINAL_ACTIONS = ("pause", "cancel", "skip")
+ON_TIMEOUT_ACTIONS = ("pause", "skip", "cancel", "run")
 REPORTS = ("terminal_only", "always", "never")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -240,6 +245,27 @@ class WorkflowNotDefinedError(GenevaDriveError, LookupError):
         super().__init__(
             f"workflow {workflow.id} has the type {workflow.type!r}, which no class defines here: import the module "
             "that defines it, or set workflow_type on the class that took its place"
+        )
+
+
+class UnknownSignalError(GenevaDriveError, ValueError):
+    """A workflow is sent a signal that no step of its class waits for."""
+
+    def __init__(self, workflow: Workflow, name: object) -> None:
+        known = ", ".join(sorted({each.wait_for for each in workflow.steps if each.wait_for})) or "none"
+        super().__init__(
+            f"{workflow._label} was sent the signal {name!r}, which no step of {workflow.type} waits for: use one of "
+            f"its signals ({known}), or declare a step with wait_for={name!r}"
+        )
+
+
+class SignalTimeoutError(GenevaDriveError, TimeoutError):
+    """A step waited for its signal in vain. It is recorded, not raised."""
+
+    def __init__(self, workflow: Workflow, definition: StepDefinition) -> None:
+        super().__init__(
+            f"{workflow._label}: the step {definition.name} waited for the signal {definition.wait_for!r} in vain, for "
+            f"{_span(definition.timeout or NO_WAIT)}"
         )
 
 
@@ -435,6 +461,10 @@ class StepDefinition:
     policy: ExceptionPolicy | None = None
     transactional: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    wait_for: str | None = None
+    timeout: timedelta | None = None
+    on_timeout: str = "pause"
+    matching: Callable[[Any], object] | None = None
 
 
 # ==== The language in which steps are declared ========================================================================
@@ -451,6 +481,10 @@ class _StepOptions(TypedDict, total=False):
     transactional: bool
     options: Mapping[str, Any]
     name: str
+    wait_for: str | None
+    timeout: timedelta | float | None
+    on_timeout: str
+    matching: Callable[[Any], object] | None
 
 
 STEP_OPTIONS = tuple(_StepOptions.__annotations__)
@@ -484,6 +518,11 @@ def step(body: Any = None, /, **options: Any) -> Any:
         happen exactly once.
     :param options: `{"queue": ..., "priority": ...}` for Huey.
     :param name: the step's name, if it is not the method's.
+    :param wait_for: the name of a signal: the step runs once :meth:`Workflow.signal` sent it, and the body finds it in
+        `self.signal_payload`. With `wait`, not before that.
+    :param timeout: how long it waits for the signal, a timedelta or seconds; None waits for ever.
+    :param on_timeout: what follows then: "pause" by default, "skip", "cancel", or "run", whose body finds None.
+    :param matching: a callable of the payload: false leaves a signal to another step.
     :raises StepConfigurationError: when the class is defined, if any of it is wrong.
     """
     if body is None:
@@ -598,8 +637,8 @@ class _Blueprint:
         _require(isinstance(transactional, bool), where, "transactional must be a bool")
         wait = _require_duration(options.get("wait", 0), where, "wait")
         huey_options = _checked_options(options.get("options", {}), f"{where}: options")
-        policy = _step_policy(where, options)
-        definition = StepDefinition(name, body, wait, skip_if, policy, transactional, huey_options)
+        policy, signal = _step_policy(where, options), _step_signal(where, options)
+        definition = StepDefinition(name, body, wait, skip_if, policy, transactional, huey_options, **signal)
         self._place(where, definition, options.get("before_step"), options.get("after_step"))
 
     def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
@@ -654,6 +693,28 @@ def _step_policy(where: str, options: dict[str, Any]) -> ExceptionPolicy | None:
         return ExceptionPolicy(reaction, **limits)
     except StepConfigurationError as error:
         raise StepConfigurationError(f"{where}: {error}") from None
+
+
+def _step_signal(where: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a step waits for, and how long: the options that are about signals, checked."""
+    given: dict[str, Any] = {
+        key: options[key] for key in ("wait_for", "timeout", "on_timeout", "matching") if key in options
+    }
+    name, timeout = given.get("wait_for"), given.get("timeout")
+    _require(name is None or _is_name(name), where, f"wait_for must be a signal's name, not {name!r}")
+    for key in given:
+        _require(key == "wait_for" or name is not None, where, f"{key} goes with wait_for only")
+    if timeout is not None:
+        given["timeout"] = _require_duration(timeout, where, "timeout")
+    if "on_timeout" in given:
+        action, among = given["on_timeout"], ", ".join(ON_TIMEOUT_ACTIONS)
+        _require(timeout is not None, where, "on_timeout goes with timeout only")
+        _require(action in ON_TIMEOUT_ACTIONS, where, f"on_timeout must be one of {among}, not {action!r}")
+    matching = given.get("matching")
+    is_matcher = matching is None or callable(matching)
+    _require(is_matcher, where, f"matching must be a callable of the signal's payload, not {matching!r}")
+    _require_plain(matching, where, "matching")
+    return given
 
 
 def _checked_options(options: Any, where: str) -> dict[str, Any]:
@@ -1240,6 +1301,69 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """
         self._control("resume_at", functools.partial(_moved, step_name=step_name))
 
+    # -- signals ----------------------------------------------------------------------------------------------------
+
+    #: In the body of a step with `wait_for`: the payload of the signal that it was given; None after a timeout.
+    signal_payload: Any = None
+
+    def signal(self, name: str, payload: Any = None, idempotency_key: str | None = None) -> bool:
+        """Tell the workflow that something happened outside. A step that waits for it runs now, one to come later.
+
+        Durable once the transaction that surrounds the call, if any, is committed. The signal is kept until the step
+        that it was given to has ended, so that each attempt at it finds it; a paused workflow keeps it for
+        :meth:`resume`.
+
+        :param payload: any JSON value of up to 128 KiB, for `self.signal_payload`.
+        :param idempotency_key: text of 1 to 255 characters; a second signal of the name and key changes nothing.
+        :returns: True; False if it was delivered before, to a workflow that is over by now, too.
+        :raises InvalidStateError: if the workflow is finished or canceled.
+        :raises UnknownSignalError: if no step of its class waits for such a signal.
+        :raises TypeError, ValueError: if the payload or the key is not acceptable; nothing is written.
+        """
+        self._check_signal(name, payload, idempotency_key)
+        values = {"workflow": self.id, "name": name, "payload": payload, "idempotency_key": idempotency_key}
+        drive = _drive()
+        try:
+            return drive._transact(lambda: _received(drive, self, values))
+        except peewee.IntegrityError:
+            if idempotency_key is None:
+                raise
+            return False  # the caller's transaction began before the first delivery, and cannot see it
+
+    @classmethod
+    def signal_hero(cls, hero: Model, name: str, payload: Any = None, idempotency_key: str | None = None) -> bool:
+        """Send a signal to the ongoing workflow of this class about a hero; see :meth:`signal`.
+
+        :returns: True; False if a workflow of this class and hero had this name and key before.
+        :raises InvalidStateError: if there is none ongoing, but one that is over.
+        :raises Workflow.DoesNotExist: if there never was one.
+        :raises ValueError: if there are several, as `allow_multiple` has it.
+        """
+        query, key = cls.for_hero(hero), WorkflowSignal.idempotency_key == idempotency_key
+        if idempotency_key is not None:  # a key is one event's, whichever of the hero's workflows had it
+            before = query.join(WorkflowSignal).where((WorkflowSignal.name == name) & key)
+            if before.exists():
+                return False
+        ongoing = list(query.where(Workflow.state.in_(ONGOING)))
+        about = f"{cls.__name__}.signal_hero({_hero_label(*_hero_key(hero))})"
+        if len(ongoing) > 1:
+            ids = ", ".join(str(each.id) for each in ongoing)
+            raise ValueError(f"{about}: the workflows {ids} are ongoing; call signal() of the one that is meant")
+        workflow = ongoing[0] if ongoing else query.order_by(Workflow.id.desc()).first()
+        if workflow is None:
+            raise cls.DoesNotExist(f"{about}: there is no {cls.__name__} about it: create() one first")
+        return workflow.signal(name, payload, idempotency_key)
+
+    def _check_signal(self, name: Any, payload: Any, key: Any) -> None:
+        is_defined = self.type in _workflow_classes  # or another process knows what it waits for
+        if not _is_name(name) or (is_defined and name not in {each.wait_for for each in self.steps}):
+            raise UnknownSignalError(self, name)
+        _dump_json(payload, f"the payload of the signal {name!r}")
+        if key is not None and not isinstance(key, str):
+            raise TypeError(f"the idempotency_key of the signal {name!r} must be text, not {key!r}")
+        if key is not None and not _is_name(key):
+            raise ValueError(f"the idempotency_key of the signal {name!r} must have 1 to 255 printable characters")
+
     def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT) -> None:
         """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
         if self._attempt is not None and ("step", call) in EFFECTS:
@@ -1289,7 +1413,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The class as a Mermaid flowchart: its steps, the waits between them, conditions and policies."""
         lines, last = ["flowchart TD", _mermaid_node("start", "([{}])", cls.__name__)], "start"
         for number, each in enumerate(cls.steps, 1):
-            notes = [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
+            notes = [_signal_note(each)] if each.wait_for else []
+            notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
             notes += ["transactional"] if each.transactional else []
             notes += [_policy_note(each.policy)] if each.policy else []
             wait = f'|"{_span(each.wait)}"|' if each.wait else ""
@@ -1361,10 +1486,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """A step of the workflow's class; else a WorkflowNotDefinedError or a StepNotDefinedError."""
         if self.type not in _workflow_classes:
             raise WorkflowNotDefinedError(self)
-        for definition in self.steps:
-            if definition.name == step_name:
-                return definition
-        raise StepNotDefinedError(self, step_name)
+        definition = self._find(step_name)
+        if definition is None:
+            raise StepNotDefinedError(self, step_name)
+        return definition
+
+    def _find(self, step_name: str | None) -> StepDefinition | None:
+        return next((each for each in self.steps if each.name == step_name), None)
+
+    def _is_awaited(self, execution: StepExecution, signal_name: str) -> bool:
+        """Whether an execution waits for signals of the name, as it began to, or as its class has it by now."""
+        definition = self._find(execution.step_name)
+        return signal_name in (execution.waiting_for, definition and definition.wait_for)
 
     def _step_after(self, step_name: str) -> StepDefinition | None:
         place = self.steps.index(self._definition(step_name)) + 1
@@ -1481,6 +1614,11 @@ def _name_of(function: Any) -> str:
     return name.replace("<lambda>", "…")
 
 
+def _signal_note(definition: StepDefinition) -> str:
+    limit = "" if definition.timeout is None else f", after {_span(definition.timeout)} {definition.on_timeout}"
+    return f"wait for {definition.wait_for}{limit}"
+
+
 def _policy_note(policy: ExceptionPolicy) -> str:
     kinds = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in policy.matching or ()) or "error"
     if isinstance(policy, _HandlerPolicy):
@@ -1509,6 +1647,63 @@ Workflow._blueprint = _Blueprint(Workflow, frozenset())
 # What a call from outside does; the workflow's row is locked, its active execution, if any, is `active`.
 
 
+def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) -> bool:
+    """Keep a signal, and wake the execution that waits for it. Whether it is a new one.
+
+    A step begins to wait under the lock of the same row: whichever of the two comes first, the other one sees it.
+    """
+    row, active = Workflow._lock_with_active(workflow.id)
+    name, key = values["name"], values["idempotency_key"]
+    if row is None:
+        raise Workflow.DoesNotExist(f"{workflow._label} was deleted; the signal {name!r} came too late")
+    same = (WorkflowSignal.workflow == row.id) & (WorkflowSignal.name == name)
+    if key is not None and WorkflowSignal.select().where(same & (WorkflowSignal.idempotency_key == key)).exists():
+        return False
+    if row.state not in ALLOWED_FROM["signal"]:
+        raise InvalidStateError(row, "signal")
+    # A change, for the isolation level REPEATABLE READ of PostgreSQL: who lets the step wait on account of an older
+    # snapshot collides with it and tries again.
+    row._write(state=row.state)
+    WorkflowSignal.insert(created_at=drive._now(), **values).execute()
+    if active and active.state == WAITING and row.state == READY and row._is_awaited(active, name):
+        _wake(drive, row, active)
+    return True
+
+
+def _wake(drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> None:
+    """Have an execution that waits run: not before its time, and to see for itself what signals there are."""
+    due = max(execution.scheduled_for, drive._now())
+    route = drive._route(workflow, execution.step_name)
+    drive._enqueue_again(execution, route, state=SCHEDULED, scheduled_for=due)
+
+
+def _must_wait(workflow: Workflow, definition: StepDefinition, execution: StepExecution | None = None) -> bool:
+    """Whether there is no signal for a step that waits, but those that its execution looked at. Needs the lock."""
+    if definition.wait_for is None:
+        return False
+    looked_at = execution.signal_id if execution else None
+    return WorkflowSignal._lock(*WorkflowSignal._pending(workflow, definition, looked_at)) is None
+
+
+def _beginning(
+    workflow: Workflow, number: int, step_name: str, due: datetime, times_out_at: datetime | None = None
+) -> dict[str, Any]:
+    """How an execution begins: scheduled, or waiting for a signal that has not come. Needs the workflow's lock.
+
+    :param number: the execution's; before the first one, there were no signals.
+    :param times_out_at: of an earlier attempt at the step, whose time is not to begin anew.
+    """
+    definition = workflow._find(step_name)
+    if definition is None or definition.wait_for is None:
+        return {"state": SCHEDULED}
+    if times_out_at is None and definition.timeout is not None:
+        times_out_at = due + definition.timeout
+    is_late = times_out_at is not None and times_out_at <= due
+    waits = not is_late and (number == 1 or _must_wait(workflow, definition))
+    state = WAITING if waits else SCHEDULED
+    return {"state": state, "waiting_for": definition.wait_for, "times_out_at": times_out_at}
+
+
 def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
     _drop(drive, active)
     workflow._write(state=CANCELED, current_step_name=None, transitioned_at=drive._now(), pause_requested=False)
@@ -1527,6 +1722,8 @@ def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     if active:
         active._write(**ended)
     else:
+        newest = workflow.execution_history.where(StepExecution.number == workflow.execution_count).get()
+        WorkflowSignal._consume(newest.signal_id, now)  # or the next step that waits for its like would get it
         workflow._write(execution_count=workflow.execution_count + 1)
         StepExecution._insert(workflow, workflow.execution_count, workflow.current_step_name, now, **ended)
     if following:
@@ -1539,7 +1736,10 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     definition = workflow._definition(workflow.current_step_name)
     if active:
         active._write(reattempts=0, recoveries=0)
-        drive._enqueue_again(active, drive._route(workflow, definition.name))
+        if active.state == WAITING and not _must_wait(workflow, definition, active):
+            _wake(drive, workflow, active)
+        else:
+            drive._enqueue_again(active, drive._route(workflow, definition.name))
         workflow._write(state=READY, transitioned_at=None)
     else:
         _enter(workflow, definition.name, drive._now())
@@ -1594,7 +1794,7 @@ class StepExecution(_Record):
     error_backtrace: peewee.Field[str | None] = _LongTextField(null=True)
     job_id: peewee.Field[str | None] = _NameField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
-    #: While it waits: the signal that it waits for. Until when: after that, `on_timeout` says what follows.
+    #: The signal that it waits, or waited, for. Until when: after that, `on_timeout` says what follows.
     waiting_for: peewee.Field[str | None] = _NameField(null=True)
     times_out_at: peewee.Field[datetime | None] = _UtcField(null=True)
     #: The newest signal that it looked at; once it ended, the one that it was given.
@@ -1605,10 +1805,16 @@ class StepExecution(_Record):
     class Meta:
         table_name = "geneva_drive_step_executions"
 
+    @property
+    def _due(self) -> datetime | None:
+        """When it is to be performed; None if it waits for a signal without a limit."""
+        return self.times_out_at if self.state == WAITING else self.scheduled_for
+
     def execute(self) -> bool:
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
 
-        :returns: True; or False, and nothing was done, if it is not scheduled any more or its workflow is not ready.
+        :returns: True; or False, and nothing was done, if it is not scheduled any more, if it waits for a signal or its
+            workflow is not ready.
         :raises Exception: the step's error, once its outcome is committed, if it paused or canceled the workflow.
         """
         attempt = _Attempt.claim(_drive(), self.id)
@@ -1629,11 +1835,13 @@ class StepExecution(_Record):
         return execution
 
     @classmethod
-    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **counts: int) -> StepExecution:
-        """Insert a scheduled execution and queue it."""
+    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any) -> StepExecution:
+        """Insert an execution: queued for its time, or waiting for a signal."""
         drive = _drive()
-        queued = {"state": SCHEDULED, "enqueued_at": drive._now(), "job_id": _job_id(drive._now())}
-        execution = cls._insert(workflow, number, step_name, due, **queued, **counts)
+        carried.update(_beginning(workflow, number, step_name, due, carried.get("times_out_at")))
+        if carried["state"] == SCHEDULED or carried["times_out_at"]:
+            carried.update(enqueued_at=drive._now(), job_id=_job_id(drive._now()))
+        execution = cls._insert(workflow, number, step_name, due, **carried)
         drive._enqueue([execution], drive._route(workflow, step_name))
         return execution
 
@@ -1642,8 +1850,8 @@ class StepExecution(_Record):
         """Insert and queue the first executions of new workflows of one class."""
         drive = _drive()
         first, now = workflows[0].steps[0], drive._now()
-        same = {"number": 1, "step_name": first.name, "state": SCHEDULED, "scheduled_for": now + first.wait}
-        same.update(enqueued_at=now, created_at=now)
+        same = {"number": 1, "step_name": first.name, "scheduled_for": now + first.wait}
+        same.update(enqueued_at=now, created_at=now, **_beginning(workflows[0], 1, first.name, now + first.wait))
         ids = [workflow.id for workflow in workflows]
         cls.insert_many([{**same, "workflow": each, "job_id": _job_id(now)} for each in ids]).execute()
         executions = list(cls.select().where(cls.workflow.in_(ids)))
@@ -1666,6 +1874,17 @@ class WorkflowSignal(_Record):
 
     class Meta:
         table_name = "geneva_drive_signals"
+
+    @classmethod
+    def _pending(cls, workflow: Workflow, definition: StepDefinition, after: int | None) -> tuple[Any, ...]:
+        """The condition for what a step may be given, from the first that came after signal `after`."""
+        name = cls.name == definition.wait_for
+        return cls.workflow == workflow.id, name, cls.consumed_at.is_null(), cls.id > (after or 0)
+
+    @classmethod
+    def _consume(cls, signal_id: int | None, now: datetime) -> None:
+        if signal_id is not None:
+            cls.update(consumed_at=now).where(cls.id == signal_id).execute()
 
 
 MODELS = (Workflow, StepExecution, WorkflowSignal)
@@ -1691,6 +1910,7 @@ class _Attempt:
     def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False):
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
         self.saved_context = _dump_object(workflow.context)
+        self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed = time.monotonic()
 
     @classmethod
@@ -1707,15 +1927,17 @@ class _Attempt:
     def _claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool) -> _Attempt | None:
         query = StepExecution.select(StepExecution, Workflow).join(Workflow).where(StepExecution.id == execution_id)
         execution = query.get_or_none()
-        if execution is None or execution.state != SCHEDULED or execution.workflow.state != READY:
+        if execution is None or execution.state not in (SCHEDULED, WAITING) or execution.workflow.state != READY:
             return None
-        workflow, now = execution.workflow, drive._now()
+        workflow, due, now = execution.workflow, execution._due, drive._now()
         problem = workflow._undefined()
         if problem:
             logger.error("execution %s stays scheduled: %s", execution_id, problem)
             return None
-        if due_only and execution.scheduled_for > now:
+        is_early = due is None or due > now
+        if is_early and due_only:
             drive._enqueue_again(execution, drive._route(workflow, execution.step_name))
+        if is_early and (due_only or execution.state == WAITING):
             return None
         if not Workflow.update(state=PERFORMING).where(_fence(workflow, execution, READY)).execute():
             return None
@@ -1857,6 +2079,13 @@ class _Attempt:
                     workflow.cancel()
             if self._is_skipped(definition):
                 workflow.skip()
+            if definition.wait_for and not self._find_signal(definition):
+                is_late = execution.times_out_at is not None and execution.times_out_at <= self.drive._now()
+                if not is_late:
+                    return _Verdict("step", "wait")
+                if definition.on_timeout != "run":
+                    workflow.logger.warning("no signal %s came: %s", definition.wait_for, definition.on_timeout)
+                    return _Verdict("timeout", definition.on_timeout, error=SignalTimeoutError(workflow, definition))
             workflow.before_step_execution(execution)
             with workflow.around_step_execution(execution):
                 result = getattr(workflow, definition.body)()
@@ -1865,6 +2094,20 @@ class _Attempt:
         except _FlowControl as control:
             return _Verdict("step", control.action, control.wait)
         return _Verdict("step", "return")
+
+    def _find_signal(self, definition: StepDefinition) -> bool:
+        """Give the workflow the first signal that is for the step, and tell whether there is one."""
+        page = 1 if definition.matching is None else 100
+        while True:
+            pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
+            found = list(WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page))
+            for each in found:
+                self.execution.signal_id = each.id
+                if definition.matching is None or definition.matching(each.payload):
+                    self.signal, self.workflow.signal_payload = each, each.payload
+                    return True
+            if len(found) < page:
+                return False
 
     def _is_skipped(self, definition: StepDefinition) -> Any:
         condition = definition.skip_if
@@ -1917,8 +2160,12 @@ class _Attempt:
 
     def _conclude(self, verdict: _Verdict, run_on: bool) -> tuple[dict[str, Any], dict[str, Any], _Attempt | None]:
         now = self.drive._now()
+        if verdict.action == "wait":
+            return *self._wait_on(now), None
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
         ended = {"state": state, "outcome": outcome, "finished_at": now, **_error_columns(verdict.error)}
+        if self.signal:
+            ended["signal_id"] = self.signal.id
         follows = self._what_follows(verdict, then, now)
         workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
         if follows and run_on and self._runs_on(follows, now):
@@ -1937,7 +2184,33 @@ class _Attempt:
         if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
             follows = self._interrupted(changes, follows, now)
         StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
+        if self.signal and then in ("advance", "finish"):
+            WorkflowSignal._consume(self.signal.id, now)
         return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
+
+    def _wait_on(self, now: datetime) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""
+        execution, route = self.execution, self.drive._route(self.workflow, self.execution.step_name)
+        definition, limit = self.workflow._definition(execution.step_name), execution.times_out_at
+        if limit is None and definition.timeout is not None:  # it began when the step did not wait yet
+            limit = now + definition.timeout
+        columns: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
+        columns.update(signal_id=execution.signal_id, started_at=None, heartbeat_at=None, performed_by=None)
+        changes: dict[str, Any] = {"state": READY}
+        fence = _fence(self.workflow, execution, PERFORMING)
+        if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
+            self._interrupted(changes, columns, now)
+        if changes["state"] == CANCELED:
+            columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now}
+        elif changes["state"] == READY and not _must_wait(self.workflow, definition, execution):
+            columns["state"] = SCHEDULED
+        is_queued = changes["state"] == READY and (columns["state"] == SCHEDULED or limit != execution.times_out_at)
+        if is_queued:
+            columns.update(enqueued_at=now, job_id=_job_id(now))
+        StepExecution.update(**columns).where(StepExecution.id == execution.id).execute()
+        if is_queued:
+            self.drive._enqueue([StepExecution(**{**execution.__data__, **columns})], route)
+        return changes, columns
 
     def _interrupted(
         self, changes: dict[str, Any], follows: dict[str, Any] | None, now: datetime
@@ -1972,13 +2245,19 @@ class _Attempt:
                 "due": now + verdict.wait,
                 "reattempts": execution.reattempts + (verdict.cause == "error"),
                 "recoveries": execution.recoveries + (verdict.cause == "death"),
+                "times_out_at": execution.times_out_at,
             }
         return None
 
     def _runs_on(self, follows: dict[str, Any], now: datetime) -> bool:
         """Whether the next execution is due now, on the queue and with the priority that we are on."""
-        route = functools.partial(self.drive._route, self.workflow)
-        return follows["due"] <= now and route(follows["step_name"]) == route(self.execution.step_name)
+        route, definition = (
+            functools.partial(self.drive._route, self.workflow),
+            self.workflow._find(follows["step_name"]),
+        )
+        # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
+        waits = definition is not None and definition.wait_for is not None
+        return not waits and follows["due"] <= now and route(follows["step_name"]) == route(self.execution.step_name)
 
     def _go_on(self, follows: dict[str, Any], state: str, now: datetime) -> _Attempt | None:
         """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
@@ -1986,7 +2265,9 @@ class _Attempt:
         if state == READY:
             StepExecution._schedule(self.workflow, number, **follows)
         elif state == PAUSED:  # resume() will queue it
-            StepExecution._insert(self.workflow, number, state=SCHEDULED, **follows)
+            times_out_at = follows.pop("times_out_at", None)
+            begins = _beginning(self.workflow, number, follows["step_name"], follows["due"], times_out_at)
+            StepExecution._insert(self.workflow, number, **follows, **begins)
         else:
             claim = {**_claim_columns(now), "job_id": self.execution.job_id}
             execution = StepExecution._insert(self.workflow, number, **follows, **claim)
@@ -2083,6 +2364,14 @@ VIOLATIONS = {
     "execution {0} belongs to the workflow {1}, which is gone": """
         select e.id, e.workflow_id from geneva_drive_step_executions e
         where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
+    "execution {0} waits for the signal {1}, which is there": """
+        select e.id, e.waiting_for from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
+        where e.state = 'waiting' and exists (
+            select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
+            and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
+    "execution {0} waits for no signal": """
+        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
     "signal {0} belongs to the workflow {1}, which is gone": """
         select s.id, s.workflow_id from geneva_drive_signals s
         where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
@@ -2393,8 +2682,8 @@ class GenevaDrive:
                 "PriorityRedisHuey, or leave the priority out"
             )
 
-    def _enqueue_again(self, execution: StepExecution, route: _Route) -> None:
-        execution._write(enqueued_at=self._now(), job_id=_job_id(self._now()))
+    def _enqueue_again(self, execution: StepExecution, route: _Route, **changes: Any) -> None:
+        execution._write(enqueued_at=self._now(), job_id=_job_id(self._now()), **changes)
         self._enqueue([execution], route)
 
     def _enqueue(self, executions: list[StepExecution], route: _Route) -> None:
@@ -2404,7 +2693,9 @@ class GenevaDrive:
 
         def send() -> None:
             for execution in executions:
-                eta = execution.scheduled_for if execution.scheduled_for > now else None
+                if execution._due is None:  # nobody knows when its signal comes
+                    continue
+                eta = execution._due if execution._due > now else None
                 task = self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
                 # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
                 (huey.enqueue if eta is None else huey.add_schedule)(task)
@@ -2468,11 +2759,15 @@ class GenevaDrive:
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
 
-        Paused ones wait for a person.
+        Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
         """
-        # By way of the active executions, which an index holds: of a million finished workflows none is looked at.
-        active = SQL(f"t1.state in {ACTIVE}") & Workflow.state.in_((READY, PERFORMING))
-        return not StepExecution.select().join(Workflow).where(active).exists()
+        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at.
+        timed = f"state = '{WAITING}' and t1.times_out_at is not null"
+        for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed):
+            busy = SQL(f"t1.{active}") & Workflow.state.in_((READY, PERFORMING))
+            if StepExecution.select().join(Workflow).where(busy).exists():
+                return False
+        return True
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
@@ -2515,8 +2810,8 @@ class GenevaDrive:
         """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
 
         :returns: sorted by name: how many workflows there are by type and state, and what part of the ongoing ones is
-            paused; how many steps are due and not begun, and since when the oldest; how many attempts, of the workflows
-            that are kept, ended with their process.
+            paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal; how
+            many attempts, of the workflows that are kept, ended with their process.
         """
         now, count, kinds = self._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
         late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
@@ -2537,9 +2832,18 @@ class GenevaDrive:
                 add("workflows", number, type=name, state=state)
             add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
             add("recovered_steps", recovered.get(name, 0), type=name)
+        for (name, signal_name), number in sorted(self._count_waiting().items()):
+            add("waiting_steps", number, type=name, signal=signal_name)
         add("overdue_steps", overdue)
         add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
         return sorted(metrics, key=lambda metric: metric.name)
+
+    def _count_waiting(self) -> dict[tuple[str, str], int]:
+        """How many executions wait, by the type of their workflow and the name of the signal."""
+        kinds = (Workflow.type, StepExecution.waiting_for)
+        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
+        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
+        return {(name, signal_name): number for name, signal_name, number in rows}
 
     def _clean_up(self) -> dict[str, int]:
         if self.delete_completed_workflows_after is None:
@@ -2621,29 +2925,59 @@ class GenevaDrive:
         return _Verdict("death", action)
 
     def _recover_scheduled(self) -> dict[str, int]:
-        """Queue again, once per threshold, what is overdue and was lost on the way; not what a queue is behind with."""
+        """Queue again what was lost on the way: steps that are due, timeouts that passed."""
+        progress = functools.cache(self._progress)
+        recovered = self._recover_overdue(SCHEDULED, StepExecution.scheduled_for, progress)
+        recovered += self._recover_overdue(WAITING, StepExecution.times_out_at, progress)
+        return {"stuck_scheduled_recovered": recovered + self._wake_needless()}
+
+    def _recover_overdue(self, state: str, due: Any, progress: Callable[[_Route], datetime]) -> int:
+        """Queue again, once per threshold, what is overdue and was lost; not what a queue is behind with."""
         moment = self._now() - self.stuck_scheduled_threshold
         overdue = (
-            SQL(f"t1.state = '{SCHEDULED}'")
-            & (StepExecution.scheduled_for <= moment)
+            SQL(f"t1.state = '{state}'")
+            & (due <= moment)
             & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= moment))
         )
         columns = [StepExecution.id, StepExecution.step_name, StepExecution.enqueued_at]
         about = [Workflow.id, Workflow.type, Workflow.options]
         query = StepExecution.select(*columns, *about).join(Workflow).where(overdue & (Workflow.state == READY))
-        progress = functools.cache(self._progress)
         recovered = 0
-        for executions in self._batches(query, StepExecution.scheduled_for):
+        for executions in self._batches(query, due):
             lost: dict[_Route, list[int]] = {}
             for execution in executions:
                 route = self._route(execution.workflow, execution.step_name)
-                queued_for = max(execution.scheduled_for, execution.enqueued_at or execution.scheduled_for)
+                queued_for = max(execution.__data__[due.name], execution.enqueued_at or EPOCH)
                 if queued_for <= progress(route) - self.stuck_scheduled_threshold:
                     lost.setdefault(route, []).append(execution.id)
             for route, ids in lost.items():
                 these = StepExecution.select().where(overdue & StepExecution.id.in_(ids))
                 recovered += self._transact(functools.partial(self._requeue, these, route))
-        return {"stuck_scheduled_recovered": recovered}
+        return recovered
+
+    def _wake_needless(self) -> int:
+        """Wake what waits for a signal at a step that, since a deploy, does not wait any more."""
+        steps = [each for cls in list(_workflow_classes.values()) for each in cls.steps]
+        names = sorted({each.name for each in steps if each.wait_for is None})
+        woken = 0
+        for some in peewee.chunked(names, 500):
+            waiting = SQL(f"t1.state = '{WAITING}'") & StepExecution.step_name.in_(some) & (Workflow.state == READY)
+            columns = [StepExecution.id, StepExecution.step_name, Workflow.id, Workflow.type]
+            query = StepExecution.select(*columns).join(Workflow).where(waiting)
+            for executions in self._batches(query, StepExecution.scheduled_for):
+                for each in executions:
+                    definition = each.workflow._find(each.step_name)
+                    if definition and definition.wait_for is None:
+                        woken += self._transact(functools.partial(self._wake_if_waiting, each))
+        return woken
+
+    def _wake_if_waiting(self, execution: StepExecution) -> bool:
+        row, active = Workflow._lock_with_active(execution.workflow.id)
+        is_waiting = row is not None and row.state == READY and active is not None and active.state == WAITING
+        if not is_waiting or active.id != execution.id:
+            return False
+        _wake(self, row, active)
+        return True
 
     def _requeue(self, query: Any, route: _Route) -> int:
         # The lock makes a second sweep wait, and then see that these are queued.
@@ -3007,18 +3341,18 @@ class TestHelpers:
         cls.__test__ = True
 
     def speedrun_workflow(self, workflow: Workflow, max_iterations: int = 100, raise_errors: bool = True) -> None:
-        """Run the steps until the workflow is finished, canceled or paused.
+        """Run the steps until the workflow is finished, canceled or paused, or waits for a signal.
 
         :raises AssertionError: if it is not, after so many steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
         for _ in range(max_iterations):
             self._refresh(workflow)
-            if workflow.state not in (READY, PERFORMING):
+            if self._stands_still(workflow):
                 return
             self.perform_next_step(workflow, raise_errors)
-        is_over = Workflow.get_by_id(workflow.id).state not in (READY, PERFORMING)
-        self._assert(is_over, workflow, f"it is not over after {max_iterations} steps")
+        self._refresh(workflow)
+        self._assert(self._stands_still(workflow), workflow, f"it is not over after {max_iterations} steps")
 
     def perform_next_step(self, workflow: Workflow, raise_errors: bool = True) -> None:
         """Run the scheduled step, due or not.
@@ -3026,7 +3360,7 @@ class TestHelpers:
         :raises AssertionError: if none is scheduled, or the workflow is not ready.
         """
         execution = workflow.execution_history.where(StepExecution.state == SCHEDULED).get_or_none()
-        self._assert(execution is not None, workflow, "no step is scheduled")
+        self._assert(execution is not None, workflow, f"no step is scheduled{self._waits_note(workflow)}")
         self._perform(workflow, execution, raise_errors)
 
     def perform_step_inline(self, workflow: Workflow, step_name: str, raise_errors: bool = True) -> None:
@@ -3058,13 +3392,14 @@ class TestHelpers:
             self.addCleanup(setattr, drive, "clock", clock)
         moment = start = clock()  # it stands still on the way: what is due at the very end is not to be late for it
         due = (StepExecution.state == SCHEDULED) & (StepExecution.scheduled_for <= start + total)
+        due |= (StepExecution.state == WAITING) & (StepExecution.times_out_at <= start + total)
         for left in range(max_iterations, -1, -1):
             self._refresh(workflow)
             execution = workflow.execution_history.where(due).get_or_none() if workflow.state == READY else None
             if execution is None:
                 drive.clock = functools.partial(_shifted, clock, total)
                 return
-            moment = max(moment, execution.scheduled_for)
+            moment = max(moment, execution._due)
             drive.clock = functools.partial(_shifted, lambda: start, moment - start)
             self._assert(left, workflow, f"a step is due still after {max_iterations} steps")
             self._perform(workflow, execution, raise_errors)
@@ -3088,9 +3423,20 @@ class TestHelpers:
             if raise_errors:
                 raise
         else:
-            self._assert(done, workflow, f"its step {execution.step_name} could not be performed")
+            problem = f"its step {execution.step_name} could not be performed{self._waits_note(workflow)}"
+            self._assert(done, workflow, problem)
         finally:
             self._refresh(workflow)
+
+    def _stands_still(self, workflow: Workflow) -> bool:
+        return workflow.state not in (READY, PERFORMING) or bool(self._waits_note(workflow))
+
+    def _waits_note(self, workflow: Workflow) -> str:
+        execution = workflow.execution_history.where(StepExecution.state == WAITING).get_or_none()
+        if execution is None:
+            return ""
+        name = execution.waiting_for
+        return f": {execution.step_name} waits; call signal({name!r}), or travel() beyond its timeout"
 
     def _refresh(self, workflow: Workflow) -> None:
         workflow._take_over(Workflow.get_by_id(workflow.id))
@@ -3118,6 +3464,7 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "show": ("show a workflow, its attempts over time with their errors, and what to do next", ("id", "--json")),
     **{call: (f"{call} workflows, by id or selected", ("ids", *_SELECTION, *_CONTROLS)) for call in _CALLS},
     "resume": ("resume workflows, by id or selected", ("ids", *_SELECTION, "--at", *_CONTROLS)),
+    "signal": ("send a workflow a signal", ("id", "signal", "--payload", "--key", "--json")),
     "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
     "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
     "doctor": ("check over the tables what must always hold", ("--json",)),
@@ -3127,6 +3474,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "id": {"type": int, "metavar": "ID", "help": "the workflow's id"},
     "ids": {"type": int, "metavar": "ID", "nargs": "*", "help": "ids of workflows"},
     "name": {"metavar": "CLASS", "help": "a workflow class"},
+    "signal": {"metavar": "NAME", "help": "the signal's name"},
+    "--payload": {"metavar": "JSON", "default": "null", "help": "its payload, such as '{\"paid\": true}'"},
+    "--key": {"metavar": "TEXT", "help": "its idempotency key: sent again, it changes nothing"},
     "--state": {"choices": WORKFLOW_STATES, "help": "those in this state"},
     "--type": {"metavar": "CLASS", "help": "those of this class and its subclasses"},
     "--hero": {"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"},
@@ -3251,6 +3601,8 @@ class _CommandLine:
         workflow = self._find(self.options.id)
         history, state = list(workflow.execution_history), workflow.state
         facts = {"created": self._moment(workflow.created_at), state: self._since(workflow)}
+        waiting = next((each for each in history if each.state == WAITING), None)
+        facts |= {"waits for the signal": cast(str, waiting.waiting_for)} if waiting else {}
         facts |= {"context": json.dumps(workflow.context, ensure_ascii=False)} if workflow.context else {}
         lines = [
             _clean(self._title(workflow)),
@@ -3282,8 +3634,9 @@ class _CommandLine:
             mark = "!" if each.error_class_name or each.outcome == "recovered" else "█" if begun else "·"
             bar = (" " * place(each.created_at)).ljust(place(begun or ended or now), "·")
             bar = bar.ljust(place(ended or now) + 1, mark).ljust(room)
-            took = _span((ended or now) - begun, 2) if begun else "" if ended else self._relative(each.scheduled_for)
-            started = [self._moment(begun or each.scheduled_for)] * is_wide
+            due = begun or each._due
+            took = _span((ended or now) - begun, 2) if begun else self._relative(due) if due and not ended else ""
+            started = [self._moment(due) if due else ""] * is_wide
             rows.append([each.number, each.step_name, each.outcome or each.state, bar, took, *started])
         title, *lines = self._table(rows)
         yield title
@@ -3325,6 +3678,19 @@ class _CommandLine:
         except Exception as error:  # it must not keep the others from their turn
             return {"id": workflow_id, "state": None, "done": None, "error": str(error) or repr(error)}
 
+    def _signal(self) -> int:
+        workflow, name = self._find(self.options.id), self.options.signal
+        try:
+            payload = json.loads(self.options.payload)
+        except ValueError as error:
+            raise ConfigurationError(f"--payload {self.options.payload}: it is not JSON ({error})") from None
+        try:
+            is_new = workflow.signal(name, payload, self.options.key)
+        except (TypeError, ValueError) as error:
+            raise GenevaDriveError(str(error)) from error
+        done = f"{self._title(self._find(workflow.id))}: {name} was sent{'' if is_new else ' before, and is left out'}"
+        return self._answer({"id": workflow.id, "signal": name, "is_new": is_new}, [_clean(done)])
+
     def _housekeeping(self) -> int:
         counts = self.drive.housekeeping()
         return self._answer(counts, self._table([[*item] for item in counts.items()]))
@@ -3338,7 +3704,9 @@ class _CommandLine:
             rows.append([name, *states, round(100 * value["paused_ratio", name]), value["recovered_steps", name]])
         late, oldest = value["overdue_steps",], timedelta(seconds=value["oldest_overdue_seconds",])
         overdue = f"overdue steps: {late}" + (f", the oldest due {self._moment(self.now - oldest)}" if late else "")
-        return self._answer([each._asdict() for each in metrics], [*self._table(rows), overdue])
+        waiting = [(each.labels, each.value) for each in metrics if "signal" in each.labels]
+        lines = [_clean(f"{on['type']}: {number} wait for the signal {on['signal']}") for on, number in waiting]
+        return self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
 
     def _doctor(self) -> int:
         found = self.drive.doctor()
@@ -3383,7 +3751,7 @@ class _CommandLine:
     def _since(self, workflow: Workflow) -> str:
         """When it came to stand still or, where it goes on, since when it performs its step, or when that is due."""
         active = workflow.execution_history.where(StepExecution.state.in_(ACTIVE)).get_or_none()
-        moment = workflow.transitioned_at or (active and (active.started_at or active.scheduled_for))
+        moment = workflow.transitioned_at or (active and (active.started_at or active._due or active.scheduled_for))
         return self._moment(moment or workflow.created_at)
 
     def _moment(self, moment: datetime) -> str:

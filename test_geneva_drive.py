@@ -160,7 +160,7 @@ def db(database):
 @pytest.fixture
 def drive(db):
     drive = GenevaDrive(db)
-    for model in [*drive._embedded_models, StepExecution, Workflow, *MODELS]:
+    for model in [*drive._embedded_models, *reversed(gd.MODELS), *MODELS]:
         model.delete().execute()
     yield drive
     assert GenevaDrive(db).doctor() == []  # whatever the test did
@@ -767,6 +767,10 @@ class Fragile(Workflow):
         _did(self)
         raise LookupError("as ever")
 
+    @step(wait_for="go", timeout=3600, on_timeout="run", matching=bool)
+    def signaled(self):
+        _did(self)
+
     @step(wait=60, transactional=True)
     def last(self):
         _did(self)
@@ -790,6 +794,33 @@ def _performing():
     workflow = _fragile()
     gd._Attempt.claim(gd._drive(), scheduled(workflow).id)
     return reload(workflow)
+
+
+def _awaiting(pause=False, signal=None):
+    workflow = _fragile()
+    workflow.pause()
+    workflow.resume_at("signaled")
+    if pause:
+        workflow.pause()
+    if signal is not None:
+        workflow.signal("go", signal)
+    return workflow
+
+
+def _signaled(payload):
+    gd._drive().huey.flush()
+    return _awaiting(signal=payload)
+
+
+def _timed_out():
+    drive = gd._drive()
+    bring_on(drive)
+    drive.huey.flush()
+    workflow = _awaiting()
+    drive.clock.forward(hours=1)
+    drive.huey.flush()
+    drive.huey.enqueue(drive._tasks["default"].s(waiting(workflow).id))
+    return workflow
 
 
 def _paused(**context):
@@ -821,6 +852,16 @@ def _neglected():
 
 #: What is prepared, what is done to it by a process that dies, and the states in which a workflow may end.
 CRASHES = {
+    "signal": (_awaiting, lambda drive, workflow: workflow.signal("go", 1, idempotency_key="k"), {"finished"}),
+    "signal for later": (_fragile, lambda drive, workflow: workflow.signal("go", 1), {"finished"}),
+    "perform with a signal": (lambda: _signaled(1), lambda drive, _: _message(drive), {"finished"}),
+    "perform with another's signal": (lambda: _signaled(0), lambda drive, _: _message(drive), {"finished"}),
+    "resume what waits": (
+        lambda: _awaiting(pause=True, signal=1),
+        lambda drive, workflow: workflow.resume(),
+        {"finished"},
+    ),
+    "time out": (_timed_out, lambda drive, _: _message(drive), {"finished"}),
     "create": (lambda: None, lambda drive, _: _fragile(), {"finished"}),
     "create_many": (
         lambda: [User.create() for _ in range(3)],
@@ -867,7 +908,7 @@ def bring_on(drive):
             return
         for workflow in Workflow.paused():
             workflow.resume()
-        drive.clock.forward(minutes=10)
+        drive.clock.forward(minutes=70)
         drive.housekeeping()
         for task in drive.huey.read_schedule():
             drive.huey.enqueue(task)
@@ -3175,6 +3216,778 @@ def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(db, ca
             assert moment > (3 if cause == "statement" else 0)
         sequence.come_to_an_end()
         assert sequence.actual.drive.doctor() == []
+
+
+# ==== Signals =========================================================================================================
+
+
+class Payment(Workflow):
+    @step(wait_for="confirmed", timeout=timedelta(days=3), on_timeout="pause")
+    def confirm(self):
+        did(f"confirm {self.signal_payload}")
+
+    @step
+    def deliver(self):
+        did(f"deliver {self.signal_payload}")
+
+
+class Parcels(Workflow):
+    """One step for each of its parcels, in any order of their arrival."""
+
+    heavy = step("take", wait_for="arrived", matching=lambda parcel: parcel["kilos"] > 20)
+    light = step("take", wait_for="arrived")
+
+    def take(self):
+        did(f"{self.current_step_name} {self.signal_payload['kilos']}")
+
+
+def waiting(workflow):
+    return workflow.execution_history.where(StepExecution.state == "waiting").get()
+
+
+def consumed(workflow):
+    return [each.payload for each in workflow.signals.order_by(gd.WorkflowSignal.id) if each.consumed_at]
+
+
+def test_a_step_waits_for_its_signal_and_gets_the_payload(drive, clock, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    execution = waiting(workflow)
+    assert (execution.waiting_for, execution.times_out_at) == ("confirmed", START + timedelta(days=3))
+    assert (workflow.state, workflow.current_step_name) == ("ready", "confirm")
+    assert execution.execute() is False
+    clock.forward(hours=1)
+    assert workflow.signal("confirmed", {"by": "bank", "cents": [1, 2]}) is True
+    execution = scheduled(workflow)
+    assert (execution.waiting_for, execution.scheduled_for) == ("confirmed", START + timedelta(hours=1))
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+    assert effects() == ["confirm {'by': 'bank', 'cents': [1, 2]}", "deliver None"]
+    assert history(workflow) == [("confirm", "completed", "success"), ("deliver", "completed", "success")]
+    (kept,) = workflow.signals
+    assert (kept.name, kept.consumed_at) == ("confirmed", START + timedelta(hours=1))
+    assert workflow.execution_history[0].signal_id == kept.id
+
+
+def test_a_signal_that_comes_first_is_kept_for_the_step(drive, hero):
+    class Later(Workflow):
+        @step
+        def one(self):
+            did("one")
+
+        @step(wait_for="go")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    workflow = Later.create(hero=hero)
+    workflow.signal("go", 7)
+    assert [each.state for each in workflow.execution_history] == ["scheduled"]
+    work_off(drive)
+    assert (reload(workflow).state, effects(), consumed(workflow)) == ("finished", ["one", "two 7"], [7])
+
+
+def test_a_signal_sent_while_the_step_before_is_performed_is_not_lost(drive, hero):
+    class Eager(Workflow):
+        @step
+        def ask(self):
+            assert reload(self).signal("answer", "while asking") is True
+
+        @step(wait_for="answer")
+        def hear(self):
+            did(self.signal_payload)
+
+        @step(transactional=True)
+        def ask_again(self):
+            self.signal("answer", "in the transaction")
+
+        @step(wait_for="answer", transactional=True)
+        def hear_again(self):
+            did(self.signal_payload)
+
+    workflow = Eager.create(hero=hero)
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["while asking", "in the transaction"])
+
+
+def test_waiting_costs_no_message_and_a_timeout_costs_one(drive, clock, hero):
+    class Patient(Workflow):
+        @step(wait_for="go")
+        def one(self):
+            pass
+
+    Patient.create(hero=hero)
+    assert messages(drive) == []
+    workflow = Payment.create(hero=hero)
+    assert messages(drive) == [waiting(workflow).id]
+    clock.forward(days=2)
+    assert sum(drive.housekeeping().values()) == 0
+    assert messages(drive) == [waiting(workflow).id]
+    assert Payment.create_many([User.create() for _ in range(3)]) == 3
+    assert len(messages(drive)) == 4
+    assert Patient.create_many([User.create() for _ in range(3)]) == 3
+    assert len(messages(drive)) == 4
+    assert StepExecution.select().where(StepExecution.state == "waiting").count() == 8
+
+
+@pytest.mark.parametrize(
+    ("action", "recorded", "state"),
+    [
+        ("pause", ("failed", "failed"), "paused"),
+        ("cancel", ("failed", "canceled"), "canceled"),
+        ("skip", ("skipped", "skipped"), "finished"),
+        ("run", ("completed", "success"), "finished"),
+    ],
+)
+def test_what_a_timeout_does_is_the_steps_to_say(drive, clock, hero, helpers, action, recorded, state):
+    class Impatient(Workflow):
+        @step(wait_for="go", timeout=60, on_timeout=action)
+        def one(self):
+            did(f"one {self.signal_payload}")
+
+        @step
+        def two(self):
+            did("two")
+
+    workflow = Impatient.create(hero=hero)
+    helpers.travel(workflow, 59)
+    assert waiting(workflow).waiting_for == "go"
+    helpers.travel(workflow, 2)
+    first = workflow.execution_history[0]
+    assert ((first.state, first.outcome), reload(workflow).state) == (recorded, state)
+    assert effects() == {"skip": ["two"], "run": ["one None", "two"]}.get(action, [])
+    if action == "run":
+        assert first.error_class_name is None
+    else:
+        assert first.error_class_name == "geneva_drive.SignalTimeoutError"
+        assert first.error_message.endswith("the step one waited for the signal 'go' in vain, for 1 min")
+
+
+def test_a_message_brings_the_timeout_and_housekeeping_one_that_was_lost(drive, clock, hero):
+    workflows = [Payment.create(hero=User.create()) for _ in range(2)]
+    drive.huey.flush()
+    clock.forward(days=2, hours=23)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+    clock.forward(hours=2)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
+    work_off(drive)
+    assert [reload(each).state for each in workflows] == ["paused", "paused"]
+    assert drive.is_idle()
+
+
+def test_a_timeout_that_comes_after_the_signal_changes_nothing(drive, clock, hero):
+    workflow = Payment.create(hero=hero)
+    (late,) = drive.huey.scheduled()
+    drive.huey.flush()
+    workflow.signal("confirmed", 1)
+    clock.forward(days=4)
+    work_off(drive)
+    drive.huey.execute(late)
+    assert (reload(workflow).state, effects()) == ("finished", ["confirm 1", "deliver None"])
+
+
+def test_a_step_begun_after_its_timeout_takes_the_signal_that_is_there(drive, clock, hero):
+    workflow = Payment.create(hero=hero)
+    workflow.signal("confirmed", 1)
+    clock.forward(days=4)
+    work_off(drive)
+    assert effects() == ["confirm 1", "deliver None"]
+
+
+def test_resuming_after_a_timeout_waits_anew_or_takes_what_came_meanwhile(drive, clock, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    helpers.travel(workflow, timedelta(days=3))
+    assert (workflow.state, workflow.current_step_name) == ("paused", "confirm")
+    workflow.resume()
+    assert waiting(workflow).times_out_at == drive.clock() + timedelta(days=3)
+    helpers.travel(workflow, timedelta(days=3))
+    assert workflow.signal("confirmed", "late") is True
+    assert workflow.execution_history.where(StepExecution.state == "scheduled").count() == 0
+    workflow.resume()
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, effects()) == ("finished", ["confirm late", "deliver None"])
+
+
+def test_a_paused_workflow_keeps_a_signal_for_resume(drive, clock, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    workflow.pause()
+    workflow.signal("confirmed", 1)
+    assert (waiting(workflow).waiting_for, reload(workflow).state) == ("confirmed", "paused")
+    workflow.resume()
+    work_off(drive)
+    assert effects() == ["confirm 1", "deliver None"]
+
+
+def test_a_workflow_resumed_without_a_signal_waits_on_for_the_same_time(drive, clock, hero):
+    workflow = Payment.create(hero=hero)
+    workflow.pause()
+    drive.huey.flush()
+    clock.forward(days=1)
+    workflow.resume()
+    assert waiting(workflow).times_out_at == START + timedelta(days=3)
+    assert messages(drive) == [waiting(workflow).id]
+    workflow.pause()
+    clock.forward(days=3)
+    work_off(drive)
+    assert waiting(workflow)
+    workflow.resume()  # its time has passed
+    work_off(drive)
+    assert reload(workflow).state == "paused"
+    assert history(workflow) == [("confirm", "failed", "failed")]
+
+
+def test_a_pause_while_performing_leaves_the_next_step_waiting(drive, hero):
+    class Interrupted(Workflow):
+        @step
+        def one(self):
+            reload(self).pause()
+
+        @step(wait_for="go", timeout=60)
+        def two(self):
+            did(self.signal_payload)
+
+    workflow = Interrupted.create(hero=hero)
+    work_off(drive)
+    assert (reload(workflow).state, waiting(workflow).waiting_for) == ("paused", "go")
+    workflow.signal("go", "went")
+    workflow.resume()
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["went"])
+
+
+def test_a_redelivered_key_is_acknowledged_and_ignored(drive, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    assert workflow.signal("confirmed", 1, idempotency_key="event 1") is True
+    assert workflow.signal("confirmed", 2, idempotency_key="event 1") is False
+    assert workflow.signal("confirmed", 3, idempotency_key="Event 1") is True
+    assert workflow.signal("confirmed", 4) is True
+    assert workflow.signal("confirmed", 4) is True
+    helpers.speedrun_workflow(workflow)
+    assert workflow.signal("confirmed", 1, idempotency_key="event 1") is False
+    with pytest.raises(gd.InvalidStateError, match=r"finished; signal\(\) was refused: it is allowed when ready, perf"):
+        workflow.signal("confirmed", 5, idempotency_key="event 5")
+    assert effects() == ["confirm 1", "deliver None"]
+    assert [each.payload for each in workflow.signals.order_by(gd.WorkflowSignal.id)] == [1, 3, 4, 4]
+
+
+def test_the_same_key_may_come_under_another_name_and_to_another_workflow(drive):
+    class Two(Workflow):
+        first = step("go", wait_for="left")
+        second = step("go", wait_for="right")
+
+        def go(self):
+            pass
+
+    one, other = (Two.create(hero=User.create()) for _ in range(2))
+    for workflow in (one, other):
+        assert workflow.signal("left", 1, idempotency_key="k") is True
+        assert workflow.signal("right", 1, idempotency_key="k") is True
+        assert workflow.signal("right", 1, idempotency_key="k") is False
+
+
+def test_a_reattempt_sees_the_signal_again(drive, clock, hero, helpers):
+    class Stubborn(Workflow):
+        @step(wait_for="go", timeout=60, on_exception="reattempt")
+        def one(self):
+            did(f"try {self.signal_payload}")
+            if len(effects()) == 1:
+                raise LookupError
+            if len(effects()) == 2:
+                self.reattempt()
+
+        @step(wait_for="go")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    workflow = Stubborn.create(hero=hero)
+    workflow.signal("go", "first")
+    helpers.speedrun_workflow(workflow)
+    assert effects() == ["try first", "try first", "try first"]
+    assert (consumed(workflow), waiting(workflow).step_name) == (["first"], "two")
+    workflow.signal("go", "second")
+    helpers.speedrun_workflow(workflow)
+    assert (effects()[-1], consumed(workflow)) == ("two second", ["first", "second"])
+
+
+def test_an_attempt_after_a_crash_sees_the_signal_again(drive, clock, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    workflow.signal("confirmed", 1)
+    assert gd._Attempt.claim(drive, scheduled(workflow).id) is not None  # and then its process is no more
+    clock.forward(minutes=3)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    helpers.speedrun_workflow(workflow)
+    assert effects() == ["confirm 1", "deliver None"]
+
+
+def test_a_step_that_ran_after_its_timeout_does_not_wait_again_when_it_is_reattempted(drive, clock, hero, helpers):
+    class Late(Workflow):
+        @step(wait_for="go", timeout=60, on_timeout="run", on_exception="reattempt")
+        def one(self):
+            did(f"one {self.signal_payload}")
+            if len(effects()) == 1:
+                raise LookupError
+
+    workflow = Late.create(hero=hero)
+    helpers.travel(workflow, 120)
+    assert (workflow.state, effects()) == ("finished", ["one None", "one None"])
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_skipping_leaves_a_signal_to_the_next_step_unless_the_step_had_it(drive, hero, helpers, has_failed):
+    class Twice(Workflow):
+        @step(wait_for="go")
+        def one(self):
+            did(f"one {self.signal_payload}")
+            raise LookupError
+
+        @step(wait_for="go")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    workflow = Twice.create(hero=hero)
+    workflow.signal("go", 1)
+    workflow.signal("go", 2)
+    if has_failed:
+        helpers.speedrun_workflow(workflow, raise_errors=False)
+        assert workflow.state == "paused"
+    workflow.skip()
+    helpers.speedrun_workflow(workflow)
+    assert effects() == (["one 1", "two 2"] if has_failed else ["two 1"])
+    assert consumed(workflow) == ([1, 2] if has_failed else [1])
+
+
+def test_signals_that_do_not_match_are_left_to_other_steps(drive, clock, hero):
+    workflow = Parcels.create(hero=hero)
+    for kilos in (3, 5):
+        workflow.signal("arrived", {"kilos": kilos})
+        work_off(drive)
+        assert (waiting(workflow).step_name, waiting(workflow).started_at, effects()) == ("heavy", None, [])
+    workflow.signal("arrived", {"kilos": 30})
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["heavy 30", "light 3"])
+    assert [each.payload["kilos"] for each in workflow.signals if not each.consumed_at] == [5]
+
+
+def test_a_signal_that_comes_while_another_one_is_looked_at_is_not_overlooked(drive, hero):
+    sent = []
+
+    def matching(payload):
+        if not sent:
+            sent.append(reload(workflow).signal("go", "right"))
+        return payload == "right"
+
+    class Choosy(Workflow):
+        @step(wait_for="go", matching=matching)
+        def one(self):
+            did(self.signal_payload)
+
+    workflow = Choosy.create(hero=hero)
+    workflow.signal("go", "wrong")
+    work_off(drive)
+    assert (reload(workflow).state, effects(), sent) == ("finished", ["right"], [True])
+
+    # and one that comes between the last look and the record
+    sent.clear()
+    find = gd._Attempt._find_signal
+
+    def find_and_send(attempt, definition):
+        found = find(attempt, definition)
+        if not found and len(sent) == 1:
+            sent.append(reload(workflow).signal("go", "right"))
+        return found
+
+    workflow = Choosy.create(hero=hero)
+    sent.append("wrong will be looked at")
+    workflow.signal("go", "wrong")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gd._Attempt, "_find_signal", find_and_send)
+        work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["right", "right"])
+
+
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_a_call_while_a_signal_is_looked_at_and_found_to_be_anothers_is_obeyed(drive, hero, call):
+    class Choosy(Workflow):
+        @step(wait_for="go", matching=lambda payload: payload or getattr(reload(workflow), call)())
+        def one(self):
+            did(self.signal_payload)
+
+    workflow = Choosy.create(hero=hero)
+    workflow.signal("go", 0)
+    work_off(drive)
+    if call == "cancel":
+        assert (reload(workflow).state, history(workflow)) == ("canceled", [("one", "canceled", "canceled")])
+        return
+    assert (reload(workflow).state, history(workflow)) == ("paused", [("one", "waiting", None)])
+    reload(workflow).signal("go", 1)
+    reload(workflow).resume()
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["1"])
+
+
+def test_an_error_of_matching_counts_as_the_bodys(drive, hero, helpers):
+    class Broken(Workflow):
+        @step(wait_for="go", matching=lambda payload: payload["kilos"])
+        def one(self):
+            pass
+
+    workflow = Broken.create(hero=hero)
+    workflow.signal("go", {})
+    with pytest.raises(KeyError):
+        helpers.speedrun_workflow(workflow)
+    assert (workflow.state, consumed(workflow)) == ("paused", [])
+
+
+def test_conditions_are_checked_when_the_step_runs_and_a_skipped_one_takes_no_signal(drive, clock, hero, helpers):
+    class Conditional(Workflow):
+        @cancel_if
+        def hero_left(self):
+            return not self.hero.active
+
+        @step(wait_for="go", skip_if=lambda self: self.hero.visits)
+        def one(self):
+            did(f"one {self.signal_payload}")
+
+        @step(wait_for="go", timeout=60, on_timeout="run")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    workflow = Conditional.create(hero=hero)
+    User.update(visits=1).execute()
+    workflow.signal("go", 1)
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, effects()) == ("finished", ["two 1"])
+    workflow = Conditional.create(hero=hero)
+    workflow.skip()
+    User.update(active=False).execute()
+    helpers.travel(workflow, 60)
+    assert (workflow.state, effects()) == ("canceled", ["two 1"])
+
+
+def test_a_wait_comes_before_the_signal_and_the_timeout_after_it(drive, clock, hero, helpers):
+    class Both(Workflow):
+        @step(wait=60, wait_for="go", timeout=30, on_timeout="run")
+        def one(self):
+            did(f"{(drive.clock() - begun).total_seconds():.0f} s: {self.signal_payload}")
+
+    begun = drive.clock()
+    workflow = Both.create(hero=hero)
+    assert waiting(workflow).times_out_at == START + timedelta(seconds=90)
+    workflow.signal("go", 1)
+    assert scheduled(workflow).scheduled_for == START + timedelta(seconds=60)
+    helpers.travel(workflow, 100)
+    workflow, begun = Both.create(hero=hero), drive.clock()
+    helpers.travel(workflow, 100)
+    assert effects() == ["60 s: 1", "90 s: None"]
+
+
+def test_a_timeout_of_nothing_looks_once(drive, hero):
+    class Glance(Workflow):
+        @step(wait_for="go", timeout=0, on_timeout="run")
+        def one(self):
+            did(f"one {self.signal_payload}")
+
+    workflow = Glance.create(hero=hero)
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["one None"])
+    assert Glance.create_many([User.create()]) == 1
+    work_off(drive)
+    assert effects() == ["one None", "one None"]
+
+
+def test_a_signal_belongs_to_the_transaction_around_it(drive, db, hero):
+    workflow = Payment.create(hero=hero)
+    with pytest.raises(LookupError), db.atomic():
+        workflow.signal("confirmed", 1, idempotency_key="k")
+        assert scheduled(workflow)
+        raise LookupError
+    assert (waiting(workflow).waiting_for, workflow.signals.count()) == ("confirmed", 0)
+    with db.atomic():
+        assert workflow.signal("confirmed", 1, idempotency_key="k") is True
+        assert workflow.signal("confirmed", 1, idempotency_key="k") is False
+    work_off(drive)
+    assert effects() == ["confirm 1", "deliver None"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            ("paid",),
+            gd.UnknownSignalError,
+            r"sent the signal 'paid', which no step of Payment waits for: .*\(confirmed\)",
+        ),
+        ((7,), gd.UnknownSignalError, r"sent the signal 7"),
+        (("confirmed", {1, 2}), TypeError, r"the payload of the signal 'confirmed' is not JSON"),
+        (("confirmed", float("nan")), ValueError, r"the payload of the signal 'confirmed' is not JSON"),
+        (
+            ("confirmed", 128 * 1024 * "x"),
+            ValueError,
+            r"the payload of the signal 'confirmed' takes 131074 bytes, over",
+        ),
+        (("confirmed", 1, 7), TypeError, r"the idempotency_key of the signal 'confirmed' must be text, not 7"),
+        (("confirmed", 1, ""), ValueError, r"must have 1 to 255 printable characters"),
+        (("confirmed", 1, 256 * "x"), ValueError, r"must have 1 to 255 printable characters"),
+        (("confirmed", 1, "a\0b"), ValueError, r"must have 1 to 255 printable characters"),
+        (("confirmed", 1, "a\ud800"), ValueError, r"must have 1 to 255 printable characters"),
+    ],
+)
+def test_a_wrong_signal_is_refused_and_nothing_is_written(drive, hero, arguments, error, text):
+    workflow = Payment.create(hero=hero)
+    with pytest.raises(error, match=text):
+        workflow.signal(*arguments)
+    assert (waiting(workflow).waiting_for, workflow.signals.count()) == ("confirmed", 0)
+
+
+@pytest.mark.parametrize("payload", [None, 0, "", [], {}, "\0 \ud800 ü", [1.5, {"a": None}], (128 * 1024 - 2) * "x"])
+def test_a_payload_may_be_any_json_value(drive, hero, helpers, payload):
+    seen = []
+
+    class Echo(Workflow):
+        @step(wait_for="say")
+        def one(self):
+            seen.append(self.signal_payload)
+
+    workflow = Echo.create(hero=hero)
+    workflow.signal("say", payload, idempotency_key="schlüssel")
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, seen) == ("finished", [payload])
+
+
+def test_a_signal_for_a_workflow_that_was_deleted_says_so(drive, hero):
+    workflow = Payment.create(hero=hero)
+    Workflow.delete().execute()
+    StepExecution.delete().execute()
+    with pytest.raises(Workflow.DoesNotExist, match="was deleted; the signal 'confirmed' came too late"):
+        workflow.signal("confirmed")
+
+
+def test_whoever_knows_only_the_hero_signals_its_ongoing_workflow(drive, hero, helpers):
+    with pytest.raises(Payment.DoesNotExist, match=r"Payment.signal_hero\(User \d+\): there is no Payment about it"):
+        Payment.signal_hero(hero, "confirmed")
+    Quick.create(hero=hero)
+    workflow = Payment.create(hero=hero)
+    Payment.create(hero=User.create())
+    assert Payment.signal_hero(hero, "confirmed", 1, idempotency_key="e1") is True
+    assert Payment.signal_hero(hero, "confirmed", 1, idempotency_key="e1") is False
+    helpers.speedrun_workflow(workflow)
+    assert effects() == ["confirm 1", "deliver None"]
+    with pytest.raises(gd.InvalidStateError, match=r"is finished; signal\(\) was refused"):
+        Payment.signal_hero(hero, "confirmed", 2)
+    second = Payment.create(hero=hero)
+    assert Payment.signal_hero(hero, "confirmed", 1, idempotency_key="e1") is False
+    assert second.signals.count() == 0
+    third = Payment.create(hero=hero, allow_multiple=True)
+    with pytest.raises(ValueError, match=f"the workflows {second.id}, {third.id} are ongoing"):
+        Payment.signal_hero(hero, "confirmed", 3)
+    second.cancel()
+    assert Payment.signal_hero(hero, "confirmed", 4) is True
+    assert third.signals.get().payload == 4
+
+
+def test_a_signal_may_be_sent_where_the_class_is_not_known(drive, hero, monkeypatch):
+    workflow = Payment.create(hero=hero)
+    monkeypatch.delitem(gd._workflow_classes, "Payment")
+    row = reload(workflow)
+    assert type(row) is Workflow
+    assert row.signal("confirmed", 1) is True
+    assert row.signal("whatever", 2) is True
+    with pytest.raises(gd.UnknownSignalError):
+        row.signal("")
+    monkeypatch.undo()
+    work_off(drive)
+    assert effects() == ["confirm 1", "deliver None"]
+
+
+def test_steps_that_begin_or_cease_to_wait_with_a_deploy_strand_nobody(drive, clock, monkeypatch):
+    def define(**options):
+        class Deployed(Workflow):
+            @step(**options)
+            def one(self):
+                did(f"one {self.signal_payload}")
+
+        monkeypatch.setitem(gd._workflow_classes, "Deployed", Deployed)
+        return Deployed
+
+    workflow = define(wait_for="go").create(hero=User.create())
+    paused = define(wait_for="go").create(hero=User.create())
+    paused.pause()
+    define()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    reload(paused).resume()
+    work_off(drive)
+    assert [reload(each).state for each in (workflow, paused)] == ["finished", "finished"]
+
+    workflow = define().create(hero=User.create())
+    define(wait_for="go", timeout=60)
+    work_off(drive)
+    assert waiting(workflow).times_out_at == drive.clock() + timedelta(seconds=60)
+    assert len(messages(drive)) == 1
+    reload(workflow).signal("go", 1)
+    work_off(drive)
+
+    workflow = define(wait_for="go").create(hero=User.create())
+    define(wait_for="went")
+    reload(workflow).signal("went", 2)
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["one None", "one None", "one 1", "one 2"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"wait_for": 7}, r"wait_for must be a signal's name, not 7"),
+        ({"wait_for": ""}, r"wait_for must be a signal's name, not ''"),
+        ({"timeout": 7}, r"timeout goes with wait_for only"),
+        ({"matching": len}, r"matching goes with wait_for only"),
+        ({"wait_for": "x", "on_timeout": "skip"}, r"on_timeout goes with timeout only"),
+        ({"wait_for": "x", "timeout": -1}, r"timeout must be neither negative"),
+        ({"wait_for": "x", "timeout": "3 d"}, r"timeout must be a timedelta or a number of seconds"),
+        (
+            {"wait_for": "x", "timeout": 1, "on_timeout": "reattempt"},
+            r"on_timeout must be one of pause, skip, cancel, run",
+        ),
+        ({"wait_for": "x", "matching": "x"}, r"matching must be a callable of the signal's payload, not 'x'"),
+    ],
+)
+def test_what_is_wrong_with_waiting_for_a_signal_is_said_at_once(options, text):
+    with pytest.raises(gd.StepConfigurationError, match=rf"Wrong\.one: {text}"):
+
+        class Wrong(Workflow):
+            @step(**options)
+            def one(self):
+                pass
+
+
+def test_the_helpers_stop_at_a_step_that_waits(drive, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    helpers.speedrun_workflow(workflow)
+    helpers.assert_workflow_state(workflow, "ready")
+    hint = r"confirm waits; call signal\('confirmed'\), or travel\(\)"
+    with pytest.raises(AssertionError, match=rf"no step is scheduled: {hint}"):
+        helpers.perform_next_step(workflow)
+    with pytest.raises(AssertionError, match=rf"its step confirm could not be performed: {hint}"):
+        helpers.perform_step_inline(workflow, "confirm")
+    workflow.signal("confirmed", 1)
+    helpers.perform_step_inline(workflow, "confirm")
+    helpers.assert_step_executed(workflow, "confirm")
+
+
+def test_what_waits_is_counted_and_is_idle_unless_its_time_is_limited(drive, clock, hero):
+    assert drive.is_idle()
+    workflow = Parcels.create(hero=hero)
+    assert drive.is_idle()
+    for _ in range(2):
+        Payment.create(hero=User.create())
+    assert not drive.is_idle()
+    found = [each for each in drive.stats() if each.name == "geneva_drive_waiting_steps"]
+    assert found == [
+        gd.Metric("geneva_drive_waiting_steps", {"type": "Parcels", "signal": "arrived"}, 1),
+        gd.Metric("geneva_drive_waiting_steps", {"type": "Payment", "signal": "confirmed"}, 2),
+    ]
+    workflow.signal("arrived", {"kilos": 1})
+    assert not drive.is_idle()
+
+
+def test_doctor_finds_a_step_that_waits_for_what_is_there(drive, hero):
+    workflow = Payment.create(hero=hero)
+    gd.WorkflowSignal.insert(workflow=workflow.id, name="confirmed", created_at=START).execute()
+    waits = StepExecution.get()
+    spoilt = Quick.create(hero=hero)
+    scheduled(spoilt)._write(state="waiting")
+    diagnosed(
+        drive,
+        f"execution {waits.id} waits for the signal confirmed, which is there",
+        f"execution {waiting(spoilt).id} waits for no signal",
+    )
+
+
+def test_signals_are_deleted_with_their_workflow(drive, clock, hero, helpers):
+    workflow = Payment.create(hero=hero)
+    workflow.signal("confirmed", 1)
+    helpers.speedrun_workflow(workflow)
+    clock.forward(days=31)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 1
+    assert gd.WorkflowSignal.select().count() == 0
+    other = Payment.create(hero=hero)
+    other.signal("confirmed", 1)
+    if isinstance(drive.database, SqliteDatabase):
+        drive.database.execute_sql("pragma foreign_keys = off")
+    try:
+        Workflow.delete().execute()
+    finally:
+        if isinstance(drive.database, SqliteDatabase):
+            drive.database.execute_sql("pragma foreign_keys = on")
+    assert gd.WorkflowSignal.select().count() == 0
+
+
+def test_the_graph_shows_what_is_waited_for():
+    assert '"confirm<br/>wait for confirmed, after 3 d pause"' in Payment.graph()
+    assert '"light<br/>wait for arrived"' in Parcels.graph()
+
+
+def _signal_and_work(number, url, ids, barrier, results):
+    """Sends each workflow its signal, each twice with one key, while its steps before and after are performed."""
+    db = open_database(url)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    barrier.wait(timeout=60)
+    for each in ids:
+        if number % 2:
+            drive._perform(StepExecution.get((StepExecution.workflow == each) & (StepExecution.number == 1)).id)
+        else:
+            results.put(reload(Workflow(id=each)).signal("go", each, idempotency_key=f"event {each}"))
+    work_off(drive, limit=10_000)
+
+
+class Meeting(Workflow):
+    @step
+    def before(self):
+        pass
+
+    @step(wait_for="go")
+    def meet(self):
+        did(f"{self.id}: {self.signal_payload}")
+
+
+def test_in_no_order_of_arrival_a_signal_is_lost_or_doubled(database, drive):
+    Meeting.create_many([User.create() for _ in range(200)])
+    ids = [each.id for each in Meeting.select()]
+    database.peewee.close()
+    sent = in_processes(4, _signal_and_work, database.url, ids, fork.Barrier(4))
+    work_off(drive)
+    assert sorted(sent) == [False] * 200 + [True] * 200
+    assert sorted(effects()) == sorted(f"{each}: {each}" for each in ids)
+    assert Meeting.finished().count() == 200
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # SQLite lets nobody else write meanwhile
+def test_a_transaction_with_an_older_snapshot_neither_misses_a_signal_nor_doubles_it(database, drive, db, hero):
+    class Snapshot(Workflow):
+        @step(transactional=True)
+        def one(self):
+            Effect.select().count()  # what this transaction sees from now on is how it was at this moment
+            if not sent:
+                sent.extend(in_processes(1, _send, database.url, self.id))
+            did("one")
+
+        @step(wait_for="go")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    sent = []
+    workflow = Snapshot.create(hero=hero)
+    if "postgres" in database.url:
+        db.connection().set_session(isolation_level="REPEATABLE READ")
+    try:
+        work_off(drive)
+    finally:
+        db.close()
+    assert (sent, reload(workflow).state, effects()) == ([True], "finished", ["one", "two 1"])
+
+
+def _send(number, url, workflow_id, results):
+    GenevaDrive(open_database(url))
+    results.put(Workflow.get_by_id(workflow_id).signal("go", 1))
 
 
 # ==== What a deploy may take away =====================================================================================
@@ -5487,6 +6300,18 @@ EXAMPLES = {
         "balance sheet: finished after [345] steps",
         "last word: canceled after 6 steps",
     ],
+    "signals.py": [
+        "event 1: thank you",
+        "event 1: we know",
+        "event 2: thank you",
+        "event 3: thank you",
+        "chair: sent",
+        "desk: 100 euros are missing",
+        "event 4: the order is closed, give the money back",
+        "chair: finished",
+        "desk: paused",
+        "lamp: canceled",
+    ],
     "async_steps.py": ["some shop takes more than 0.4 s", "bought a lamp from Birch for 9"],
     "tracing.py": [
         "POST /orders: under nothing, UNSET",
@@ -5931,6 +6756,31 @@ TestHelpers().speedrun_workflow(payment)
 print(payment.state, [each.outcome for each in payment.execution_history])
 """
 
+TRY_THE_DELIVERY = """
+from peewee import Model, SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers
+from delivery import DeliveryWorkflow, payment_webhook
+
+db = SqliteDatabase(":memory:")
+drive = GenevaDrive(db)
+
+class Order(Model):
+    class Meta:
+        database = db
+
+    def send(self, receipt):
+        print("sent,", receipt)
+
+db.create_tables([Order])
+drive.create_tables()
+order = Order.create()
+workflow = DeliveryWorkflow.create(hero=order)
+TestHelpers().speedrun_workflow(workflow)
+for _ in range(2):
+    payment_webhook(order, {"id": "event 1", "receipt": "receipt 7"})
+TestHelpers().speedrun_workflow(workflow)
+"""
+
 # How the README's Python runs. The blocks below one heading are one file; all files share a folder, in the README's
 # order. By heading: the file, the arguments that Python is run with, the output.
 README_PROGRAMS = {
@@ -5940,6 +6790,7 @@ README_PROGRAMS = {
         ["-c", TRY_THE_PAYMENTS],
         "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
     ),
+    "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
     "Tests with it": (
         "test_app.py",
         ["-m", "unittest", "-q", "test_app"],
