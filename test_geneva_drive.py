@@ -6225,6 +6225,34 @@ def test_there_is_colour_on_a_terminal_only_and_never_with_no_color(tmp_path):
     assert len(bar[0]) == 50  # as wide as the terminal has room for
 
 
+def test_the_command_line_sends_a_signal(command_line, drive, hero):
+    workflow = Payment.create(hero=hero)
+    _, output, _ = command_line("show", workflow.id)
+    assert "  waits for the signal: confirmed" in output.splitlines()
+    assert re.search(r"^1  confirm  waiting .* in 3 d$", output, re.MULTILINE)
+    _, output, _ = command_line("stats")
+    assert "Payment: 1 wait for the signal confirmed" in output.splitlines()
+    for arguments, status, text in (
+        (["confirmed", "--payload", "{7"], 2, "--payload {7: it is not JSON"),
+        (["paid"], 1, "which no step of Payment waits for: use one of its signals (confirmed)"),
+        (["confirmed", "--key", ""], 1, "must have 1 to 255 printable characters"),
+    ):
+        found, output, errors = command_line("signal", workflow.id, *arguments)
+        assert (found, output) == (status, "")
+        assert text in errors
+    send = ["signal", workflow.id, "confirmed", "--payload", '{"by": "hand"}', "--key", "k"]
+    status, output, _ = command_line(*send)
+    assert (status, output) == (0, f"Payment {workflow.id} of User {hero.id}: ready at confirm: confirmed was sent\n")
+    _, output, _ = command_line(*send)
+    assert output.endswith("confirmed was sent before, and is left out\n")
+    status, output, _ = command_line(*send, "--json")
+    assert (status, json.loads(output)) == (0, {"id": workflow.id, "signal": "confirmed", "is_new": False})
+    work_off(drive)
+    assert effects() == ["confirm {'by': 'hand'}", "deliver None"]
+    status, _, errors = command_line("signal", workflow.id, "confirmed")
+    assert (status, "is finished; signal() was refused" in errors) == (1, True)
+
+
 # ==== Examples and README =============================================================================================
 
 
