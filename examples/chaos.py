@@ -2,9 +2,10 @@
 
     python examples/chaos.py [URL] [--workflows 5000] [--seconds 120] [--workers 4]
 
-Consumers work on orders that a creator makes. The creator, and all consumers but the first, get SIGKILL at random and
-are started again; connections are dropped, or SQLite's file is locked; workflows are paused and resumed. In the end the
-consumer that was never killed works off alone what is left. Exits 1 if a promise broke, 2 on wrong usage.
+Consumers work on orders that a creator makes and a payer pays: by signals, in any order, some of them several times.
+The creator, the payer, and all consumers but the first, get SIGKILL at random and are started again; connections are
+dropped, or SQLite's file is locked; workflows are paused and resumed. In the end the consumer that was never killed
+works off alone what is left. Exits 1 if a promise broke, 2 on wrong usage.
 
 URL, or GENEVA_DRIVE_URL, is that of an empty database, such as postgresql://user:password@host/name. Its connections
 are dropped, whoever's they are. The default is a SQLite file that is removed in the end.
@@ -21,10 +22,19 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 
-from peewee import CharField, DatabaseProxy, IntegerField, Model, PeeweeException, PostgresqlDatabase, SqliteDatabase
+from peewee import (
+    JOIN,
+    CharField,
+    DatabaseProxy,
+    IntegerField,
+    Model,
+    PeeweeException,
+    PostgresqlDatabase,
+    SqliteDatabase,
+)
 from playhouse.db_url import connect
 
-from geneva_drive import GenevaDrive, InvalidStateError, StepExecution, Workflow, step
+from geneva_drive import GenevaDrive, InvalidStateError, StepExecution, Workflow, WorkflowSignal, step
 
 PATIENCE_SECONDS = 300  # with what is left when the killing is over
 
@@ -57,6 +67,12 @@ class Fulfilment(Workflow):
     @step
     def charge(self):
         self.leave_effect("charge")
+
+    @step(transactional=True, wait_for="paid")
+    def register(self):
+        self.context["paid"] = self.signal_payload
+        self.leave_effect("register")
+        self.count_booking()
 
     @step(transactional=True)
     def book(self):
@@ -110,17 +126,32 @@ def create(args):
         time.sleep(max(0, args.started + 0.8 * args.seconds * there / args.workflows - time.time()))
 
 
-ROLES = {"consume": consume, "create": create}
+def pay(args):
+    """Send each workflow its signal, as a provider does who calls again where it heard no answer."""
+    parent, is_paid = os.getppid(), WorkflowSignal.name == "paid"
+    unpaid = Fulfilment.select().join(WorkflowSignal, JOIN.LEFT_OUTER).where(WorkflowSignal.id.is_null())
+    while WorkflowSignal.select().where(is_paid).count() < args.workflows and os.getppid() == parent:
+        calls = list(unpaid.order_by(db.random()).limit(10)) + list(Fulfilment.select().order_by(db.random()).limit(2))
+        for workflow in calls:
+            order = workflow.hero
+            Fulfilment.signal_hero(order, "paid", {"number": order.number}, idempotency_key=f"order {order.number}")
+        time.sleep(0.02)
+
+
+ROLES = {"consume": consume, "create": create, "pay": pay}
 
 # ==== The chaos =======================================================================================================
 
 
+OTHERS = ["create", "pay"]  # one process of each, behind the consumers
+
+
 class Chaos:
-    """What is done to the processes: consumers, of which the first is never killed, and as the last one the creator."""
+    """What is done to the processes: consumers, of which the first is never killed, the creator and the payer."""
 
     def __init__(self, args):
         self.args, self.counts, self.paused = args, Counter(), set()
-        self.processes = [self.start(role) for role in ["consume"] * args.workers + ["create"]]
+        self.processes = [self.start(role) for role in ["consume"] * args.workers + OTHERS]
         self.next_disturbance, self.next_look = time.time() + args.disturb_every, time.time()
 
     def start(self, role):
@@ -140,17 +171,17 @@ class Chaos:
                 self.counts["disturbances"] += disturb_database()
             if place < self.args.workers:
                 self.processes[place] = self.start("consume")
-            self.restart_creator()
+            self.restart_others()
             self.pause_some()
             self.look_after()
 
     def calm_down(self):
-        """Leave the rest to the consumer that was never killed; the creator may come to its end too."""
+        """Leave the rest to the consumer that was never killed; creator and payer may come to their end too."""
         for place in range(1, self.args.workers):
             self.kill(place)
         deadline = time.time() + PATIENCE_SECONDS
-        while time.time() < deadline and (self.processes[-1].poll() != 0 or Fulfilment.ongoing().exists()):
-            self.restart_creator()
+        while time.time() < deadline and (self.others_go_on() or Fulfilment.ongoing().exists()):
+            self.restart_others()
             self.look_after()
             time.sleep(0.5)
 
@@ -163,9 +194,13 @@ class Chaos:
         elif place < self.args.workers:
             self.counts["consumers that died by themselves"] += 1
 
-    def restart_creator(self):
-        if self.processes[-1].poll():  # it was killed, or died of a connection that was dropped; 0: it is done
-            self.processes[-1] = self.start("create")
+    def others_go_on(self):
+        return any(process.poll() != 0 for process in self.processes[self.args.workers :])
+
+    def restart_others(self):
+        for place, role in enumerate(OTHERS, self.args.workers):
+            if self.processes[place].poll():  # it was killed, or died of a connection that was dropped; 0: it is done
+                self.processes[place] = self.start(role)
 
     def pause_some(self):
         for workflow in Fulfilment.ongoing().order_by(db.random()).limit(2):
@@ -240,12 +275,15 @@ def audit(expected):
     wrong = sum(count != 0 for key, count in surplus.items() if key not in plain)
     wrong += Order.select().where(Order.booked != len(TRANSACTIONAL)).count()
     heroes = Counter(Fulfilment.finished().select(Workflow.hero_id).tuples())
+    numbers_paid = {order.id: {"number": order.number} for order in Order.select()}
+    given = Counter(signal.workflow_id for signal in WorkflowSignal.select() if signal.consumed_at)
     numbers = {
         "workflows": expected,
         "finished": len(heroes),
         "lost": expected - len(heroes),
         "attempts at their steps": history.count(),
         "attempts that died and were recovered": sum(deaths.values()),
+        "signals": WorkflowSignal.select().count(),
         "effects of plain steps repeated": sum(count for count in plain.values() if count > 0),
         "effects of transactional steps wrong": wrong,
     }
@@ -255,6 +293,11 @@ def audit(expected):
         "what succeeded had its effect": min(surplus.values(), default=0) >= 0,
         "a plain step repeats its effect only where an attempt died": all(plain[key] <= deaths[key] for key in plain),
         "a transactional step has its effect exactly once": wrong == 0,
+        "every signal is given to its step, and once": given == Counter(dict.fromkeys(given, 1))
+        and len(given) == expected,
+        "and with its payload": all(
+            each.context["paid"] == numbers_paid[int(each.hero_id)] for each in Fulfilment.finished()
+        ),
         "doctor() finds nothing": drive.doctor() == [],
     }
     return numbers, [promise for promise, is_kept in promises.items() if not is_kept]
@@ -306,7 +349,7 @@ def main():
         open_database(args.url)
         try:
             return ROLES[args.role](args)
-        except PeeweeException:  # the creator's: it has no reason to be braver than this
+        except PeeweeException:  # the creator's or the payer's, who have no reason to be braver than this
             logging.getLogger(__name__).exception("the %s role failed and will be started again", args.role)
             return 1
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
