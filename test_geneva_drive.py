@@ -6564,6 +6564,8 @@ def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
         db.execute(f"delete from chaos_effects where workflow = {lacking} and step = 'charge'")
         effects = [(again, "charge")] * 30 + [(booked_again, "book")]
         db.executemany("insert into chaos_effects (workflow, step) values (?, ?)", effects)
+        db.execute(f"update geneva_drive_signals set consumed_at = null where workflow_id = {lacking}")
+        db.execute(f"update geneva_drive_workflows set context = '{{\"paid\": 7}}' where id = {again}")
         stop = f"update geneva_drive_workflows set state = 'canceled' where state = 'ready' and id in ({booked})"
         until(lambda: db.execute(stop).rowcount)
     table, errors = process.communicate(timeout=400)
@@ -6575,6 +6577,8 @@ def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
         "what succeeded had its effect",
         "a plain step repeats its effect only where an attempt died",
         "a transactional step has its effect exactly once",
+        "every signal is given to its step, and once",
+        "and with its payload",
         "doctor() finds nothing",
     ]
 

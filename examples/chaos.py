@@ -275,7 +275,7 @@ def audit(expected):
     wrong = sum(count != 0 for key, count in surplus.items() if key not in plain)
     wrong += Order.select().where(Order.booked != len(TRANSACTIONAL)).count()
     heroes = Counter(Fulfilment.finished().select(Workflow.hero_id).tuples())
-    numbers_paid = {order.id: {"number": order.number} for order in Order.select()}
+    payloads = {order.id: {"number": order.number} for order in Order.select()}
     given = Counter(signal.workflow_id for signal in WorkflowSignal.select() if signal.consumed_at)
     numbers = {
         "workflows": expected,
@@ -296,7 +296,7 @@ def audit(expected):
         "every signal is given to its step, and once": given == Counter(dict.fromkeys(given, 1))
         and len(given) == expected,
         "and with its payload": all(
-            each.context["paid"] == numbers_paid[int(each.hero_id)] for each in Fulfilment.finished()
+            each.context.get("paid") == payloads[int(each.hero_id)] for each in Fulfilment if each.id in given
         ),
         "doctor() finds nothing": drive.doctor() == [],
     }
