@@ -89,9 +89,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
     "InvalidStateError", "Metric", "SignalTimeoutError", "StepConfigurationError", "StepDefinition", "StepExecution",
-    "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError", "UnknownQueueError", "UnknownSignalError",
-    "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception",
-    "step", "step_finished", "step_started", "workflow_transitioned",
+    "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError", "UndefinedStep", "UnknownQueueError",
+    "UnknownSignalError", "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal",
+    "cancel_if", "on_exception", "removed_step", "step", "step_finished", "step_started", "workflow_transitioned",
 ]
 # fmt: on
 
@@ -232,10 +232,10 @@ class StepNotDefinedError(GenevaDriveError, LookupError):
 
     def __init__(self, workflow: Workflow, step_name: str | None) -> None:
         known = ", ".join(definition.name for definition in workflow.steps) or "none"
-        super().__init__(
-            f"{workflow._label}: {workflow.type} has no step {step_name!r} (it has: {known}); define it again, or "
-            "move on with resume_at()"
-        )
+        fix = "define it again, put removed_step() in its place, or move on with resume_at()"
+        if workflow._find(step_name):
+            fix = "it was removed: use another one"
+        super().__init__(f"{workflow._label}: {workflow.type} has no step {step_name!r} (it has: {known}); {fix}")
 
 
 class WorkflowNotDefinedError(GenevaDriveError, LookupError):
@@ -465,6 +465,15 @@ class StepDefinition:
     timeout: timedelta | None = None
     on_timeout: str = "pause"
     matching: Callable[[Any], object] | None = None
+    removed: bool = False  # then it is skipped as by any true `skip_if`: the hero and the conditions come first
+
+
+class UndefinedStep(NamedTuple):
+    """A step that so many ongoing workflows of a type stand at, and that no class defines in this process."""
+
+    type: str
+    step_name: str
+    workflows: int
 
 
 # ==== The language in which steps are declared ========================================================================
@@ -496,6 +505,7 @@ class _Declaration:
 
     options: dict[str, Any]
     body: str | None = None
+    is_removed: bool = False
 
 
 @overload
@@ -535,6 +545,20 @@ def step(body: Any = None, /, **options: Any) -> Any:
     return body
 
 
+def removed_step(name: str | None = None, *, before_step: str | None = None, after_step: str | None = None) -> Any:
+    """Declare in the place where a step used to be that it is gone: `remind = removed_step()`.
+
+    New workflows do not come by it. One that stands at it goes on: when the step is due, and unless a condition cancels
+    the workflow, it is recorded as skipped and the next one is scheduled.
+
+    :param name: the step's name, if it is not the attribute's.
+    :param before_step: as the step had it. `after_step` likewise: what comes next is told by the place.
+    :raises StepConfigurationError: when the class is defined, if any of it is wrong.
+    """
+    options = {"name": name, "before_step": before_step, "after_step": after_step}
+    return _Declaration({key: value for key, value in options.items() if value is not None}, is_removed=True)
+
+
 def cancel_if(condition: _Function) -> _Function:
     """Declare a method as a condition that is checked before every step; true cancels the workflow."""
     if not inspect.isfunction(condition):
@@ -570,7 +594,8 @@ class _ClassBody(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self.get(key)
-        if hasattr(old, "_geneva_drive_step") and getattr(value, "__wrapped__", None) is not old:
+        is_step = hasattr(old, "_geneva_drive_step") or isinstance(old, _Declaration)
+        if is_step and getattr(value, "__wrapped__", None) is not old:
             raise StepConfigurationError(f"{self.class_name}.{key}: the step is declared twice: rename one of them")
         super().__setitem__(key, value)
 
@@ -581,7 +606,7 @@ class _Blueprint:
 
     cls: type
     reserved: frozenset[str]
-    steps: list[StepDefinition] = field(default_factory=list)
+    steps: list[StepDefinition] = field(default_factory=list)  # the removed ones in their places
     cancel_ifs: list[str] = field(default_factory=list)
     policies: list[ExceptionPolicy] = field(default_factory=list)
     step_options: dict[str, Any] = field(default_factory=dict)
@@ -610,22 +635,27 @@ class _Blueprint:
     def methods(self) -> set[str]:
         """The names of the methods that declarations rely on."""
         handlers = (getattr(policy, "handler", None) for policy in self.policies)
-        bodies = (definition.body for definition in self.steps)
+        bodies = (definition.body for definition in self.steps if not definition.removed)
         return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
 
     def _add_step(
-        self, where: str, key: str, name: str, body: str, options: dict[str, Any], declared: set[str]
+        self, where: str, key: str, name: str, body: str | None, options: dict[str, Any], declared: set[str]
     ) -> None:
         _require(_is_name(name), where, f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
         _require(name not in declared, where, "the step is declared twice: rename one of them")
         declared.add(name)
-        for each in (key, name):
+        for each in (key, name) if body else (key,):  # the name of one that is gone may have become an attribute
             problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
             _require(each not in self.reserved, where, problem)
         for option in options:
             _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
+        place = options.get("before_step"), options.get("after_step")
+        if body is None:
+            self._place(where, StepDefinition(name, "", skip_if=True, removed=True), *place)
+            return
         method = getattr(self.cls, body, None)
-        _require(callable(method), where, f"its body {body!r} is not a method of the class")
+        is_method = callable(method) or (isinstance(method, _Declaration) and method.is_removed)  # by a child
+        _require(is_method, where, f"its body {body!r} is not a method of the class")
         is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
         _require(not is_generator, where, f"its body {body!r} is a generator, which nothing would run: do not yield")
         skip_if, transactional = options.get("skip_if"), options.get("transactional", False)
@@ -639,7 +669,7 @@ class _Blueprint:
         huey_options = _checked_options(options.get("options", {}), f"{where}: options")
         policy, signal = _step_policy(where, options), _step_signal(where, options)
         definition = StepDefinition(name, body, wait, skip_if, policy, transactional, huey_options, **signal)
-        self._place(where, definition, options.get("before_step"), options.get("after_step"))
+        self._place(where, definition, *place)
 
     def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
         _require(before is None or after is None, where, "before_step and after_step exclude each other")
@@ -661,15 +691,16 @@ class _Blueprint:
             self.policies.append(policy)
 
 
-def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The name, body and options of each step that an attribute of a class declares."""
+def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """The name, body and options of each step that an attribute of a class declares; a removed one has no body."""
     if isinstance(value, (list, tuple)) and any(isinstance(each, _Declaration) for each in value):
         items = [(f"{key}_{number}", each) for number, each in enumerate(value, 1)]
     else:
         items = [(key, getattr(value, "_geneva_drive_step", value))]
     for name, declaration in items:
         if isinstance(declaration, _Declaration):
-            yield declaration.options.get("name", name), declaration.body or key, declaration.options
+            body = None if declaration.is_removed else declaration.body or key
+            yield declaration.options.get("name", name), body, declaration.options
 
 
 def _is_name(name: object) -> bool:
@@ -988,16 +1019,15 @@ class _WorkflowType(peewee.ModelBase):
             if not issubclass(Workflow, ancestor):
                 blueprint.add_class(ancestor)
         for method in blueprint.methods():
-            _require(
-                callable(getattr(cls, method)), f"{name}.{method}", "it must stay a method: a parent declares it so"
-            )
+            problem = "it must stay a method: a step, a condition or a handler relies on it"
+            _require(callable(getattr(cls, method)), f"{name}.{method}", problem)
         try:
             Workflow.__new__(Workflow).__class__ = cls  # as reading a row does
         except TypeError as error:
             problem = "its instances cannot be made from rows: name Workflow first among the bases, use no __slots__"
             raise StepConfigurationError(f"{name}: {problem} ({error})") from error
         cls._blueprint = blueprint
-        cls.steps = tuple(blueprint.steps)
+        cls.steps = tuple(each for each in blueprint.steps if not each.removed)
         _register(cls)
         return cls
 
@@ -1078,7 +1108,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     step_options: Mapping[str, Any] = {}
     exception_policies: Sequence[ExceptionPolicy] = []
     workflow_type = ""
-    #: The steps in their order, own and inherited.
+    #: The steps in their order, own and inherited; those that were removed are left out.
     steps: tuple[StepDefinition, ...] = ()
 
     _blueprint: _Blueprint
@@ -1297,7 +1327,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Let a paused workflow go on with another step, now.
 
         :raises InvalidStateError: if it is not paused.
-        :raises StepNotDefinedError: if there is no such step.
+        :raises StepNotDefinedError: if there is no such step, or no longer.
         """
         self._control("resume_at", functools.partial(_moved, step_name=step_name))
 
@@ -1468,10 +1498,11 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return f"{self.type} {self.id}"
 
     def _neighbour(self, offset: int) -> str | None:
-        names = [definition.name for definition in self.steps]
-        if self.current_step_name not in names:
+        current = self.current_step_name
+        names = [each.name for each in self._blueprint.steps if not each.removed or each.name == current]
+        if current not in names:
             return None
-        place = names.index(self.current_step_name) + offset
+        place = names.index(current) + offset
         return names[place] if 0 <= place < len(names) else None
 
     def _undefined(self) -> str | None:
@@ -1483,7 +1514,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return None
 
     def _definition(self, step_name: str | None) -> StepDefinition:
-        """A step of the workflow's class; else a WorkflowNotDefinedError or a StepNotDefinedError."""
+        """A step of its class, a removed one too; else a WorkflowNotDefinedError or a StepNotDefinedError."""
         if self.type not in _workflow_classes:
             raise WorkflowNotDefinedError(self)
         definition = self._find(step_name)
@@ -1491,8 +1522,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
             raise StepNotDefinedError(self, step_name)
         return definition
 
-    def _find(self, step_name: str | None) -> StepDefinition | None:
-        return next((each for each in self.steps if each.name == step_name), None)
+    @classmethod
+    def _find(cls, step_name: str | None) -> StepDefinition | None:
+        return next((each for each in cls._blueprint.steps if each.name == step_name), None)
 
     def _is_awaited(self, execution: StepExecution, signal_name: str) -> bool:
         """Whether an execution waits for signals of the name, as it began to, or as its class has it by now."""
@@ -1500,8 +1532,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return signal_name in (execution.waiting_for, definition and definition.wait_for)
 
     def _step_after(self, step_name: str) -> StepDefinition | None:
-        place = self.steps.index(self._definition(step_name)) + 1
-        return self.steps[place] if place < len(self.steps) else None
+        steps = self._blueprint.steps
+        place = steps.index(self._definition(step_name)) + 1
+        return next((each for each in steps[place:] if not each.removed), None)
 
     @classmethod
     def _huey_options(cls, step_name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -1539,6 +1572,20 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The workflows of one hero."""
         hero_type, hero_id = _hero_key(hero)
         return cls.select().where((Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id))
+
+    @classmethod
+    def undefined_steps_in_flight(cls) -> list[UndefinedStep]:
+        """What a deploy would strand, over this class and its subclasses; to be asked with the new code, beforehand.
+
+        A step that is declared as removed is defined; of a type that no class defines, none is. Reads all rows.
+
+        :returns: the steps that ongoing workflows stand at and that are not defined in this process, sorted.
+        """
+        columns, standing = (Workflow.type, Workflow.current_step_name), Workflow.current_step_name.is_null(False)
+        query = cls.select(*columns, peewee.fn.COUNT(SQL("*"))).where(Workflow.state.in_(ONGOING) & standing)
+        found = sorted(UndefinedStep(*row) for row in query.group_by(*columns).tuples())
+        defined = {(key, each.name) for key, known in _workflow_classes.items() for each in known._blueprint.steps}
+        return [each for each in found if each[:2] not in defined]
 
     @classmethod
     def select(cls, *fields: Any) -> _Query[Self]:
@@ -1746,7 +1793,8 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
 
 
 def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
-    workflow._definition(step_name)
+    if workflow._definition(step_name).removed:
+        raise StepNotDefinedError(workflow, step_name)
     _drop(drive, active)
     return _enter(workflow, step_name, drive._now())
 
@@ -2957,7 +3005,7 @@ class GenevaDrive:
 
     def _wake_needless(self) -> int:
         """Wake what waits for a signal at a step that, since a deploy, does not wait any more."""
-        steps = [each for cls in list(_workflow_classes.values()) for each in cls.steps]
+        steps = [each for cls in list(_workflow_classes.values()) for each in cls._blueprint.steps]
         names = sorted({each.name for each in steps if each.wait_for is None})
         woken = 0
         for some in peewee.chunked(names, 500):
@@ -3467,7 +3515,7 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "signal": ("send a workflow a signal", ("id", "signal", "--payload", "--key", "--json")),
     "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
     "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
-    "doctor": ("check over the tables what must always hold", ("--json",)),
+    "doctor": ("check over the tables what must always hold", ("--deploy", "--json")),
     "graph": ("print a class as a Mermaid flowchart", ("name",)),
 }
 _ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -3482,6 +3530,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--hero": {"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"},
     "--at": {"metavar": "STEP", "help": "go on with this step"},
     "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
+    "--deploy": {"action": "store_true", "help": "check instead what this code would strand if it were deployed"},
     "--dry-run": {"action": "store_true", "help": "only say what would be done"},
     "--json": {"action": "store_true", "help": "print JSON, for programs"},
     "--workers": {"type": int, "default": 1, "metavar": "N", "help": "threads for each queue (default: 1)"},
@@ -3610,7 +3659,7 @@ class _CommandLine:
         ]
         lines += ["", *self._timeline(history), ""] * bool(history)
         problem, calls = workflow._undefined(), [call for call in _CALLS if state in ALLOWED_FROM[call]]
-        if not problem and calls and workflow.current_step_name not in {each.name for each in workflow.steps}:
+        if not problem and calls and not workflow._find(workflow.current_step_name):
             problem = str(StepNotDefinedError(workflow, workflow.current_step_name))
             calls = ["resume --at STEP", "cancel"] if state == PAUSED else ["pause", "cancel"]
         lines += self._wrapped(problem or "", "")
@@ -3709,8 +3758,22 @@ class _CommandLine:
         return self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
 
     def _doctor(self) -> int:
+        if self.options.deploy:
+            return self._doctor_before_a_deploy()
         found = self.drive.doctor()
         self._answer(found, [*map(_clean, found), f"violations: {len(found)}" if found else "all is sound"])
+        return int(bool(found))
+
+    def _doctor_before_a_deploy(self) -> int:
+        found, lines = Workflow.undefined_steps_in_flight(), []
+        for name, step_name, count in found:
+            stand = f"{count} ongoing workflow{'s' * (count > 1)} of {name} stand{'s' * (count == 1)}"
+            removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
+            problem, fix = "which the class does not define", f"keep it, or put {removal} in its place"
+            if name not in _workflow_classes:
+                problem, fix = "and no class defines that type", "import it, or set workflow_type on its successor"
+            lines.append(_clean(f"{stand} at the step {step_name!r}, {problem}: {fix}"))
+        self._answer([each._asdict() for each in found], lines or ["every step that a workflow stands at is defined"])
         return int(bool(found))
 
     def _graph(self) -> int:

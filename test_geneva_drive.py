@@ -69,7 +69,16 @@ from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
 from conftest import SERVERS, free_port
-from geneva_drive import ExceptionPolicy, GenevaDrive, StepExecution, Workflow, cancel_if, on_exception, step
+from geneva_drive import (
+    ExceptionPolicy,
+    GenevaDrive,
+    StepExecution,
+    Workflow,
+    cancel_if,
+    on_exception,
+    removed_step,
+    step,
+)
 
 HERE = Path(__file__).resolve().parent
 START = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
@@ -4046,6 +4055,361 @@ def test_a_paused_workflow_whose_step_is_gone_goes_on_with_another(drive, hero, 
     assert (row.state, effects()) == ("finished", ["three"])
 
 
+# ==== Removed steps ===================================================================================================
+
+
+def version(**declared):
+    """The class Tour as one version of the code has it; every step does what its name says."""
+
+    def go(self):
+        did(self.current_step_name)
+
+    return type(Workflow)("Tour", (Workflow,), {"go": go, "__qualname__": "version.<locals>.Tour", **declared})
+
+
+def deploy(cls):
+    """Let the rows of a type find another version of their class from now on, as in a process that has it."""
+    gd._workflow_classes[cls.workflow_type] = cls
+
+
+ONE_TWO_THREE = {"one": step("go"), "two": step("go", wait=60), "three": step("go")}
+
+
+def work_off_at(drive, queue="default"):
+    """What a consumer does at the time that the drive's clock shows."""
+    for task in drive.queues[queue].read_schedule(drive.clock().replace(tzinfo=None)):
+        drive.queues[queue].enqueue(task)
+    work_off(drive, queue)
+
+
+def without(*removed):
+    return version(**{name: removed_step() if name in removed else each for name, each in ONE_TWO_THREE.items()})
+
+
+def standing_at(place):
+    """A workflow of the old code that came to a step."""
+    workflow, helpers = version(**ONE_TWO_THREE).create(hero=User.create()), gd.TestHelpers()
+    while workflow.current_step_name != place:
+        helpers.perform_next_step(workflow)
+    return workflow
+
+
+def _paused_at(place):
+    workflow = standing_at(place)
+    workflow.pause()
+    return workflow
+
+
+def _failed_at(place):
+    workflow = standing_at(place)
+    attempt = gd._Attempt.claim(gd._drive(), scheduled(workflow).id)
+    attempt._record(gd._Verdict("error", "pause", error=OddError("as ever")))
+    return reload(workflow)
+
+
+def _died_at(place):
+    workflow = standing_at(place)
+    gd._Attempt.claim(gd._drive(), scheduled(workflow).id)
+    return reload(workflow)
+
+
+#: How a workflow may stand at a step, and the rows that tell of it before the one that was skipped.
+STANDING = {
+    "scheduled": (standing_at, []),
+    "paused": (_paused_at, []),
+    "paused by an error": (_failed_at, [("failed", "failed")]),
+    "dead in mid-step": (_died_at, [("failed", "recovered")]),
+}
+
+
+@pytest.mark.parametrize("place", ONE_TWO_THREE)
+@pytest.mark.parametrize("standing", STANDING)
+def test_a_workflow_that_stands_at_a_removed_step_goes_on_with_the_next_one(drive, clock, helpers, standing, place):
+    stand, before = STANDING[standing]
+    workflow = stand(place)
+    deploy(without(place))
+    if workflow.state == "paused":
+        reload(workflow).resume()
+    for _ in range(2):
+        clock.forward(minutes=10)
+        drive.housekeeping()
+        work_off_at(drive)
+    row = reload(workflow)
+    assert [each[1:] for each in history(row) if each[0] == place] == [*before, ("skipped", "skipped")]
+    assert (row.state, effects()) == ("finished", [name for name in ONE_TWO_THREE if name != place])
+
+
+@pytest.mark.parametrize("place", ONE_TWO_THREE)
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_removed_step_can_be_skipped_by_hand(drive, helpers, is_paused, place):
+    workflow = _failed_at(place) if is_paused else standing_at(place)
+    deploy(without(place))
+    workflow = reload(workflow)
+    workflow.skip()
+    assert (place, "skipped", "skipped") in history(workflow)
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, effects()) == ("finished", [name for name in ONE_TWO_THREE if name != place])
+
+
+@pytest.mark.parametrize("how", ["housekeeping", "timeout", "resume", "skip"])
+def test_what_waits_for_a_signal_at_a_removed_step_goes_on(drive, clock, helpers, how):
+    waits = step("go", wait_for="paid", timeout=3600, on_timeout="cancel")
+    workflow = version(**{**ONE_TWO_THREE, "two": waits}).create(hero=User.create())
+    helpers.perform_next_step(workflow)
+    assert history(workflow)[-1] == ("two", "waiting", None)
+    if how == "resume":
+        workflow.pause()
+    deploy(without("two"))
+    workflow = reload(workflow)
+    if how == "housekeeping":
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    elif how == "timeout":
+        clock.forward(hours=1)
+    else:
+        getattr(workflow, how)()
+    work_off_at(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["one", "three"])
+    assert history(workflow)[1] == ("two", "skipped", "skipped")
+
+
+def test_new_workflows_do_not_come_by_removed_steps(drive, helpers, hero):
+    tour = without("one", "three")
+    assert names(tour) == ["two"]
+    assert "one" not in tour.graph()
+    assert tour.create_many([User.create()]) == 1
+    workflow = tour.create(hero=hero)
+    assert (workflow.previous_step_name, workflow.current_step_name, workflow.next_step_name) == (None, "two", None)
+    helpers.speedrun_workflow(workflow)
+    assert history(workflow) == [("two", "completed", "success")]
+    with pytest.raises(gd.StepConfigurationError, match=r"Tour.create.*no steps"):
+        without(*ONE_TWO_THREE).create(hero=hero)
+
+
+def test_the_next_step_waits_from_the_moment_when_the_removed_one_was_due(drive, clock, helpers):
+    workflow = standing_at("one")
+    deploy(without("one"))
+    clock.forward(seconds=30)
+    work_off(drive)
+    assert scheduled(workflow).scheduled_for == START + timedelta(seconds=90)
+    removed = workflow.execution_history.get()
+    assert (removed.started_at, removed.finished_at, removed.error_message) == (clock(), clock(), None)
+
+
+def test_several_steps_removed_in_a_row_are_passed_over_at_once(drive, helpers):
+    first, second = standing_at("one"), standing_at("two")
+    deploy(without("one", "two"))
+    for workflow in (first, second):
+        workflow = reload(workflow)
+        assert workflow.next_step_name == "three"
+        helpers.speedrun_workflow(workflow)
+    assert [name for name, *_ in history(first)] == ["one", "three"]
+    assert effects() == ["one", "three", "three"]
+
+
+def test_a_condition_cancels_a_workflow_at_a_removed_step_before_it_is_skipped(drive, helpers):
+    withdrawn, orphan = standing_at("two"), standing_at("two")
+    leave = cancel_if(lambda self: not self.hero.active)
+    deploy(version(leave=leave, **{**ONE_TWO_THREE, "two": removed_step()}))
+    User.update(active=False).where(User.id == withdrawn.hero_id).execute()
+    User.delete().where(User.id == orphan.hero_id).execute()
+    for workflow in (withdrawn, orphan):
+        helpers.speedrun_workflow(workflow)
+        assert (workflow.state, history(workflow)[-1]) == ("canceled", ("two", "canceled", "canceled"))
+
+
+def test_a_removed_step_cannot_be_resumed_at_or_performed(drive, helpers):
+    workflow = _paused_at("two")
+    deploy(without("two"))
+    workflow = reload(workflow)
+    problem = r"Tour has no step 'two' \(it has: one, three\); it was removed: use another one"
+    for call in (workflow.resume_at, lambda name: helpers.perform_step_inline(workflow, name)):
+        with pytest.raises(gd.StepNotDefinedError, match=problem):
+            call("two")
+    assert (workflow.previous_step_name, workflow.next_step_name) == ("one", "three")
+    assert (reload(workflow).state, history(workflow)[-1]) == ("paused", ("two", "scheduled", None))
+    workflow.resume_at("three")
+    helpers.speedrun_workflow(workflow)
+    assert effects() == ["one", "three"]
+
+
+def test_a_list_of_steps_can_be_shortened_at_either_end(drive, helpers):
+    long = version(polling=[step("go", wait=5)] * 4, last=step("go"))
+    workflows = []
+    for number in range(4):
+        workflows.append(long.create(hero=User.create()))
+        for _ in range(number):
+            helpers.perform_next_step(workflows[-1])
+    Effect.delete().execute()
+    polling = [removed_step(), *[step("go", wait=5)] * 2, removed_step(name="polling_4")]
+    short = version(polling=polling, last=step("go"))
+    assert names(short) == ["polling_2", "polling_3", "last"]
+    deploy(short)
+    for workflow in workflows:
+        helpers.speedrun_workflow(workflow)
+    rest = ["polling_2", "polling_3", "last"]
+    assert effects() == [*rest, *rest, "polling_3", "last", "last"]
+
+
+def test_a_child_removes_what_its_parent_declares_and_a_grandchild_brings_it_back(drive, hero, helpers):
+    class Parent(Workflow):
+        polling = [step("check")] * 3
+
+        @step
+        def one(self):
+            did("one")
+
+        def check(self):
+            did(self.current_step_name)
+
+    class Child(Parent):
+        one = removed_step()
+        second = removed_step(name="polling_2")
+
+        @step(before_step="one")
+        def before(self):
+            did("before")
+
+        @step(after_step="one")
+        def after(self):
+            did("after")
+
+    class Grandchild(Child):
+        @step
+        def one(self):
+            did("one again")
+
+    class Silent(Child):
+        def one(self):
+            """A method like any other: only @step brings the step back."""
+
+    assert names(Parent) == ["polling_1", "polling_2", "polling_3", "one"]
+    assert names(Child) == names(Silent) == ["polling_1", "polling_3", "before", "after"]
+    assert names(Grandchild) == ["polling_1", "polling_3", "before", "one", "after"]
+    helpers.speedrun_workflow(Grandchild.create(hero=hero))
+    assert effects() == ["polling_1", "polling_3", "before", "one again", "after"]
+
+
+def test_a_removed_step_keeps_the_place_that_before_step_or_after_step_gave_it():
+    class Parent(Workflow):
+        @step
+        def one(self):
+            pass
+
+        @step
+        def two(self):
+            pass
+
+    class Child(Parent):
+        ahead = removed_step(before_step="one")
+        between = removed_step("in between", after_step="one")
+        behind = removed_step()
+
+    assert [each.name for each in Child._blueprint.steps] == ["ahead", "one", "in between", "two", "behind"]
+    assert names(Child) == ["one", "two"]
+
+
+def test_the_name_of_a_removed_step_may_be_that_of_an_attribute_since():
+    class Renamed(Workflow):
+        was_pause = removed_step("pause")
+
+        @step
+        def one(self):
+            pass
+
+    assert Renamed._find("pause").removed
+
+
+BAD_REMOVALS = {
+    "pause = removed_step()": r"Bad.pause: a step must not be called 'pause'",
+    "gone = removed_step(3)": r"Bad.3: a step's name must be text",
+    "gone = removed_step('')": r"Bad.: a step's name must be text",
+    "gone = removed_step(before_step='nowhere')": r"Bad.gone: there is no step 'nowhere' yet",
+    "gone = removed_step(before_step='one', after_step='one')": r"Bad.gone: before_step and after_step exclude",
+    "one = removed_step()": r"Bad.one: the step is declared twice",
+    "gone = removed_step('one')": r"Bad.one: the step is declared twice",
+    "gone = removed_step()\ngone = step('one')": r"Bad.gone: the step is declared twice",
+    "gone = removed_step()\ndef gone(self): pass": r"Bad.gone: the step is declared twice",
+    "many = [removed_step('many_2'), removed_step()]": r"Bad.many_2: the step is declared twice",
+    "gone = removed_step()\nagain = step('gone')": r"Bad.gone: it must stay a method: a step, .* relies on it",
+}
+
+
+@pytest.mark.parametrize("body", BAD_REMOVALS)
+def test_a_wrong_removal_names_class_step_and_fix(body):
+    lines = ["@step", "def one(self): pass", *body.splitlines()]
+    code = "class Bad(Workflow):\n" + "\n".join(f"    {line}" for line in lines)
+    with pytest.raises(gd.StepConfigurationError, match=BAD_REMOVALS[body]):
+        exec(code, {**globals(), "__name__": "elsewhere"})
+    assert "Bad" not in gd._workflow_classes
+
+
+def test_the_steps_in_flight_that_a_deploy_would_strand_are_counted(drive, helpers, command_line):
+    many = [standing_at("two") for _ in range(3)]
+    many[0].pause()
+    gd._Attempt.claim(drive, scheduled(many[1]).id)
+    over = standing_at("two")
+    over.cancel()
+    standing_at("three")
+    dog, cat = Dog.create(hero=User.create()), Cat.create(hero=User.create())
+    assert Workflow.undefined_steps_in_flight() == []
+    assert command_line("doctor", "--deploy") == (0, "every step that a workflow stands at is defined\n", "")
+
+    deploy(version(one=step("go"), three=step("go")))
+    Workflow.update(type="Horse").where(Workflow.id == cat.id).execute()
+    Workflow.update(current_step_name="fetch 'it'").where(Workflow.id == dog.id).execute()
+    StepExecution.update(step_name="fetch 'it'").where(StepExecution.workflow == dog.id).execute()
+    found = [("Dog", "fetch 'it'", 1), ("Horse", cat.current_step_name, 1), ("Tour", "two", 3)]
+    assert Workflow.undefined_steps_in_flight() == found
+    assert gd.UndefinedStep("Dog", "fetch 'it'", 1) in Animal.undefined_steps_in_flight()
+    assert Animal.undefined_steps_in_flight() == Dog.undefined_steps_in_flight() == found[:1]
+    assert Plain.undefined_steps_in_flight() == []
+    assert gd._workflow_classes["Tour"].undefined_steps_in_flight() == found[2:]
+
+    status, output, _ = command_line("doctor", "--deploy")
+    dog_line, cat_line, tour_line = output.splitlines()
+    assert status == 1
+    assert dog_line.startswith("1 ongoing workflow of Dog stands at the step \"fetch 'it'\", which the class does not ")
+    assert dog_line.endswith("define: keep it, or put removed_step(\"fetch 'it'\") in its place")
+    assert cat_line.endswith(" and no class defines that type: import it, or set workflow_type on its successor")
+    assert tour_line.startswith(
+        "3 ongoing workflows of Tour stand at the step 'two', which the class does not define: "
+    )
+    assert tour_line.endswith("keep it, or put two = removed_step() in its place")
+    status, output, _ = command_line("doctor", "--deploy", "--json")
+    assert (status, json.loads(output)) == (1, [each._asdict() for each in Workflow.undefined_steps_in_flight()])
+    assert json.loads(output)[2] == {"type": "Tour", "step_name": "two", "workflows": 3}
+    assert command_line("doctor") == (0, "all is sound\n", "")
+
+    deploy(without("two"))
+    assert Workflow.undefined_steps_in_flight() == found[:2]
+
+
+def test_what_stands_at_a_removed_step_is_shown_as_any_other(command_line, drive):
+    workflow = _paused_at("two")
+    deploy(without("two"))
+    assert f"resume {workflow.id}  (or skip, cancel)" in command_line("show", workflow.id)[1]
+    deploy(version(one=step("go")))
+    output = command_line("show", workflow.id)[1]
+    assert "define it again, put removed_step() in its place, or move on with resume_at()" in " ".join(output.split())
+
+
+def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(db, drive, clock):
+    for moment in itertools.count():
+        drive.huey.flush()
+        standing_at("one")
+        deploy(without("one"))
+        if not dies_at(moment, db, lambda: _message(drive)):
+            break
+        assert drive.doctor() == []
+    assert moment >= 8
+    for _ in range(3):
+        clock.forward(minutes=10)
+        drive.housekeeping()
+        work_off_at(drive)
+    assert Workflow.finished().count() == Workflow.select().count() == moment + 1
+    assert Counter(effects()) == {"two": moment + 1, "three": moment + 1}
+
+
 # ==== Queries and rows ================================================================================================
 
 
@@ -6823,6 +7187,11 @@ README_PROGRAMS = {
         "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
     ),
     "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+    "Changing workflows that are under way": (
+        "next_app.py",
+        ["-c", "import next_app; print(*(each.name for each in next_app.SignupWorkflow.steps))"],
+        "send_welcome_email survey\n",
+    ),
     "Tests with it": (
         "test_app.py",
         ["-m", "unittest", "-q", "test_app"],
@@ -7053,6 +7422,8 @@ class Signup(Workflow):
 
     checks = [step("check"), *(step("check", wait=60) for _ in range(5))]
     misspelt = step("check", wate=60)  # type: ignore[call-overload]
+    gone = removed_step()
+    gone_too = removed_step("long gone", after_step=7)  # type: ignore[arg-type]
 
     @contextmanager
     def around_step_execution(self, execution: StepExecution) -> Iterator[None]:
@@ -7070,6 +7441,8 @@ workflow = Signup.create(hero=user, context={"answer": 42})
 assert_type(workflow, Signup)
 assert_type(Signup.get_or_create(hero=user), tuple[Signup, bool])
 assert_type(Signup.create_many(User.select(), on_conflict="ignore"), int)
+assert_type(Signup.undefined_steps_in_flight(), list[UndefinedStep])
+assert_type([each.workflows for each in Workflow.undefined_steps_in_flight()], list[int])
 Signup.create(heroe=user)  # type: ignore[call-arg]
 assert_type(workflow.welcome(), int)
 workflow.welcome(1)  # type: ignore[call-arg]
