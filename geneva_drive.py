@@ -161,6 +161,7 @@ MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
+PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
 EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 
@@ -1962,17 +1963,17 @@ class _Attempt:
         self.claimed = time.monotonic()
 
     @classmethod
-    def claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool = False) -> _Attempt | None:
+    def claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None = None) -> _Attempt | None:
         """Claim a scheduled execution: of several who try, at the same time or later, one gets it.
 
-        :param due_only: leave one alone, and queue it again for its time, that is not due yet.
+        :param queue: the one whose message asks for it: what is not due yet, or not defined here, is queued again.
         :returns: None if it is not to be run, or not by us.
         """
         # The message is gone from the queue: without a claim, the execution waits until it is overdue.
-        return drive._transact(lambda: cls._claim(drive, execution_id, due_only), PATIENCE_SECONDS)
+        return drive._transact(lambda: cls._claim(drive, execution_id, queue), PATIENCE_SECONDS)
 
     @classmethod
-    def _claim(cls, drive: GenevaDrive, execution_id: int, due_only: bool) -> _Attempt | None:
+    def _claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> _Attempt | None:
         query = StepExecution.select(StepExecution, Workflow).join(Workflow).where(StepExecution.id == execution_id)
         execution = query.get_or_none()
         if execution is None or execution.state not in (SCHEDULED, WAITING) or execution.workflow.state != READY:
@@ -1983,9 +1984,11 @@ class _Attempt:
             logger.error("execution %s stays scheduled: %s", execution_id, problem)
             return None
         is_early = due is None or due > now
-        if is_early and due_only:
+        if is_early and queue:
             drive._enqueue_again(execution, drive._route(workflow, execution.step_name))
-        if is_early and (due_only or execution.state == WAITING):
+        if is_early and (queue or execution.state == WAITING):
+            return None
+        if queue and drive._put_off(execution, queue):
             return None
         if not Workflow.update(state=PERFORMING).where(_fence(workflow, execution, READY)).execute():
             return None
@@ -2352,9 +2355,9 @@ def _error_columns(error: BaseException | None) -> dict[str, str]:
 # ==== The drive: database, queues, housekeeping =======================================================================
 
 
-def perform_step(execution_id: int) -> None:
-    """The Huey task behind every step."""
-    _drive()._perform(execution_id)
+def perform_step(execution_id: int, queue: str) -> None:
+    """The Huey task behind every step; each queue has its own, which knows its name."""
+    _drive()._perform(execution_id, queue)
 
 
 def housekeeping() -> None:
@@ -2375,6 +2378,7 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
     "max_recoveries": (5, lambda value: _is_int(value) and value >= 0, "an int, at least 0"),
     "housekeeping_batch_size": (1000, lambda value: _is_int(value) and value > 0, "a positive int"),
     "housekeeping_schedule": (crontab(), callable, "a Huey crontab"),
+    "undefined_step_grace": (timedelta(minutes=10), None, "a timedelta or seconds; 0 turns it off"),
     "run_on": (timedelta(seconds=1), None, "a timedelta or seconds; 0 turns it off"),
     "clock": (_utcnow, lambda value: callable(value) and value().tzinfo, "a callable that returns an aware datetime"),
 }
@@ -2460,6 +2464,7 @@ class GenevaDrive:
     max_recoveries: int
     housekeeping_batch_size: int
     housekeeping_schedule: Callable[[datetime], bool]
+    undefined_step_grace: timedelta
     run_on: timedelta
     clock: Callable[[], datetime]
     database: Any
@@ -2687,7 +2692,8 @@ class GenevaDrive:
         """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
         for task in getattr(huey, "_geneva_drive_tasks", ()):
             task.unregister()
-        perform = huey.task()(perform_step)
+        here = functools.partial(perform_step, queue=name)
+        perform = huey.task()(functools.update_wrapper(here, perform_step))
         periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
         huey._geneva_drive_tasks = (perform, periodic)
         huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
@@ -2730,11 +2736,31 @@ class GenevaDrive:
                 "PriorityRedisHuey, or leave the priority out"
             )
 
-    def _enqueue_again(self, execution: StepExecution, route: _Route, **changes: Any) -> None:
-        execution._write(enqueued_at=self._now(), job_id=_job_id(self._now()), **changes)
-        self._enqueue([execution], route)
+    def _put_off(self, execution: StepExecution, queue: str) -> bool:
+        """Queue a step that is due and not defined here for a little later: other code runs beside ours in a deploy.
 
-    def _enqueue(self, executions: list[StepExecution], route: _Route) -> None:
+        :returns: False if that is not to be done: its class defines it, or has been asked for it in vain for too long.
+        """
+        workflow, due = execution.workflow, execution._due or execution.scheduled_for
+        overdue, is_known = self._now() - due, workflow._find(execution.step_name) is not None
+        # In immediate mode there is no other consumer of the queue, and what is scheduled never comes.
+        if is_known or overdue >= self.undefined_step_grace or self.queues[queue].immediate:
+            return False
+        shortest, longest = PUT_OFF_FOR
+        delay, problem = min(max(overdue, shortest), longest), StepNotDefinedError(workflow, execution.step_name)
+        logger.warning("execution %s is put off for %s: %s", execution.id, _span(delay), problem)
+        _, priority = self._route(workflow, execution.step_name)  # whoever defines it may know another queue
+        self._enqueue_again(execution, (queue, priority), self._now() + delay)
+        return True
+
+    def _enqueue_again(
+        self, execution: StepExecution, route: _Route, not_before: datetime = EPOCH, **changes: Any
+    ) -> None:
+        # Until it comes, a message for later is not overdue: housekeeping must not send another one beside it.
+        execution._write(enqueued_at=max(self._now(), not_before), job_id=_job_id(self._now()), **changes)
+        self._enqueue([execution], route, not_before)
+
+    def _enqueue(self, executions: list[StepExecution], route: _Route, not_before: datetime = EPOCH) -> None:
         """Queue executions: with the transaction that surrounds the call, or once it is committed."""
         queue, priority = route
         huey, now = self.queues[queue], self._now()
@@ -2743,7 +2769,8 @@ class GenevaDrive:
             for execution in executions:
                 if execution._due is None:  # nobody knows when its signal comes
                     continue
-                eta = execution._due if execution._due > now else None
+                due = max(execution._due, not_before)
+                eta = due if due > now else None
                 task = self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
                 # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
                 (huey.enqueue if eta is None else huey.add_schedule)(task)
@@ -2755,14 +2782,13 @@ class GenevaDrive:
 
     # -- performing -------------------------------------------------------------------------------------------------
 
-    def _perform(self, execution_id: int) -> None:
+    def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE) -> None:
         """Run an execution that is due, and go on with the steps that follow at once."""
         self._connect_worker()
-        attempt = _Attempt.claim(self, execution_id, due_only=True)
+        attempt = _Attempt.claim(self, execution_id, queue)
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
             return
-        queue, _ = self._route(attempt.workflow, attempt.execution.step_name)
 
         def may_run_on() -> bool:
             consumer = self._consumers.get(queue)

@@ -976,7 +976,7 @@ def test_claiming_a_queued_step_is_one_transaction(db, drive, hero, monkeypatch)
     workflow = Quick.create(hero=hero)
     execution = scheduled(workflow)
     costs = Costs(db, monkeypatch)
-    attempt, statements, transactions = costs.of(lambda: gd._Attempt.claim(drive, execution.id, due_only=True))
+    attempt, statements, transactions = costs.of(lambda: gd._Attempt.claim(drive, execution.id, "default"))
     assert attempt.execution.state == "in_progress"
     assert (len(statements), transactions) == (3, 1)
 
@@ -4055,7 +4055,7 @@ def test_a_paused_workflow_whose_step_is_gone_goes_on_with_another(drive, hero, 
     assert (row.state, effects()) == ("finished", ["three"])
 
 
-# ==== Removed steps ===================================================================================================
+# ==== Removed steps, and old code beside new ==========================================================================
 
 
 def version(**declared):
@@ -4408,6 +4408,179 @@ def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(
         work_off_at(drive)
     assert Workflow.finished().count() == Workflow.select().count() == moment + 1
     assert Counter(effects()) == {"two": moment + 1, "three": moment + 1}
+
+
+# -- a consumer with the old code takes the message of a step that only the new code defines --
+
+NEW = {"zero": step("go"), **ONE_TWO_THREE}
+
+
+def create_by_new_code(**kwargs):
+    """A workflow of the new code, whose first step the old one does not know, in a process that has the old one."""
+    workflow = version(**NEW).create(hero=User.create(), **kwargs)
+    deploy(version(**ONE_TWO_THREE))
+    return workflow
+
+
+def ring(drive, queue="default"):
+    """Set the clock to when the one message is due, and do with it what a consumer does."""
+    huey = drive.queues[queue]
+    (task,) = huey.pending() + huey.scheduled()
+    if task.eta:
+        drive.clock.now = max(drive.clock.now, task.eta.replace(tzinfo=timezone.utc))
+    work_off_at(drive, queue)
+
+
+@pytest.mark.parametrize("is_embedded", [True, False], ids=["embedded", "outside"])
+def test_a_step_that_is_not_defined_here_is_put_off_for_a_grace_and_then_fails(db, drive, caplog, is_embedded):
+    drive = GenevaDrive(db, huey=None if is_embedded else MemoryHuey("outside", results=False), clock=Clock())
+    drive.stuck_scheduled_threshold = 0.001  # housekeeping is as eager as can be
+    workflow, delays = create_by_new_code(), []
+    while reload(workflow).state == "ready":
+        assert history(workflow) == [("zero", "scheduled", None)]
+        before = drive.clock.now
+        drive.clock.forward(seconds=0.5 * bool(delays))
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 0  # there is a message, for later
+        ring(drive)
+        delays.append((drive.clock.now - before).total_seconds())
+    assert delays[:9] == [0, 1, 1, 2, 4, 8, 16, 30, 30]
+    assert timedelta(minutes=10) <= drive.clock.now - START < timedelta(minutes=10, seconds=30)
+    assert caplog.text.count("is put off for ") == len(delays) - 1
+    assert "is put off for 30 s: Tour" in caplog.text
+    assert (reload(workflow).state, history(workflow)) == ("paused", [("zero", "failed", "failed")])
+    assert workflow.execution_history.get().error_class_name.endswith("StepNotDefinedError")
+    assert messages(drive) == []
+
+
+def test_a_consumer_with_the_new_code_performs_what_one_with_the_old_code_put_off(drive, clock):
+    workflow = create_by_new_code()
+    ring(drive)
+    ring(drive)
+    deploy(version(**NEW))
+    ring(drive)
+    assert history(workflow)[:2] == [("zero", "completed", "success"), ("one", "completed", "success")]
+    assert effects() == ["zero", "one"]
+    assert clock.now == START + timedelta(seconds=2)
+
+
+def test_old_code_and_new_take_turns_and_perform_each_step_once(drive, clock):
+    old = version(**ONE_TWO_THREE, four=step("go"))
+    new = version(**{**NEW, "two": removed_step(), "three": removed_step()}, trois=step("go", wait=1), four=step("go"))
+    drive.run_on = 0
+    workflows = [each.create(hero=User.create()) for each in (old, new) for _ in range(4)]
+    for cls in itertools.cycle([old, new, new, old, new]):
+        deploy(cls)
+        if not Workflow.ongoing().exists():
+            break
+        for task in drive.huey.read_schedule(clock.now.replace(tzinfo=None)):
+            drive.huey.enqueue(task)
+        clock.forward(seconds=7)
+        for _ in range(3):
+            if task := drive.huey.dequeue():
+                drive.huey.execute(task)
+    assert {each.state for each in Workflow.select()} == {"finished"}
+    for workflow in workflows:
+        done = [each.step_name for each in workflow.execution_history if each.outcome == "success"]
+        assert len(done) == len(set(done))
+        assert {"one", "four"} <= set(done)
+        assert len({"three", "trois"} & set(done)) == 1
+        assert not workflow.execution_history.where(StepExecution.state == "failed").exists()
+
+
+def test_the_grace_may_be_turned_off_and_does_not_count_for_calls_in_the_process(drive, clock):
+    workflow = create_by_new_code()
+    with pytest.raises(gd.StepNotDefinedError):
+        scheduled(workflow).execute()
+    assert reload(workflow).state == "paused"
+    drive.huey.flush()
+    drive.undefined_step_grace = 0
+    workflow = create_by_new_code()
+    work_off(drive)
+    assert (reload(workflow).state, messages(drive)) == ("paused", [])
+
+
+def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_lost(drive, clock):
+    workflow, lost = create_by_new_code(), 0
+    while reload(workflow).state == "ready":
+        drive.huey.flush()
+        clock.forward(seconds=61)
+        lost += drive.housekeeping()["stuck_scheduled_recovered"]
+        work_off(drive)
+    assert clock.now - START < timedelta(minutes=12)
+    assert lost > 4
+    assert history(workflow) == [("zero", "failed", "failed")]
+
+
+def test_wherever_a_process_dies_that_puts_off_a_step_it_is_taken_up_again(db, drive, clock):
+    for moment in itertools.count():
+        drive.huey.flush()
+        workflow = create_by_new_code()
+        if not dies_at(moment, db, lambda: _message(drive)):
+            break
+        assert drive.doctor() == []
+        assert history(workflow) == [("zero", "scheduled", None)]
+    assert moment >= 4
+    drive.huey.flush()
+    clock.forward(minutes=2)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == moment + 1
+    deploy(version(**NEW))
+    work_off(drive)
+    assert effects() == ["zero", "one"] * (moment + 1)
+
+
+def test_a_step_that_is_put_off_stays_in_the_queue_that_it_was_in(db, drive):
+    drive = GenevaDrive(db, queues=["premium"], clock=Clock())
+    workflow = version(zero=step("go", options={"queue": "premium"}), **ONE_TWO_THREE).create(hero=User.create())
+    new = type(workflow)
+    deploy(version(**ONE_TWO_THREE))  # which does not know that it is a step for `premium`
+    ring(drive, "premium")
+    assert messages(drive, "premium") == [scheduled(workflow).id]
+    deploy(new)
+    ring(drive, "premium")
+    assert (messages(drive), effects()) == ([scheduled(workflow).id], ["zero"])
+
+
+def test_a_step_of_the_new_code_that_waits_for_a_signal_is_put_off_as_any_other(drive, clock):
+    new = version(zero=step("go", wait_for="paid", timeout=60, on_timeout="skip"), last=step("go"))
+    paid, late = [new.create(hero=User.create()) for _ in range(2)]
+    paid.signal("paid")
+    deploy(version(last=step("go")))
+    for seconds, states in ((0, ["scheduled", "waiting"]), (60, ["scheduled", "waiting"])):
+        clock.forward(seconds=seconds)
+        work_off_at(drive)
+        assert [history(each) for each in (paid, late)] == [[("zero", state, None)] for state in states]
+    # The one that was paid has two: for its signal, and for its timeout.
+    assert set(messages(drive)) == {each.execution_history.get().id for each in (paid, late)}
+    deploy(new)
+    clock.forward(seconds=30)
+    work_off_at(drive)
+    assert history(paid) == [("zero", "completed", "success"), ("last", "completed", "success")]
+    assert history(late) == [("zero", "skipped", "skipped"), ("last", "completed", "success")]
+    assert messages(drive) == []
+
+
+def test_immediate_mode_knows_no_grace_for_there_is_no_other_consumer(db, drive):
+    GenevaDrive(db, huey=MemoryHuey("now", results=False, immediate=True))
+    with db.atomic():
+        workflow = create_by_new_code()
+    assert history(workflow) == [("zero", "failed", "failed")]
+
+
+def test_a_step_that_is_put_off_can_be_paused_resumed_and_canceled(drive, clock):
+    workflow = create_by_new_code()
+    ring(drive)
+    workflow.pause()
+    with pytest.raises(gd.StepNotDefinedError):
+        workflow.resume()
+    drive.huey.flush()
+    deploy(version(**NEW))
+    workflow.resume()
+    deploy(version(**ONE_TWO_THREE))
+    ring(drive)
+    assert messages(drive) == [scheduled(workflow).id]
+    reload(workflow).cancel()
+    ring(drive)
+    assert (messages(drive), history(workflow)) == ([], [("zero", "canceled", "canceled")])
 
 
 # ==== Queries and rows ================================================================================================
