@@ -5467,7 +5467,7 @@ from datetime import datetime, timedelta, timezone
 from huey import MemoryHuey, PriorityRedisHuey
 from peewee import CharField, Model
 from playhouse.db_url import connect
-from geneva_drive import GenevaDrive, Workflow, step
+from geneva_drive import GenevaDrive, Workflow, removed_step, step
 
 logging.basicConfig(level=logging.INFO)
 env = os.environ
@@ -5558,7 +5558,16 @@ class Later(Workflow):
     def one(self):
         note(f"{self.id} one")
 
-kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later)}
+class Tour(Workflow):
+    def book(self):
+        trace(f"{self.id} {self.current_step_name}")
+
+    one = step("book", transactional=True)
+    gone = step("book", wait=1, transactional=True)
+    old_name = step("book", wait=1, transactional=True)
+    last = step("book", transactional=True)
+
+kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later, Tour)}
 
 if __name__ == "__main__":
     command = sys.argv[1]
@@ -5573,6 +5582,10 @@ if __name__ == "__main__":
     elif command == "create_many":
         with db.atomic():
             kinds[sys.argv[2]].create_many([Customer.create(name="Ada") for _ in range(int(sys.argv[3]))])
+    elif command == "create_on_and_on":
+        while True:
+            kinds[sys.argv[2]].create(hero=Customer.create(name="Ada"))
+            time.sleep(0.15)
     elif command == "housekeeping":
         drive.housekeeping()
     elif command == "lose":  # what Huey's scheduler does, and dies before it queues what it has taken out
@@ -5588,9 +5601,10 @@ HEALING = {"APP_THRESHOLD": "3", "APP_OVERDUE": "1"}  # finds in seconds what th
 class App:
     """An application in a folder of its own, driven through real processes."""
 
-    def __init__(self, folder, url, redis=None):
+    def __init__(self, folder, url, redis=None, source=APP):
         self.folder = folder
-        (folder / "app.py").write_text(APP)
+        folder.mkdir(exist_ok=True)
+        (folder / "app.py").write_text(source)
         self.gate = folder / "gate"
         self.env = {"APP_URL": url, "APP_GATE": str(self.gate), **({"APP_REDIS": redis} if redis else {})}
         self.processes = []
@@ -6211,6 +6225,73 @@ def test_run_ends_the_step_under_way_on_either_signal(servers, tmp_path, number)
         app.gate.touch()
         assert consumer.wait(timeout=30) == 0
         assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
+
+
+# ==== Rolling deploys: two versions of an application beside each other ===============================================
+
+TOUR = re.search(r"^    one = step.*?\n\n", APP[APP.index("class Tour") :], re.MULTILINE | re.DOTALL)[0]
+NEXT_TOUR = """
+    zero = step("book", transactional=True)
+    one = step("book", transactional=True)
+    gone = removed_step()
+    added = step("book", wait=0.5, transactional=True)
+    old_name = removed_step()
+    new_name = step("book", wait=0.5, transactional=True)
+    last = step("book", transactional=True)
+
+"""
+
+
+def roll_out(old, new):
+    """Replace one version of an application by another, while both perform steps and both create workflows."""
+    drained, killed, *_ = old.start(*RUN), old.start(*CONSUMER), old.start("app.py", "create_on_and_on", "Tour")
+    producer = new.start("app.py", "create_on_and_on", "Tour")
+    until(lambda: "zero" in old.log(0) + old.log(1))  # a step that neither of them knows
+    until(lambda: any("old_name" in what for what in old.traces()))
+    new.start(*RUN)
+    until(lambda: Workflow.select().count() >= 80)
+    until(lambda: standing_later() >= {"gone", "old_name"})
+    drained.terminate()
+    killed.kill()
+    assert drained.wait(timeout=30) == 0
+    for process in (*old.processes, producer):
+        process.kill()
+        process.wait()
+    new.start(*RUN)
+    until(lambda: new.run("housekeeping", **HEALING) is not None and GenevaDrive(new.db).is_idle(), seconds=60)
+
+
+def standing_later():
+    """The steps that workflows wait at which are not due in a moment."""
+    soon = utcnow() + timedelta(seconds=0.3)
+    rows = StepExecution.select().where(StepExecution.state == "scheduled", StepExecution.scheduled_for > soon)
+    return {row.step_name for row in rows}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_rolling_deploy_that_removes_adds_and_renames_steps_strands_no_workflow(servers, tmp_path, kind):
+    url = servers.empty(kind)
+    with running_app(tmp_path / "old", url) as old:
+        new = App(tmp_path / "new", url, source=APP.replace(TOUR, NEXT_TOUR))
+        try:
+            roll_out(old, new)
+        finally:
+            new.close()
+        logs = [path.read_text() for app in (old, new) for path in app.folder.glob("log*")]
+        assert not any("-> paused" in log for log in logs)
+        workflows = list(Workflow.select())
+        assert Counter(each.state for each in workflows) == {"finished": len(workflows)}
+        performed, times = {each.id: set() for each in workflows}, Counter(new.traces())
+        for what, count in times.items():
+            assert count == 1, what
+            workflow_id, name = what.split()
+            performed[int(workflow_id)].add(name)
+        for names_of_one in performed.values():
+            assert {"one", "last"} <= names_of_one
+            assert len({"old_name", "new_name"} & names_of_one) == 1
+        assert set.union(*performed.values()) == {"zero", "one", "gone", "added", "old_name", "new_name", "last"}
+        skipped = {row.step_name for row in StepExecution.select().where(StepExecution.state == "skipped")}
+        assert skipped == {"gone", "old_name"}
 
 
 # ==== Help for tests ==================================================================================================
