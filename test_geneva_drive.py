@@ -12,6 +12,7 @@ import enum
 import fcntl
 import gzip
 import html
+import importlib.util
 import itertools
 import json
 import logging
@@ -7159,7 +7160,7 @@ def test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept(serve
     assert (lines["finished"], lines["lost"], lines["effects of transactional steps wrong"]) == ("60", "0", "0")
     assert int(lines["kills (SIGKILL)"]) > 0
     assert int(lines["times that the file was locked" if kind == "sqlite" else "connections dropped"]) > 0
-    (shown,) = (text for _, language, text in readme_blocks() if language == "text")
+    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("GenevaDrive", "text"))
     assert [line[:44].rstrip() for line in shown.splitlines()] == [
         name.replace("times that the file was locked", "connections dropped") for name in lines
     ]
@@ -7200,6 +7201,76 @@ def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
         "doctor() finds nothing",
     ]
 
+
+# ==== The benchmark among the examples: that it measures what it says, not how fast ===================================
+
+STEPPING = ["the driver alone", "bare Huey", "GenevaDrive", "GenevaDrive, run_on=0"]
+CREATING = ["the driver alone, one by one", "create()", "create_many()"]
+
+
+def benchmark(*options, status=0):
+    """A short run of examples/benchmark.py; returns what it printed."""
+    short = ("--workflows=4", "--creations=5", "--rounds=1", "--workers=1,2", "--samples=2")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = python(HERE / "examples" / "benchmark.py", *short, *options, env={"GENEVA_DRIVE_URL": ""}, **streams)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == status, output + errors
+    return output if status == 0 else errors
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_benchmark_example_measures_all_contenders_and_leaves_the_database_empty(servers, kind):
+    url = servers.empty(kind)
+    results = json.loads(benchmark(url, "--json"))
+    assert (results["database"], results["workflows"], results["rounds"]) == (kind, 4, 1)
+    assert list(results["steps"]) == ["1", "2"]
+    for contenders in (*results["steps"].values(), results["created"]):
+        assert list(contenders) == (CREATING if contenders is results["created"] else STEPPING)
+        for each in contenders.values():
+            assert each["rounds"] == [each["per_second"]]
+            assert min(each["per_second"], each["to_floor"], each["cpu_ms"]) > 0
+        floor, *others = contenders.values()
+        assert floor["to_floor"] == 1
+        assert 5 < floor["memory_mb"] < min(other["memory_mb"] for other in others) < 500
+    for latency in results["latency_ms"].values():
+        assert latency["samples"] == 2
+        assert 0 < latency["median"] <= latency["p95"] == latency["worst"]
+    assert 0 < results["idle_cpu_percent"] < 100
+    with contextlib.closing(connect(url)) as db:
+        assert db.get_tables() == []
+
+
+def test_the_benchmark_example_prints_the_tables_that_the_readme_shows(tmp_path):
+    plot = tmp_path / "steps.png"
+    is_drawn = importlib.util.find_spec("matplotlib") is not None
+    output = benchmark("--workers=1", *([f"--plot={plot}"] if is_drawn else []))  # on a SQLite file of its own
+    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("Speed", "text"))
+    names = [line[:36].rstrip() for line in output.splitlines()[2:]]
+    assert {*STEPPING, *CREATING} < {*names}
+    assert {*names} <= {line[:36].rstrip() for line in shown.splitlines()}
+    assert plot.exists() == is_drawn
+
+
+def test_the_benchmark_example_refuses_a_database_that_holds_anything(servers, tmp_path):
+    url = servers.empty("sqlite")
+    with contextlib.closing(connect(url)) as db:
+        db.execute_sql("create table task (title text)")
+        db.execute_sql("insert into task values ('of others')")
+        assert "is not empty" in benchmark(url, status=2)
+        assert db.execute_sql("select * from task").fetchall() == [("of others",)]
+        assert db.get_tables() == ["task"]
+    assert "the URL must be of" in benchmark("sqlite:///:memory:", status=2)
+    assert "cannot be opened" in benchmark(f"sqlite:///{tmp_path}/nowhere/app.db", status=2)
+
+
+def test_the_benchmark_example_says_at_once_that_matplotlib_is_missing():
+    script = HERE / "examples" / "benchmark.py"
+    process = python("-S", script, "--plot=steps.png", stderr=subprocess.PIPE, text=True)  # -S: no packages
+    assert "pip install matplotlib" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+
+
+# ==== The report among the examples ===================================================================================
 
 # What may come from users: markup, quotes, an override of the direction, a language from right to left, characters that
 # no page may hold. And what of it is shown.
@@ -7458,6 +7529,7 @@ README_COMMANDS = {
     ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
     ".venv/bin/python -m pytest -n 3 --dist worksteal": pytest.main,  # this run
     ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
+    ".venv/bin/python examples/benchmark.py": test_the_benchmark_example_prints_the_tables_that_the_readme_shows,
 }
 
 
@@ -7552,7 +7624,7 @@ def test_the_session_at_the_command_line_is_as_the_readme_shows_it(tmp_path):
 
 def test_every_block_in_the_readme_is_of_a_language_that_a_test_runs():
     blocks = list(readme_blocks())
-    assert {language for _, language, _ in blocks} == {"console", "python", "sh", "text"}  # text: what chaos.py printed
+    assert {language for _, language, _ in blocks} == {"console", "python", "sh", "text"}  # text: what examples printed
     assert 2 * len(blocks) == (HERE / "README.md").read_text().count("```")
 
 

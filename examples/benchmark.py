@@ -1,0 +1,642 @@
+"""How fast it is, beside what the database can commit and what Huey does alone.
+
+    python examples/benchmark.py [URL] [--workflows 150] [--rounds 5] [--samples 25] [--json] [--plot FILE.png]
+
+Steps and new workflows per second, the latency of steps, what an idle consumer costs, memory. Machines are noisy: the
+contenders take turns, in several rounds, and only the ratios within one run count. A ratio is the median over the
+rounds of what a contender did to what the floor did in the same round:
+
+- The driver alone, the floor: the statements of the engine, written by hand for sqlite3, psycopg2 or PyMySQL, in the
+  same transactions. It takes a message from the queue, claims its execution and reads the hero; at each step's end it
+  updates the workflow, if it is still at this execution, updates the execution and inserts the next one, claimed.
+- Bare Huey: a task for each step, in a SqlHuey on the same database. It promises nothing after a crash.
+- GenevaDrive as it is, and with `run_on=0`, where each step goes through the queue.
+
+Each is a process of its own, on new tables, with a backlog of workflows of three empty steps that was made before. The
+clock runs from the start of its threads to the last step; CPU is that of the process, not of a server. URL, or
+GENEVA_DRIVE_URL, is that of an empty database, and it is empty again in the end. The default is a SQLite file that is
+removed.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+# Peewee, Huey and the library are imported where they are used: the memory of those that need none must not show them.
+
+PATIENCE_SECONDS = 300  # with a contender
+SETTLING_SECONDS = 3  # of a consumer, before it counts as idle
+QUEUES = ["near", "far", "waiting", "idle"]  # to sample latencies side by side; each has a consumer to itself
+
+# ==== The driver alone ================================================================================================
+
+TAKE = "select id, data from geneva_drive_huey_task where queue = 'default' order by priority desc, id limit 1"
+DELETE = "delete from geneva_drive_huey_task where id = %s"
+READ = """select e.workflow_id, e.number, e.step_name, e.job_id, w.hero_id, e.state, w.state, w.type, w.context,
+    w.options from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id
+    where e.id = %s"""
+CLAIM = """update geneva_drive_workflows set state = 'performing'
+    where id = %s and execution_count = %s and state = 'ready'"""
+BEGIN_STEP = """update geneva_drive_step_executions
+    set state = 'in_progress', started_at = %s, heartbeat_at = %s, performed_by = %s where id = %s"""
+HERO = "select id, name from benchmark_heroes where id = %s"
+ADVANCE = """update geneva_drive_workflows
+    set state = %s, current_step_name = %s, execution_count = %s, transitioned_at = %s
+    where id = %s and execution_count = %s and state = 'performing' and not pause_requested"""
+END_STEP = """update geneva_drive_step_executions
+    set state = 'completed', outcome = 'success', finished_at = %s where id = %s"""
+RUN_ON = """insert into geneva_drive_step_executions (workflow_id, number, step_name, state, scheduled_for, started_at,
+    heartbeat_at, performed_by, reattempts, recoveries, job_id, created_at)
+    values (%s, %s, %s, 'in_progress', %s, %s, %s, %s, 0, 0, %s, %s)"""
+CREATE = """insert into geneva_drive_workflows (type, hero_type, hero_id, state, current_step_name, allow_multiple,
+    context, options, execution_count, pause_requested, token, created_at, transitioned_at)
+    values ('Empty', 'Hero', %s, 'ready', 'one', false, '{}', null, 1, false, %s, %s, null)"""
+SCHEDULE = """insert into geneva_drive_step_executions (workflow_id, number, step_name, state, scheduled_for,
+    enqueued_at, reattempts, recoveries, job_id, created_at)
+    values (%s, 1, 'one', 'scheduled', %s, %s, 0, 0, %s, %s)"""
+ENQUEUE = "insert into geneva_drive_huey_task (queue, data, priority) values ('default', %s, 0)"
+
+MESSAGE = b"%135d"  # the number of an execution, as long as a message of Huey's
+NEXT_STEP = {"one": "two", "two": "three", "three": None}
+
+
+class ByHand:
+    """A thread's connection, and the statements that it issues."""
+
+    def __init__(self, kind, lock, database, parameters):
+        self.kind, self.lock = kind, lock
+        self.name = f"the benchmark's floor, in a process of this host/{os.getpid()}"
+        if kind == "sqlite":
+            import sqlite3
+
+            self.connection = sqlite3.connect(database, timeout=30, isolation_level=None)
+        elif kind == "postgresql":
+            import psycopg2
+
+            self.connection = psycopg2.connect(dbname=database, **parameters)
+            self.connection.autocommit = True
+        else:
+            import pymysql
+
+            self.connection = pymysql.connect(database=database, autocommit=True, **parameters)
+        self.cursor, self.close = self.connection.cursor(), self.connection.close
+        if kind == "sqlite":
+            self.sql("pragma synchronous = normal")
+        elif kind == "mysql":
+            self.sql("set session transaction isolation level read committed")  # as Huey's queue has it: fewer locks
+
+    def sql(self, statement, *values):
+        self.cursor.execute(statement.replace("%s", "?") if self.kind == "sqlite" else statement, values)
+        return self.cursor
+
+    def insert(self, statement, *values):
+        if self.kind == "postgresql":
+            return self.sql(f"{statement} returning id", *values).fetchone()[0]
+        return self.sql(statement, *values).lastrowid
+
+    def transact(self, work, *arguments):
+        while True:
+            self.sql("begin immediate" if self.kind == "sqlite" else "begin")
+            try:
+                result = work(*arguments)
+                self.sql("commit")
+                return result
+            except Exception as error:
+                if error.args[0] != 1213:  # a deadlock, to which MySQL gives some of many threads, rolled back
+                    raise
+
+    def take(self):
+        """The number of the next execution in the queue, or None."""
+        message = self.sql(f"{TAKE} {self.lock}").fetchone()
+        if message:
+            self.sql(DELETE, message[0])
+        return int(bytes(message[1])) if message else None
+
+    def perform(self, execution, done):
+        """A workflow from its first step to its last."""
+        workflow, number, step, job, hero = self.transact(self.claim, execution)
+        while step:
+            assert self.sql(HERO, int(hero)).fetchone()
+            done.append(time.perf_counter())
+            step = NEXT_STEP[step]
+            execution = self.transact(self.end_step, execution, workflow, number, step, job)
+            number += 1
+
+    def claim(self, execution):
+        workflow, number, step, job, hero, *_ = self.sql(READ, execution).fetchone()
+        assert self.sql(CLAIM, workflow, number).rowcount == 1
+        self.sql(BEGIN_STEP, now := moment(), now, self.name, execution)
+        return workflow, number, step, job, hero
+
+    def end_step(self, execution, workflow, number, step, job):
+        """Record it, and begin with the next step, if there is one; returns the number of its execution."""
+        now = moment()
+        changes = ("performing", step, number + 1, None) if step else ("finished", None, number, now)
+        assert self.sql(ADVANCE, *changes, workflow, number).rowcount == 1
+        self.sql(END_STEP, now, execution)
+        return step and self.insert(RUN_ON, workflow, number + 1, step, now, now, now, self.name, job, now)
+
+    def create(self, hero):
+        now, job = moment(), f"{time.time_ns() // 1000}-{uuid.uuid4().hex}"
+        workflow = self.insert(CREATE, str(hero), uuid.uuid4().hex, now)
+        self.sql(ENQUEUE, MESSAGE % self.insert(SCHEDULE, workflow, now, now, job, now))
+
+
+def moment():
+    return str(datetime.now(timezone.utc).replace(tzinfo=None))
+
+
+def clocks():
+    return time.perf_counter(), time.process_time()
+
+
+def perform_by_hand(driver, workers, **_):
+    done = []
+
+    def work():
+        with contextlib.closing(ByHand(**driver)) as own:
+            while (execution := own.transact(own.take)) is not None:
+                own.perform(execution, done)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    began = clocks()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return speed(began, done)
+
+
+def create_by_hand(driver, heroes, **_):
+    own = ByHand(**driver)
+    began = clocks()
+    for hero in range(1, heroes + 1):
+        own.transact(own.create, hero)
+    return speed(began, [time.perf_counter()] * heroes)
+
+
+def speed(began, done):
+    """What was done, at these moments: how much of it each second, and the milliseconds of CPU for each."""
+    return {"rate": len(done) / (max(done) - began[0]), "cpu_ms": 1000 * (clocks()[1] - began[1]) / len(done)}
+
+
+# ==== Huey, and the library ===========================================================================================
+
+
+def open_database(url):
+    from playhouse.db_url import connect
+
+    # synchronous=normal: what is committed survives any kill, though not a power cut.
+    file_options = {"pragmas": {"journal_mode": "wal", "synchronous": "normal"}, "timeout": 30}
+    return connect(url, **(file_options if url.startswith("sqlite") else {}))
+
+
+def bare_huey(url):
+    """A Huey with an empty task, and the list of the moments at which that was done."""
+    from huey.contrib.sql_huey import SqlHuey
+
+    done = []
+    huey = SqlHuey("benchmark", database=open_database(url), results=False, create_tables=False)
+
+    @huey.task(name="empty")
+    def empty():
+        done.append(time.perf_counter())
+
+    return huey, empty, done
+
+
+def application(url, queues=()):
+    """The drive, a hero and the workflows, and the list of the moments at which an empty step was done."""
+    from peewee import CharField, Model
+
+    from geneva_drive import MODELS, GenevaDrive, StepExecution, Workflow, step
+
+    done = []
+    drive = GenevaDrive(open_database(url), queues=queues)
+
+    class Hero(Model):
+        name = CharField(default="ada")
+
+        class Meta:
+            database = drive.database
+            table_name = "benchmark_heroes"
+
+    class Empty(Workflow):
+        def note(self):
+            done.append(time.perf_counter())
+
+        one, two, three = (step("note") for _ in range(3))
+
+    class Timed(Workflow):
+        @step
+        def begin(self):
+            self.context["begun"] = time.time()
+
+    class Waiting(Timed):
+        @step(wait=1)
+        def go_on(self):
+            self.context["begun"] = time.time()
+
+    classes = {each.__name__: each for each in (Workflow, StepExecution, Hero, Empty, Timed, Waiting)}
+    return SimpleNamespace(drive=drive, done=done, models=[*MODELS, Hero], **classes)
+
+
+def consume(huey, workers, done, steps):
+    """Run a consumer, as `drive.run()` sets it up, until so many steps are done."""
+    consumer = huey.create_consumer(workers=workers, initial_delay=0.02, backoff=1.2, max_delay=0.2)
+    began = clocks()
+    consumer.start()
+    while len(done) < steps and time.perf_counter() < began[0] + PATIENCE_SECONDS:
+        time.sleep(0.02)
+    consumer.stop(graceful=True)
+    assert len(done) == steps, f"{len(done)} steps were done, not {steps}"
+    return speed(began, done)
+
+
+def perform_tasks(url, workers, workflows, **_):
+    huey, _, done = bare_huey(url)
+    return consume(huey, workers, done, 3 * workflows)
+
+
+def perform_workflows(url, workers, workflows, run_on=None, **_):
+    app = application(url)
+    if run_on is not None:
+        app.drive.run_on = run_on
+    return consume(app.drive.huey, workers, app.done, 3 * workflows)
+
+
+def create_workflows(url, at_once, **_):
+    app = application(url)
+    heroes = list(app.Hero.select())
+    began = clocks()
+    if at_once:
+        app.Empty.create_many(heroes)
+    else:
+        for hero in heroes:
+            app.Empty.create(hero=hero)
+    return speed(began, [time.perf_counter()] * len(heroes))
+
+
+# ==== Latency =========================================================================================================
+
+
+def serve(url, queue, parent, **_):
+    """Run a consumer until SIGTERM; returns what part of a core it took once it had settled."""
+    app, since = application(url, QUEUES), [clocks()]
+    settled = threading.Timer(SETTLING_SECONDS, lambda: since.append(clocks()))
+    settled.daemon = True
+    settled.start()
+    app.drive.run(queues=[queue], until=lambda: os.getppid() != parent)
+    wall, cpu = (after - before for before, after in zip(since[-1], clocks()))
+    return {"cpu_percent": 100 * cpu / wall}
+
+
+def sample_latency(url, samples, **_):
+    """Create workflows now and then, for the consumer in this process and for those in others.
+
+    Returns how many milliseconds each waited for its step.
+    """
+    app, over = application(url, QUEUES), threading.Event()
+    consumer = threading.Thread(target=app.drive.run, kwargs={"queues": ["near"], "until": over.is_set})
+    consumer.start()
+    try:
+        hero = app.Hero.create()
+        create_one_each(app, hero)  # these find consumers that are still about to start
+        first_ones = wait_for_all(app)
+        for _ in range(samples):
+            time.sleep(random.uniform(1, 1.6))  # the less there is to do, the less often a consumer looks
+            create_one_each(app, hero)
+        wait_for_all(app)
+    finally:
+        over.set()
+        consumer.join()
+    return latencies(app, first_ones)
+
+
+def create_one_each(app, hero):
+    for queue, kind in {"near": app.Timed, "far": app.Timed, "waiting": app.Waiting}.items():
+        context = {"queue": queue, "since": time.time()}
+        kind.create(hero, allow_multiple=True, context=context, options={"queue": queue})
+
+
+def wait_for_all(app):
+    """Wait until all workflows are finished; returns how many there are."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not app.drive.is_idle():
+        assert time.monotonic() < deadline, "a workflow does not come to its end"
+        time.sleep(0.1)
+    return app.Workflow.finished().count()
+
+
+def latencies(app, first_ones):
+    found = {"near": [], "far": [], "waiting": []}
+    newest = app.StepExecution.number == app.Workflow.execution_count
+    query = app.StepExecution.select(app.StepExecution, app.Workflow).join(app.Workflow).where(newest)
+    for execution in query.where(app.Workflow.id > first_ones):
+        context, due = execution.workflow.context, execution.scheduled_for.timestamp()
+        since = due if context["queue"] == "waiting" else context["since"]
+        found[context["queue"]].append(1000 * (context["begun"] - since))
+    return found
+
+
+# ==== The contest =====================================================================================================
+
+#: What the tables call the contenders, the floor first; what they run in a process of their own, and with what.
+PERFORMING = {
+    "the driver alone": (perform_by_hand, {}),
+    "bare Huey": (perform_tasks, {}),
+    "GenevaDrive": (perform_workflows, {}),
+    "GenevaDrive, run_on=0": (perform_workflows, {"run_on": 0}),
+}
+CREATING = {
+    "the driver alone, one by one": (create_by_hand, {}),
+    "create()": (create_workflows, {"at_once": False}),
+    "create_many()": (create_workflows, {"at_once": True}),
+}
+LATENCIES = {
+    "create() to step, same process": "near",
+    "create() to step, another process": "far",
+    "due after a wait to step": "waiting",
+}
+JOBS = {job.__name__: job for job, _ in (PERFORMING | CREATING).values()}
+JOBS |= {"serve": serve, "sample_latency": sample_latency}
+
+
+def work():
+    """What a child does: its order comes through stdin, for a URL may hold a password; the results go to stdout."""
+    order = json.load(sys.stdin)
+    results = JOBS[order["job"]](**order)
+    json.dump({**results, "memory_mb": peak_memory_mb()}, sys.stdout)
+
+
+def peak_memory_mb():
+    """Of this process. What getrusage() tells includes, on Linux, that of the process which started it."""
+    with contextlib.suppress(OSError):
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** (1 + (sys.platform == "darwin"))
+
+
+class Contest:
+    """The contenders on one database, on tables that are new for each."""
+
+    def __init__(self, url, kind, args):
+        self.url, self.args, self.app = url, args, application(url)
+        self.huey, self.task, _ = bare_huey(url)
+        self.db, self.storage = self.app.drive.database, self.app.drive.huey.storage
+        self.driver = {"kind": kind, "database": self.db.database, "parameters": self.db.connect_params}
+        self.driver["lock"] = self.storage.for_update or ""
+
+    def run(self):
+        steps = {workers: {name: [] for name in PERFORMING} for workers in self.args.workers}
+        created = {name: [] for name in CREATING}
+        for number in range(1, self.args.rounds + 1):
+            for workers, results in steps.items():
+                for name in PERFORMING:
+                    show(f"round {number} of {self.args.rounds}: {name}, workers: {workers}")
+                    results[name].append(self.perform(*PERFORMING[name], workers))
+            for name in CREATING:
+                show(f"round {number} of {self.args.rounds}: {name}")
+                created[name].append(self.create(*CREATING[name]))
+        show("latency")
+        milliseconds, cpu_percent = self.latency()
+        return {
+            "steps": {workers: compared(results) for workers, results in steps.items()},
+            "created": compared(created),
+            "latency_ms": {name: spread(milliseconds[key]) for name, key in LATENCIES.items()},
+            "idle_cpu_percent": cpu_percent,
+        }
+
+    def perform(self, job, options, workers):
+        self.prepare(self.args.workflows)
+        if job is perform_tasks:
+            with self.huey.storage.database.atomic():
+                for _ in range(3 * self.args.workflows):
+                    self.task()
+        else:
+            self.app.Empty.create_many(self.app.Hero.select())
+        if job is perform_by_hand:
+            self.rewrite_messages()
+        results = self.child(job, workers=workers, workflows=self.args.workflows, **options)
+        if job is not perform_tasks:
+            self.check("finished", self.args.workflows, 3)
+        return results
+
+    def create(self, job, options):
+        self.prepare(self.args.creations)
+        results = self.child(job, heroes=self.args.creations, **options)
+        self.check("ready", self.args.creations, 1)
+        return results
+
+    def latency(self):
+        self.prepare(0)
+        with contextlib.ExitStack() as others:
+            *_, idle = (others.enter_context(self.start(serve, queue=queue)) for queue in QUEUES[1:])
+            milliseconds = self.child(sample_latency, samples=self.args.samples)
+            idle.terminate()
+            return milliseconds, result_of(idle)["cpu_percent"]
+
+    def prepare(self, heroes):
+        self.clear()
+        self.db.create_tables([self.app.Hero])
+        self.app.drive.create_tables()
+        self.huey.storage.create_tables()
+        self.app.Hero.insert_many([{"name": "ada"}] * heroes).execute()
+
+    def clear(self):
+        self.db.drop_tables(self.app.models)
+        self.storage.drop_tables()
+        self.huey.storage.drop_tables()
+
+    def rewrite_messages(self):
+        """Messages that the driver alone can read: it is to know nothing of Huey."""
+        ids = [execution.id for execution in self.app.StepExecution.select()]
+        self.storage.Task.delete().execute()
+        messages = [{"queue": "default", "data": MESSAGE % each} for each in sorted(ids)]
+        self.storage.Task.insert_many(messages).execute()
+
+    def check(self, state, workflows, executions):
+        """Whether all that was measured was done."""
+        assert self.app.Workflow.select().where(self.app.Workflow.state == state).count() == workflows
+        assert self.app.StepExecution.select().count() == executions * workflows
+        assert self.app.drive.doctor() == []
+
+    def child(self, job, **options):
+        with self.start(job, **options) as process:
+            return result_of(process)
+
+    @contextlib.contextmanager
+    def start(self, job, **options):
+        order = {"job": job.__name__, "url": self.url, "driver": self.driver, "parent": os.getpid(), **options}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, __file__, "--job"], **pipes)
+        try:
+            with process.stdin:
+                json.dump(order, process.stdin)
+            process.stdin = None
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def result_of(process):
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"benchmark.py: a contender failed with exit code {process.returncode}; what it said is above")
+    return json.loads(output)
+
+
+def compared(results):
+    """Of what the contenders did, round by round: the medians, and those of the ratios to the first contender."""
+    floor = next(iter(results.values()))
+    return {
+        name: {
+            "per_second": statistics.median(each["rate"] for each in own),
+            "to_floor": statistics.median(each["rate"] / below["rate"] for each, below in zip(own, floor)),
+            "cpu_ms": statistics.median(each["cpu_ms"] for each in own),
+            "memory_mb": max(each["memory_mb"] for each in own),
+            "rounds": [each["rate"] for each in own],
+        }
+        for name, own in results.items()
+    }
+
+
+def spread(values):
+    values = sorted(values)
+    p95 = values[-(-95 * len(values) // 100) - 1]
+    return {"median": statistics.median(values), "p95": p95, "worst": values[-1], "samples": len(values)}
+
+
+# ==== The program =====================================================================================================
+
+
+def main():
+    parser, args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmark.py: stopped"))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        url = args.url or f"sqlite:///{folder}/benchmark.db"
+        about = examine(url, parser)
+        contest = Contest(url, about["database"], args)
+        try:
+            results = {**about, "workflows": args.workflows, "rounds": args.rounds, **contest.run()}
+        finally:
+            contest.clear()
+            show("")
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print_tables(results)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Measure GenevaDrive beside the database's driver and bare Huey.")
+    parser.add_argument("url", nargs="?", default=os.environ.get("GENEVA_DRIVE_URL"), help="of an empty database")
+    parser.add_argument("--workflows", type=int, default=150, help="of three empty steps, for each contender")
+    parser.add_argument("--creations", type=int, default=500, help="workflows created, in each round and each way")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=integers, default=[1, 2, 4], metavar="1,2,4", help="threads of a contender")
+    parser.add_argument("--samples", type=int, default=25, help="of each latency")
+    parser.add_argument("--json", action="store_true", help="print all numbers, for programs")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the steps per second; needs matplotlib")
+    args = parser.parse_args()
+    if min(args.workflows, args.creations, args.rounds, args.samples, *args.workers) < 1:
+        parser.error("the numbers must be more than 0")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib, or leave the option out")
+    return parser, args
+
+
+def integers(text):
+    return [int(number) for number in text.split(",")]
+
+
+def examine(url, parser):
+    """What the benchmark is to run on; exits if it must not."""
+    from peewee import PeeweeException
+
+    import geneva_drive
+
+    kind = next((kind for kind in ("sqlite", "postgresql", "mysql") if url.startswith(kind[:8])), None)
+    if kind is None or ":memory:" in url:
+        parser.error("the URL must be of a SQLite file, of PostgreSQL, or of MySQL or MariaDB")
+    try:
+        database = open_database(url)
+        with database.connection_context():
+            if database.get_tables():
+                parser.error("the database is not empty: give the benchmark one of its own, to fill and to clear")
+            function = "sqlite_version()" if kind == "sqlite" else "version()"
+            ((version,),) = database.execute_sql(f"select {function}")
+    except (PeeweeException, RuntimeError, ValueError) as error:
+        parser.error(f"the database cannot be opened: {error}")
+    about = {"geneva_drive": geneva_drive.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    return {**about, "database": kind, "version": version.partition(" on ")[0].split()[-1]}
+
+
+def show(line):
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def print_tables(results):
+    print("GenevaDrive {geneva_drive}, Python {python}, {database} {version}, {cores} cores".format(**results))
+    print("{rounds} rounds, medians; in brackets, what it is to the driver alone".format(**results))
+    for workers, contenders in results["steps"].items():
+        print_rates(f"steps, {workers} worker{'s' * (workers > 1)}", contenders)
+    print_rates("workflows created", results["created"])
+    print(f"\n{'milliseconds':<36}{'median':>9}{'p95':>9}{'worst':>9}")
+    for name, each in results["latency_ms"].items():
+        print(f"{name:<36}{each['median']:9.0f}{each['p95']:9.0f}{each['worst']:9.0f}")
+    print(f"\nan idle consumer{results['idle_cpu_percent']:29.1f} % of a core")
+
+
+def print_rates(title, contenders):
+    print(f"\n{title:<36}{'a second':>9}{'':>9}{'CPU each':>12}{'memory':>10}")
+    for name, each in contenders.items():
+        print(
+            f"{name:<36}{each['per_second']:9.0f}{'({:.2f})'.format(each['to_floor']):>9}"
+            f"{each['cpu_ms']:9.2f} ms{each['memory_mb']:7.0f} MB"
+        )
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("agg")  # which needs no screen
+    from matplotlib import pyplot
+
+    workers = list(results["steps"])
+    for name in PERFORMING:
+        rates = [results["steps"][each][name]["per_second"] for each in workers]
+        pyplot.plot(workers, rates, marker="o", label=name)
+    pyplot.title("{database} {version}, {cores} cores".format(**results))
+    pyplot.xlabel("worker threads")
+    pyplot.ylabel("empty steps per second")
+    pyplot.xticks(workers)
+    pyplot.ylim(bottom=0)
+    pyplot.legend()
+    pyplot.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["--job"] else main()
