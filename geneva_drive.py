@@ -1938,6 +1938,16 @@ class WorkflowSignal(_Record):
 
 MODELS = (Workflow, StepExecution, WorkflowSignal)
 
+
+class _SchemaVersion(Model):
+    """A row for each version of the schema that `create_tables()` has brought the database to; the highest counts."""
+
+    version: peewee.Field[int] = peewee.IntegerField(primary_key=True)
+
+    class Meta:
+        table_name = "geneva_drive_schema"
+
+
 # ==== The executor: one attempt, from claim to record =================================================================
 
 
@@ -2481,7 +2491,7 @@ class GenevaDrive:
         self._consumers: dict[str, Consumer] = {}
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
-        for model in MODELS:
+        for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
         _current_drive = self
@@ -2626,35 +2636,64 @@ class GenevaDrive:
                 database.dispose()
 
     def create_tables(self) -> None:
-        """Create the tables and indexes that are missing. Safe to call at every start, by many processes at once.
+        """Create the tables, columns and indexes that are missing, and record the version of the schema.
+
+        Safe to call at every start, by many processes at once and while others work, those with the code of an earlier
+        or later version included: nothing is taken away or made narrower. A call that was cut off is completed by the
+        next one.
 
         :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
+        :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
         """
-        dialect = self._dialect
-        models: list[Any] = [*MODELS]
-        sections = ["every database", dialect]
-        if any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.queues.values()):
-            models += self._embedded_models
-            sections.append("embedded queue")
+        has_queue = any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.queues.values())
+        parts = list(self._schema_parts(has_queue))
+        # Always looked at, however new the version: a queue may have come to the drive, or an index been dropped. The
+        # first look takes no lock; SQLite has its own, and many that open a new file at once lock each other out.
+        if not self._transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
+            return
+        if self._dialect == "mysql" and self._db.in_transaction():
+            problem = "create_tables() has tables to change, which commits the transaction around it"
+            raise GenevaDriveError(f"{problem}: call it outside of transactions")
+        for part in parts:  # each by itself: who locked two tables at once would deadlock with those at work
+            self._transact(functools.partial(self._complete, part), SCHEMA_PATIENCE_SECONDS)
 
-        def create() -> None:
-            if dialect == "postgresql":
-                self._db.execute_sql("SELECT pg_advisory_xact_lock(hashtext('geneva_drive_schema'))")
-            for model in models:
-                model._schema.create_table(safe=True)
-            for section in sections:
-                for statement in _schema_statements(section):
-                    if not self._is_applied(statement):
-                        self._db.execute_sql(statement)
+    def _schema_parts(self, has_queue: bool) -> Iterator[Callable[[], list[str]]]:
+        """What the schema is made of, in the order of making it: each part returns the statements that it lacks."""
+        sections = ["every database", self._dialect, *["embedded queue"] * has_queue]
+        models: list[Any] = [*MODELS, _SchemaVersion, *(self._embedded_models if has_queue else ())]
+        for model in models:
+            yield functools.partial(self._lacking_columns, model)
+        for section in sections:
+            for statement in _schema_statements(section):
+                yield functools.partial(self._lacking_statement, statement)
+        yield self._lacking_version
 
-        if dialect == "mysql":  # whose DDL commits: a transaction would neither lock nor roll back
-            self._db.execute_sql("SELECT GET_LOCK('geneva_drive_schema', 600)")
-            try:
-                create()
-            finally:
-                self._db.execute_sql("SELECT RELEASE_LOCK('geneva_drive_schema')")
-        else:
-            self._transact(create, PATIENCE_SECONDS)  # SQLite: many that open a new file at once lock each other out
+    def _complete(self, part: Callable[[], list[str]]) -> None:
+        """Execute what a part lacks, one process at a time."""
+        lock, unlock = SCHEMA_LOCKS[self._dialect]
+        for statement in lock:
+            self._db.execute_sql(statement)
+        try:
+            for statement in part():
+                self._db.execute_sql(statement)
+        finally:
+            with contextlib.suppress(peewee.PeeweeException):  # after a failure, the rollback undoes the lock too
+                for statement in unlock:
+                    self._db.execute_sql(statement)
+
+    def _lacking_columns(self, model: Any) -> list[str]:
+        if not model.table_exists():
+            return [model._schema._create_table().query()[0]]
+        known = {column.name for column in self._db.get_columns(model._meta.table_name)}
+        return [_add_column(model, each) for each in model._meta.sorted_fields if each.column_name not in known]
+
+    def _lacking_statement(self, statement: str) -> list[str]:
+        return [] if self._is_applied(statement) else [statement]
+
+    def _lacking_version(self) -> list[str]:
+        # A newer version stays: what it needs is there, and what this code needs is there too.
+        is_older = self._schema_version() < SCHEMA_VERSION
+        return [f"insert into {_SchemaVersion._meta.table_name} (version) values ({SCHEMA_VERSION})"] * is_older
 
     def _is_applied(self, statement: str) -> bool:
         index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
@@ -2668,6 +2707,39 @@ class GenevaDrive:
         if column:
             return any(each.name == column[2] for each in self._db.get_columns(column[1]))
         raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
+
+    def _schema_version(self) -> int:
+        """The version that the database is at; 0 where there are no tables."""
+        if not Workflow.table_exists():
+            return 0
+        newest = _SchemaVersion.select(peewee.fn.MAX(_SchemaVersion.version))
+        return (_SchemaVersion.table_exists() and newest.scalar()) or 1  # the first release recorded none
+
+    def _schema_problem(self) -> str | None:
+        """Why this code cannot work on the database, if it cannot: the tables are missing, or older than the code."""
+        version, database = self._schema_version(), f"the database {self._db.database!r}"
+        if not version:
+            return f"{database} has no tables of GenevaDrive: call drive.create_tables() once, if it is the right one"
+        if version < SCHEMA_VERSION:
+            needed = f"this version of GenevaDrive needs version {SCHEMA_VERSION}"
+            return f"the schema of {database} is at version {version}, {needed}: call drive.create_tables()"
+        return None
+
+    def _start_consumer(self, start: Callable[[], None]) -> None:
+        """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
+        was_closed = self._db.is_closed()
+        try:
+            self._connect_worker()
+            problem = self._schema_problem()
+        except peewee.PeeweeException as error:  # a consumer outlives that its database is away
+            logger.warning("the version of the schema cannot be read: %s", error)
+            problem = None
+        finally:
+            if was_closed:
+                self._close_own_connection()
+        if problem:
+            raise GenevaDriveError(problem)
+        start()
 
     _embedded_models = functools.cached_property(lambda self: _embedded_models(self.database))
 
@@ -2702,6 +2774,7 @@ class GenevaDrive:
 
         def remembering(**options: Any) -> Consumer:
             self._consumers[name] = consumer = create_consumer(huey, **options)
+            consumer.start = functools.partial(self._start_consumer, consumer.start)  # Huey's hooks cannot stop it
             return consumer
 
         huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
@@ -2872,12 +2945,13 @@ class GenevaDrive:
 
         :returns: the violations, a sentence each; empty when all is sound.
         """
+        if problem := self._schema_problem():
+            return [problem]
         found = []
         for sentence, query in VIOLATIONS.items():
             rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
             found += [sentence.format(*map(_as_text, row)) for row in rows]
-        sections = ["every database", self._dialect]
-        missing = [each for section in sections for each in _schema_statements(section) if not self._is_applied(each)]
+        missing = [statement for part in self._schema_parts(has_queue=False) for statement in part()]
         return found + [f"the schema lacks: {statement}" for statement in missing]
 
     def stats(self) -> list[Metric]:
@@ -3030,14 +3104,18 @@ class GenevaDrive:
         return recovered
 
     def _wake_needless(self) -> int:
-        """Wake what waits for a signal at a step that, since a deploy, does not wait any more."""
+        """Wake what waits for a signal at a step that, since a deploy, does not wait any more.
+
+        Not what began to wait lately: where a deploy has just made the step wait, this may be the code before it.
+        """
+        began = StepExecution.created_at <= self._now() - self.undefined_step_grace
         steps = [each for cls in list(_workflow_classes.values()) for each in cls._blueprint.steps]
         names = sorted({each.name for each in steps if each.wait_for is None})
         woken = 0
         for some in peewee.chunked(names, 500):
-            waiting = SQL(f"t1.state = '{WAITING}'") & StepExecution.step_name.in_(some) & (Workflow.state == READY)
+            waiting = SQL(f"t1.state = '{WAITING}'") & StepExecution.step_name.in_(some) & began
             columns = [StepExecution.id, StepExecution.step_name, Workflow.id, Workflow.type]
-            query = StepExecution.select(*columns).join(Workflow).where(waiting)
+            query = StepExecution.select(*columns).join(Workflow).where(waiting & (Workflow.state == READY))
             for executions in self._batches(query, StepExecution.scheduled_for):
                 for each in executions:
                     definition = each.workflow._find(each.step_name)
@@ -3110,8 +3188,8 @@ def _is_transient(error: BaseException) -> bool:
     state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
     code = original.args[0] if isinstance(original, Exception) and original.args else None
     is_locked = isinstance(code, str) and code.startswith("database is locked")  # SQLite
-    # PostgreSQL: serialization failure, deadlock detected; MySQL: lock wait timeout, deadlock.
-    if state in ("40001", "40P01") or code in (1205, 1213) or is_locked:
+    # PostgreSQL: serialization failure, deadlock detected, lock timeout; MySQL: lock wait timeout, deadlock.
+    if state in ("40001", "40P01", "55P03") or code in (1205, 1213) or is_locked:
         return True
     # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
     return error.__context__ is not None and _is_transient(error.__context__)
@@ -3380,6 +3458,38 @@ class _EmbeddedStorage(SqlStorage):
 
 SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 
+#: Raised by each release that changes the tables. The first one, 1, did not record it yet.
+SCHEMA_VERSION = 2
+
+#: How long a change waits for a lull: for the ends of transactions that are open on its table.
+SCHEMA_PATIENCE_SECONDS = 600
+
+#: What is executed before and after a change of the schema: for one process at a time, and for no one to be held up. A
+#: change waits until no transaction is open on its table, and everybody else waits behind it: so it is told to give up
+#: after a second, and is tried again, lest heartbeats fall silent behind a transactional step that takes minutes.
+SCHEMA_LOCKS: dict[str, tuple[list[str], list[str]]] = {
+    "sqlite": ([], []),
+    "postgresql": (
+        [
+            "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
+            "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
+            "set local lock_timeout = '1s'",
+        ],
+        ["select set_config('lock_timeout', current_setting('geneva_drive.lock_timeout'), true)"],
+    ),
+    "mysql": (
+        [
+            f"select get_lock('geneva_drive_schema', {SCHEMA_PATIENCE_SECONDS})",
+            "set @geneva_drive_lock_wait_timeout = @@lock_wait_timeout, lock_wait_timeout = 1",
+        ],
+        [
+            "commit",  # a version that is recorded is to be seen by the next one who gets the lock
+            "set lock_wait_timeout = @geneva_drive_lock_wait_timeout",
+            "select release_lock('geneva_drive_schema')",
+        ],
+    ),
+}
+
 
 def _schema_statements(section: str) -> list[str]:
     """The statements of one section of the schema file, comments removed."""
@@ -3393,6 +3503,11 @@ def _schema_statements(section: str) -> list[str]:
     return [
         " ".join(statement.split()) for statement in re.split(r";\s*$", code, flags=re.MULTILINE) if statement.strip()
     ]
+
+
+def _add_column(model: Any, column: peewee.Field) -> str:
+    ctx = model._schema._create_context()
+    return cast(str, ctx.literal("alter table ").sql(model).literal(" add column ").sql(column.ddl(ctx)).query()[0])
 
 
 # ==== Help for tests ==================================================================================================
@@ -3649,9 +3764,8 @@ class _CommandLine:
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
         if command != "graph":
             self.drive._connect_worker()
-            if not all(model.table_exists() for model in MODELS):
-                problem = f"the database {self.drive._db.database!r} has no tables of GenevaDrive"
-                raise GenevaDriveError(f"{problem}: call drive.create_tables() once, if it is the right one")
+            if problem := self.drive._schema_problem():
+                raise GenevaDriveError(problem)
         return cast(int, getattr(self, f"_{command}", self._control)())
 
     def _worker(self) -> int:

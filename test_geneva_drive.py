@@ -722,24 +722,28 @@ class _DyingCursor:
         self.cursor, self.countdown = cursor, countdown
 
     def execute(self, *arguments):
-        self.countdown()
+        self.countdown(arguments[0])
         return self.cursor.execute(*arguments)
+
+    def __iter__(self):
+        return iter(self.cursor)
 
     def __getattr__(self, name):
         return getattr(self.cursor, name)
 
 
-def dies_at(moment, db, act):
+def dies_at(moment, db, act, verbs=""):
     """Run `act` in a process that is killed at a moment: 0 is before its first statement, 1 before its second.
 
     After a statement is before the next one, for the database. Returns False if there are not so many: all was done.
+    Where most statements only read, `verbs`, a regular expression, says which of them count.
     """
     process = os.fork()
     if process == 0:
         moments, cursor = itertools.count(), db.cursor
 
-        def countdown():
-            if next(moments) == moment:
+        def countdown(sql):
+            if re.match(verbs, sql, re.IGNORECASE) and next(moments) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
@@ -3821,6 +3825,8 @@ def test_steps_that_begin_or_cease_to_wait_with_a_deploy_strand_nobody(drive, cl
     paused = define(wait_for="go").create(hero=User.create())
     paused.pause()
     define()
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0  # in a rolling deploy, this may be the old code
+    clock.forward(minutes=10)
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
     reload(paused).resume()
     work_off(drive)
@@ -4163,6 +4169,7 @@ def test_what_waits_for_a_signal_at_a_removed_step_goes_on(drive, clock, helpers
     deploy(without("two"))
     workflow = reload(workflow)
     if how == "housekeeping":
+        clock.forward(seconds=drive.undefined_step_grace.total_seconds())
         assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
     elif how == "timeout":
         clock.forward(hours=1)
@@ -5176,7 +5183,7 @@ def test_create_tables_is_idempotent_and_completes_what_was_begun(database, db, 
 def test_an_outside_queue_needs_no_tables_of_its_own(servers, kind):
     db = open_database(servers.empty(kind))
     GenevaDrive(db, huey=MemoryHuey("outside")).create_tables()
-    assert sorted(db.get_tables()) == sorted(ENGINE_TABLES)
+    assert sorted(db.get_tables()) == sorted([*ENGINE_TABLES, "geneva_drive_schema"])
     db.close()
 
 
@@ -5195,6 +5202,523 @@ def test_the_database_itself_refuses_a_second_active_execution(drive, hero):
 
 def test_an_applications_own_task_and_schedule_tables_are_left_alone(db, drive, hero):
     assert not {"task", "schedule", "kv", "counter"} & set(db.get_tables())
+
+
+# ==== Upgrades: a database that the first release has made ============================================================
+
+# What the first release executed; the words in braces are types.
+FIRST_TYPES = {
+    "sqlite": {
+        "key": "integer not null primary key",
+        "big": "integer",
+        "name": "varchar(255)",
+        "exact": "varchar(255)",
+        "text": "text",
+        "moment": "datetime",
+        "flag": "integer",
+        "blob": "blob",
+        "ticks": "integer",
+        "priority": "real",
+    },
+    "postgresql": {
+        "key": "bigserial not null primary key",
+        "big": "bigint",
+        "name": "varchar(255)",
+        "exact": "varchar(255)",
+        "text": "text",
+        "moment": "timestamp",
+        "flag": "boolean",
+        "blob": "bytea",
+        "ticks": "bigint",
+        "priority": "real",
+    },
+    "mysql": {
+        "key": "bigint auto_increment not null primary key",
+        "big": "bigint",
+        "name": "varchar(255) character set utf8mb4 collate utf8mb4_bin",
+        "exact": "varbinary(1020)",
+        "text": "longtext character set utf8mb4",
+        "moment": "datetime(6)",
+        "flag": "bool",
+        "blob": "blob",
+        "ticks": "bigint",
+        "priority": "float",
+    },
+}
+FIRST_TABLES = """
+create table geneva_drive_workflows (id {key}, type {exact} not null, hero_type {exact}, hero_id {exact},
+    state {name} not null, current_step_name {name}, allow_multiple {flag} not null, context {text} not null,
+    options {text}, execution_count integer not null, pause_requested {flag} not null, token {name} not null,
+    created_at {moment} not null, transitioned_at {moment});
+create table geneva_drive_step_executions (id {key}, workflow_id {big} not null, number integer not null,
+    step_name {name} not null, state {name} not null, outcome {name}, scheduled_for {moment} not null,
+    enqueued_at {moment}, started_at {moment}, heartbeat_at {moment}, performed_by {name}, finished_at {moment},
+    reattempts integer not null, recoveries integer not null, error_class_name {name}, error_message {text},
+    error_backtrace {text}, job_id {name}, created_at {moment} not null,
+    foreign key (workflow_id) references geneva_drive_workflows (id) on delete cascade);
+create table geneva_drive_huey_kv (queue varchar(255) not null, "key" varchar(255) not null, value {blob} not null,
+    primary key (queue, "key"));
+create table geneva_drive_huey_schedule (id {key}, queue varchar(255) not null, data {blob} not null,
+    timestamp {ticks} not null);
+create table geneva_drive_huey_task (id {key}, queue varchar(255) not null, data {blob} not null,
+    priority {priority} not null);
+create table geneva_drive_huey_counter (queue varchar(255) not null, "key" varchar(255) not null,
+    value integer not null, primary key (queue, "key"));
+create unique index geneva_drive_execution_number on geneva_drive_step_executions (workflow_id, number);
+create index geneva_drive_hero on geneva_drive_workflows (hero_id, hero_type);
+create index geneva_drive_huey_task_order on geneva_drive_huey_task (queue, priority desc, id);
+create index geneva_drive_huey_schedule_due on geneva_drive_huey_schedule (queue, timestamp)
+"""
+FIRST_PARTIAL_INDEXES = """
+create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id)
+    where state in ('ready', 'performing', 'paused') and not allow_multiple;
+create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id)
+    where state in ('scheduled', 'waiting', 'in_progress');
+create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for, id) where state = 'scheduled';
+create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
+create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id)
+    where state in ('finished', 'canceled')
+"""
+FIRST_INDEXES = {
+    "sqlite": FIRST_PARTIAL_INDEXES,
+    "postgresql": FIRST_PARTIAL_INDEXES,
+    "mysql": """
+alter table geneva_drive_workflows add column ongoing tinyint generated always as
+    (case when state in ('ready', 'performing', 'paused') and not allow_multiple then 1 end) stored;
+create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id, ongoing);
+alter table geneva_drive_step_executions add column active tinyint generated always as
+    (case when state in ('scheduled', 'waiting', 'in_progress') then 1 end) stored;
+create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id, active);
+create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for, id);
+create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
+create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id)
+""",
+}
+FIRST_TRIGGER = """
+create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
+    begin delete from geneva_drive_step_executions where workflow_id = old.id; end
+"""
+
+# Its messages in the embedded queue: that execution 1 is to be performed now, execution 3 on the third of March.
+FIRST_JOBS = [f"1772366400000000-{number:032x}" for number in range(20)]
+FIRST_MESSAGE = (
+    b"\x80\x05\x95\x86\x00\x00\x00\x00\x00\x00\x00\x8c\rhuey.registry\x94\x8c\x07Message\x94\x93\x94(\x8c1%b\x94"
+    b"\x8c\x19geneva_drive.perform_step\x94NK\x00K\x00NK%c\x85\x94}\x94NNNNNNK\x00t\x94\x81\x94."
+)
+FIRST_SCHEDULED_MESSAGE = (
+    b"\x80\x05\x95\xae\x00\x00\x00\x00\x00\x00\x00\x8c\rhuey.registry\x94\x8c\x07Message\x94\x93\x94(\x8c1%b\x94"
+    b"\x8c\x19geneva_drive.perform_step\x94\x8c\x08datetime\x94\x8c\x08datetime\x94\x93\x94C\n\x07\xea\x03\x03\x0c\x00"
+    b"\x00\x00\x00\x00\x94\x85\x94R\x94K\x00K\x00NK%c\x85\x94}\x94NNNNNNK\x00t\x94\x81\x94."
+)
+
+# Of each workflow of the class Plain: its state, whether it is to pause, the states of its executions.
+FIRST_WORKFLOWS = [
+    ("ready", False, "scheduled"),
+    ("ready", False, "completed", "scheduled"),
+    ("performing", False, "completed", "in_progress"),  # by a process that died, as the next one
+    ("performing", True, "completed", "in_progress"),
+    ("paused", False, "completed", "scheduled"),
+    ("paused", False, "completed", "failed"),
+    ("finished", False, "completed", "completed", "completed"),
+    ("canceled", False, "completed", "canceled"),
+    ("canceled", False, "completed", "in_progress"),  # canceled while it was performed
+    ("ready", False, "scheduled"),  # and its message was lost
+]
+
+
+def execute_all(db, script):
+    for statement in script.strip().split(";\n"):
+        db.execute_sql(" ".join(statement.replace('"', db.quote[0]).split()))
+
+
+def insert(db, table, **values):
+    """An insert as the first release made them: it names the columns that it knew."""
+    statement = f"insert into {table} ({', '.join(values)}) values ({', '.join([db.param] * len(values))})"
+    db.execute_sql(statement, list(values.values()))
+
+
+def first_release(url):
+    """A drive on a database that the first release made, with workflows in all states."""
+    db = open_database(url)
+    kind = gd._dialect(db)
+    execute_all(db, FIRST_TABLES.format(**FIRST_TYPES[kind]))
+    execute_all(db, FIRST_INDEXES[kind])
+    if kind == "sqlite":
+        execute_all(db, FIRST_TRIGGER)
+    for model in MODELS:
+        model.bind(db)
+    db.create_tables(MODELS)
+    first_workflows(db)
+    return GenevaDrive(db, clock=Clock())
+
+
+def first_workflows(db):
+    """What the first release has written of FIRST_WORKFLOWS; the ids are 1, 2, 3, …, as on an empty database."""
+    now, execution = START.replace(tzinfo=None), itertools.count(1)
+    for number, (state, pause_requested, *attempts) in enumerate(FIRST_WORKFLOWS, 1):
+        insert(
+            db,
+            "geneva_drive_workflows",
+            type="Plain",
+            hero_type="User",
+            hero_id=str(User.create().id),
+            state=state,
+            current_step_name=("one", "two", "three")[len(attempts) - 1] if state in gd.ONGOING else None,
+            allow_multiple=False,
+            context="{}",
+            options=None,
+            execution_count=len(attempts),
+            pause_requested=pause_requested,
+            token=f"{number:032x}",
+            created_at=now,
+            transitioned_at=None if state in ("ready", "performing") else now,
+        )
+        for place, attempt in enumerate(attempts):
+            _first_execution(db, next(execution), number, place, attempt)
+    insert(db, "geneva_drive_huey_task", queue="default", data=FIRST_MESSAGE % (FIRST_JOBS[1].encode(), 1), priority=0)
+    data = FIRST_SCHEDULED_MESSAGE % (FIRST_JOBS[3].encode(), 3)
+    insert(db, "geneva_drive_huey_schedule", queue="default", data=data, timestamp=1772539200000)
+
+
+def _first_execution(db, execution_id, workflow_id, place, state):
+    now, values = START.replace(tzinfo=None), {}
+    if state not in ("scheduled", "canceled"):
+        of_another_boot = "94e63c66-fcda-4e37-acbf-ccc41446caae/4026531836/10244/249702"
+        values |= {"started_at": now, "heartbeat_at": now, "performed_by": of_another_boot}
+    if state not in gd.ACTIVE:
+        values |= {"outcome": "success" if state == "completed" else state, "finished_at": now}
+    if state == "failed":
+        values |= {"error_class_name": "LookupError", "error_message": "as ever", "error_backtrace": "Traceback …"}
+    insert(
+        db,
+        "geneva_drive_step_executions",
+        workflow_id=workflow_id,
+        number=place + 1,
+        step_name=("one", "two", "three")[place],
+        state=state,
+        scheduled_for=now + timedelta(days=2 * (place == 1)),
+        enqueued_at=now,
+        reattempts=0,
+        recoveries=0,
+        job_id=FIRST_JOBS[execution_id],
+        created_at=now,
+        **values,
+    )
+
+
+def shape(db):
+    """All that tells one schema from another."""
+    tables = [table for table in db.get_tables() if table.startswith("geneva_drive_")]
+    if isinstance(db, SqliteDatabase):
+        triggers = db.execute_sql("select name, sql from sqlite_master where type = 'trigger'").fetchall()
+    else:
+        triggers = []
+    versions = db.execute_sql("select version from geneva_drive_schema").fetchall()
+    return {
+        "triggers": {*triggers},
+        "versions": versions,
+        **{table: {*_columns(db, table), *_indexes(db, table)} for table in tables},
+    }
+
+
+def _columns(db, table):
+    if isinstance(db, peewee.MySQLDatabase):  # with collations and expressions
+        definition = db.execute_sql(f"show create table {table}").fetchone()[1]
+        yield from (re.sub(r",$| AUTO_INCREMENT=\d+", "", line) for line in definition.split("\n"))
+    else:
+        yield from ((each.name, each.full_type.lower(), each.null, each.default) for each in db.get_columns(table))
+        yield from ((each.column, each.dest_table, each.on_delete) for each in db.get_foreign_keys(table))
+
+
+def _indexes(db, table):
+    return ((each.name, each.sql, tuple(each.columns), each.unique) for each in db.get_indexes(table))
+
+
+def new_shape(url):
+    """What create_tables() makes of an empty database."""
+    with contextlib.closing(open_database(url)) as db:
+        GenevaDrive(db).create_tables()
+        return shape(db)
+
+
+@pytest.fixture(params=SERVERS)
+def upgrades(request, servers):
+    """Makes databases of one kind: empty ones, and those of the first release."""
+    made = []
+
+    def make(is_empty=False):
+        url = servers.empty(request.param)
+        if is_empty:
+            return url
+        made.append(first_release(url))
+        return made[-1], url
+
+    yield make
+    for drive in made:
+        drive.database.close()
+
+
+def wait(drive, **duration):
+    """What a consumer does after a time: it takes the messages that fell due."""
+    drive.clock.forward(**duration)
+    for task in drive.huey.read_schedule(drive.clock.now.replace(tzinfo=None)):
+        drive.huey.enqueue(task)
+    work_off(drive)
+
+
+def go_on(drive):
+    """What a consumer does in the days to come, and a person who resumes what is paused."""
+    for _ in range(5):
+        drive.housekeeping()
+        for workflow in Workflow.paused():
+            workflow.resume()
+        wait(drive, days=1)
+
+
+def test_workflows_in_flight_go_on_to_their_ends_on_an_upgraded_database(upgrades):
+    expected = new_shape(upgrades(is_empty=True))
+    drive, _ = upgrades()
+    drive.create_tables()
+    assert drive.doctor() == []
+    assert shape(drive.database) == expected
+    workflows = list(Workflow.select().order_by(Workflow.id))
+    assert messages(drive) == [1, 3]
+    work_off(drive)  # the message that was queued
+    assert history(workflows[0])[0] == ("one", "completed", "success")
+    wait(drive, days=2)  # and the one that was scheduled
+    assert [reload(each).state for each in workflows[:2]] == ["finished", "finished"]
+    go_on(drive)
+    assert drive.doctor() == []
+    ends = ["canceled" if state == "canceled" else "finished" for state, *_ in FIRST_WORKFLOWS]
+    assert [reload(each).state for each in workflows] == ends
+    one, *ended = [(name, "completed", "success") for name in ("one", "two", "three")]
+    recovered = [one, ("two", "failed", "recovered")]
+    assert history(workflows[2]) == history(workflows[3]) == recovered + ended
+    assert history(workflows[4]) == [one, *ended]
+    assert history(workflows[5]) == [one, ("two", "failed", "failed"), *ended]
+    assert history(workflows[8]) == recovered
+    assert Counter(effects()) == {"one": 2, "two": 7, "three": 7}
+
+
+def test_an_upgrade_adds_to_tables_only_what_earlier_code_need_not_know_of(upgrades):
+    drive, _ = upgrades()
+    db, added = drive.database, []
+    for model in filter(Model.table_exists.__func__, gd.MODELS):
+        known = {column.name for column in db.get_columns(model._meta.table_name)}
+        added += [each for each in model._meta.sorted_fields if each.column_name not in known]
+    assert added
+    for field in added:  # it may be left out of an insert, and is there in no time, however many rows there are
+        assert field.null
+        assert not any((field.default, field.constraints, field.unique, isinstance(field, ForeignKeyField)))
+    indexes = {each.name for table in db.get_tables() for each in db.get_indexes(table)}
+    tables = {*db.get_tables()}
+    drive.create_tables()
+    # What the first release looks for by its name, and would make again, is all there.
+    assert indexes <= {each.name for table in db.get_tables() for each in db.get_indexes(table)}
+    assert tables <= {*db.get_tables()}
+
+
+def test_an_upgrade_that_dies_anywhere_is_completed_by_the_next_one(upgrades):
+    expected, versions = new_shape(upgrades(is_empty=True)), Counter()
+    for moment in itertools.count():
+        drive, _ = upgrades()
+        if not dies_at(moment, drive.database, drive.create_tables, "create|alter|insert"):
+            break
+        versions[drive._schema_version()] += 1
+        drive.create_tables()
+        assert shape(drive.database) == expected
+        drive.database.close()
+    assert versions == {1: moment}
+    assert moment >= 10
+    assert shape(drive.database) == expected
+
+
+def _upgrade(number, url, barrier, results):
+    drive = GenevaDrive(open_database(url))
+    barrier.wait(timeout=60)
+    drive.create_tables()
+    results.put(drive.doctor())
+
+
+def test_eight_processes_upgrade_at_once(upgrades):
+    expected = new_shape(upgrades(is_empty=True))
+    for _ in range(5):
+        drive, url = upgrades()
+        drive.database.close()
+        assert in_processes(8, _upgrade, url, fork.Barrier(8)) == [[]] * 8
+        assert shape(drive.database) == expected
+        drive.database.close()
+
+
+def statements_of(db, act, monkeypatch):
+    statements = []
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "query_hooks", [lambda event: statements.append(event.sql)])
+        act()
+    return statements
+
+
+def test_tables_that_are_up_to_date_are_looked_at_and_left_alone(upgrades, monkeypatch):
+    drive, _ = upgrades()
+    verbs = "create|alter|insert|update|delete|drop|set|lock"
+    first, second = (statements_of(drive.database, drive.create_tables, monkeypatch) for _ in range(2))
+    assert sum(bool(re.match(verbs, sql, re.IGNORECASE)) for sql in first) > 10
+    assert not any(re.match(verbs, sql, re.IGNORECASE) for sql in second)
+
+
+def test_code_of_the_first_release_works_beside_the_new_code(upgrades):
+    drive, _ = upgrades()
+    db = drive.database
+    columns = {table: [each.name for each in db.get_columns(table)] for table in ENGINE_TABLES[:2]}
+    db.execute_sql("delete from geneva_drive_step_executions")
+    db.execute_sql("delete from geneva_drive_workflows")
+    drive.create_tables()
+    workflow = Plain.create(hero=User.create())
+    drive.huey.flush()
+    # What the first release executed to claim a step, to stay alive, to record the step and to schedule the next.
+    execution, now = scheduled(workflow).id, f"{drive.clock.now:%Y-%m-%d %H:%M:%S.%f}"
+    selected = ", ".join(f"t1.{name}" for name in columns[ENGINE_TABLES[1]] if name != "active")
+    selected += ", " + ", ".join(f"t2.{name}" for name in columns[ENGINE_TABLES[0]] if name != "ongoing")
+    joined = "geneva_drive_step_executions t1 join geneva_drive_workflows t2 on t1.workflow_id = t2.id"
+    assert db.execute_sql(f"select {selected} from {joined} where t1.id = {execution}").fetchone()
+    for statement in (
+        f"""update geneva_drive_workflows set state = 'performing'
+            where id = {workflow.id} and execution_count = 1 and state = 'ready'""",
+        f"""update geneva_drive_step_executions set state = 'in_progress', started_at = '{now}', heartbeat_at = '{now}',
+            performed_by = 'another' where id = {execution}""",
+        f"""update geneva_drive_step_executions set heartbeat_at = '{now}'
+            where id in ({execution}) and state = 'in_progress'""",
+        f"""update geneva_drive_workflows set state = 'ready', current_step_name = 'two', execution_count = 2,
+            transitioned_at = null
+            where id = {workflow.id} and execution_count = 1 and state = 'performing' and not pause_requested""",
+        f"""update geneva_drive_step_executions set state = 'completed', outcome = 'success', finished_at = '{now}'
+            where id = {execution}""",
+    ):
+        assert db.execute_sql(statement).rowcount == 1 or "set heartbeat_at" in statement  # MySQL counts what changes
+    _first_execution(db, 0, workflow.id, 1, "scheduled")
+    go_on(drive)
+    assert history(reload(workflow)) == [(name, "completed", "success") for name in ("one", "two", "three")]
+    assert drive.doctor() == []
+
+
+def test_the_upgrade_waits_for_open_transactions_and_holds_nobody_up(servers):
+    for kind in ("postgresql", "mysql"):
+        drive = first_release(url := servers.empty(kind))
+        busy, others = open_database(url), open_database(url)
+        patience = {"postgresql": "lock_timeout = '20s'", "mysql": "lock_wait_timeout = 20"}
+        others.execute_sql(f"set {patience[kind]}")
+        waiting = {
+            "postgresql": "select 1 from pg_stat_activity where query like 'alter%%' and wait_event_type = 'Lock'",
+            "mysql": "select 1 from information_schema.processlist where state like 'Waiting for table metadata lock'",
+        }
+        with busy.atomic():
+            busy.execute_sql("update geneva_drive_step_executions set reattempts = 1 where id = 1")
+            upgrade = fork.Process(target=_upgrade, args=(0, url, fork.Barrier(1), fork.Queue()))
+            upgrade.start()
+            for _ in range(2):
+                until(lambda: others.execute_sql(waiting[kind]).fetchone())  # noqa: B023
+                others.execute_sql("update geneva_drive_step_executions set reattempts = reattempts + 1 where id = 2")
+            assert upgrade.is_alive()
+        upgrade.join()
+        assert upgrade.exitcode == 0
+        assert drive.doctor() == []
+        assert [each.reattempts for each in StepExecution.select().order_by(StepExecution.id).limit(2)] == [1, 2]
+        for db in (busy, others, drive.database):
+            db.close()
+
+
+def test_a_newer_schema_is_worked_on_and_left_as_it_is(upgrades):
+    drive, _ = upgrades()
+    drive.create_tables()
+    db = drive.database
+    db.execute_sql("alter table geneva_drive_step_executions add column of_a_later_version integer")
+    db.execute_sql(f"insert into geneva_drive_schema (version) values ({gd.SCHEMA_VERSION + 1})")
+    before = shape(db)
+    drive.create_tables()
+    assert shape(db) == before
+    assert drive.doctor() == []
+    workflow = Quick.create(hero=User.create())
+    drive.run(until=lambda: reload(workflow).state == "finished")
+
+
+def test_a_queue_that_is_added_later_gets_its_tables(upgrades):
+    with contextlib.closing(open_database(upgrades(is_empty=True))) as db:
+        GenevaDrive(db, huey=MemoryHuey("outside")).create_tables()
+        drive = GenevaDrive(db)
+        drive.create_tables()
+        assert {*QUEUE_TABLES} <= {*db.get_tables()}
+        assert "geneva_drive_huey_task_order" in {each.name for each in db.get_indexes("geneva_drive_huey_task")}
+
+
+def test_on_mysql_the_tables_are_not_changed_inside_a_transaction_which_that_would_commit(servers):
+    drive = first_release(servers.empty("mysql"))
+    with drive.database.atomic() as transaction:
+        User.create(name="nobody")
+        with pytest.raises(gd.GenevaDriveError, match=r"create_tables\(\) has tables to change, .* outside of transac"):
+            drive.create_tables()
+        transaction.rollback()
+    drive.create_tables()
+    with drive.database.atomic() as transaction:
+        User.create(name="nobody")
+        drive.create_tables()
+        transaction.rollback()
+    assert not User.select().where(User.name == "nobody").exists()
+    drive.database.close()
+
+
+def test_a_forgotten_upgrade_is_told_of_and_stops_a_consumer_before_it_takes_a_message(upgrades, monkeypatch, capsys):
+    drive, _ = upgrades()
+    problem = r"the schema of the database '.*' is at version 1, this version of GenevaDrive needs version 2: call .*"
+    assert len(drive.doctor()) == 1
+    assert re.fullmatch(problem, drive.doctor()[0])
+    with pytest.raises(gd.GenevaDriveError, match=problem):
+        drive.run()
+    assert messages(drive) == [1, 3]
+    shop = types.ModuleType("shop")
+    shop.drive, shop.__spec__ = drive, ModuleSpec("shop", None)
+    monkeypatch.setitem(sys.modules, "shop", shop)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for command in ("worker", "list", "doctor", "housekeeping"):
+        assert gd.main(["shop", command]) == 1
+        assert re.search(problem, capsys.readouterr().err)
+    logging.getLogger("huey").setLevel(logging.NOTSET)
+    drive.create_tables()
+    workflow = Workflow.get_by_id(1)
+    drive.run(until=lambda: history(workflow)[0][1] == "completed")
+
+
+def test_a_huey_consumer_refuses_tables_that_are_older_than_its_code(app):
+    workflow = app.create("Welcome")
+    app.db.execute_sql("delete from geneva_drive_schema")
+    assert app.consumer().wait(timeout=30) == 1
+    assert "is at version 1, this version of GenevaDrive needs version 2: call drive.create_tables()" in app.log()
+    assert app.db.execute_sql("select count(*) from geneva_drive_huey_task").fetchone() == (1,)
+    app.run("setup")
+    app.consumer()
+    until(lambda: app.state(workflow) == "finished")
+
+
+def test_a_consumer_starts_though_the_version_cannot_be_read_yet(tmp_path, caplog):
+    db = SqliteDatabase(tmp_path / "app.db", timeout=0.1)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    drive.create_tables()
+    db.create_tables(MODELS)
+    workflow = Quick.create(hero=User.create())
+    db.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+        other.execute("begin exclusive")
+
+        def is_over():
+            if other.in_transaction:
+                other.rollback()
+                db.timeout = 20
+            return reload(workflow).state == "finished"
+
+        drive.run(until=is_over)
+    assert "the version of the schema cannot be read: database is locked" in caplog.text
+    db.close()
 
 
 # ==== Housekeeping ====================================================================================================

@@ -462,6 +462,7 @@ class Contest:
 
     def clear(self):
         self.db.drop_tables(self.app.models)
+        self.db.execute_sql("drop table if exists geneva_drive_schema")
         self.storage.drop_tables()
         self.huey.storage.drop_tables()
 
