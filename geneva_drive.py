@@ -47,6 +47,7 @@ import copyreg
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -160,6 +161,7 @@ LONGEST_WAIT = timedelta(days=36500)  # further away, the calendar overflows
 MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
+CURSOR_ALIAS = "geneva_drive_cursor"  # of the key of a row, in queries of the application's
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
 PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
 EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
@@ -181,7 +183,10 @@ class ConfigurationError(GenevaDriveError, TypeError):
 
 
 class StepConfigurationError(GenevaDriveError, TypeError):
-    """The definition of a workflow class is wrong; raised when the class is defined."""
+    """The definition of a workflow class is wrong; raised when the class is defined.
+
+    What can be seen in a running step alone, the misuse of a cursor, is an error of that step.
+    """
 
 
 class UnsupportedDatabaseError(GenevaDriveError):
@@ -277,10 +282,11 @@ class TransactionLeftOpenError(GenevaDriveError):
 class _FlowControl(BaseException):
     """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
 
-    def __init__(self, action: str, wait: timedelta = NO_WAIT) -> None:
+    def __init__(self, action: str, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
         super().__init__(action)
         self.action = action
         self.wait = wait
+        self.rewind = rewind
 
 
 class _ClaimLost(Exception):
@@ -416,8 +422,8 @@ class ExceptionPolicy:
         seconds = min(seconds, longest.total_seconds()) * random.uniform(1 - self.jitter, 1 + self.jitter)
         return min(timedelta(seconds=seconds), longest)
 
-    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> tuple[str, timedelta]:
-        return self.action, self.delay(reattempts)
+    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> _FlowControl:
+        return _FlowControl(self.action, self.delay(reattempts))
 
 
 @dataclass(frozen=True)
@@ -426,17 +432,17 @@ class _HandlerPolicy(ExceptionPolicy):
 
     handler: Any = None  # a method's name, or a callable of the workflow and the error
 
-    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> tuple[str, timedelta]:
+    def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> _FlowControl:
         try:
             if isinstance(self.handler, str):
                 getattr(workflow, self.handler)(error)
             else:
                 self.handler(workflow, error)
         except _FlowControl as control:
-            return control.action, control.wait
+            return control
         except Exception:
             workflow.logger.exception("the exception handler %s failed: pausing", self.handler)
-        return "pause", NO_WAIT
+        return _FlowControl("pause")
 
 
 PAUSE = ExceptionPolicy("pause")
@@ -466,6 +472,7 @@ class StepDefinition:
     timeout: timedelta | None = None
     on_timeout: str = "pause"
     matching: Callable[[Any], object] | None = None
+    resumable: bool = False
     removed: bool = False  # then it is skipped as by any true `skip_if`: the hero and the conditions come first
 
 
@@ -489,6 +496,7 @@ class _StepOptions(TypedDict, total=False):
     before_step: str | None
     after_step: str | None
     transactional: bool
+    resumable: bool
     options: Mapping[str, Any]
     name: str
     wait_for: str | None
@@ -527,6 +535,8 @@ def step(body: Any = None, /, **options: Any) -> Any:
     :param before_step: the name of the step to be placed before. `after_step`: the one to be placed behind.
     :param transactional: run the body in the transaction that records its outcome: its writes to the drive's database
         happen exactly once.
+    :param resumable: let the body keep a cursor, by `resume_over()` or `checkpoint()`, from which the next attempt goes
+        on.
     :param options: `{"queue": ..., "priority": ...}` for Huey.
     :param name: the step's name, if it is not the method's.
     :param wait_for: the name of a signal: the step runs once :meth:`Workflow.signal` sent it, and the body finds it in
@@ -666,10 +676,16 @@ class _Blueprint:
             _require(callable(getattr(self.cls, skip_if, None)), where, f"skip_if names no method: {skip_if!r}")
         _require_plain(getattr(self.cls, skip_if) if isinstance(skip_if, str) else skip_if, where, "skip_if")
         _require(isinstance(transactional, bool), where, "transactional must be a bool")
+        resumable = options.get("resumable", False)
+        _require(isinstance(resumable, bool), where, "resumable must be a bool")
+        problem = "resumable and transactional exclude each other: what rolls back the body would take its cursor along"
+        _require(not (resumable and transactional), where, problem)
         wait = _require_duration(options.get("wait", 0), where, "wait")
         huey_options = _checked_options(options.get("options", {}), f"{where}: options")
         policy, signal = _step_policy(where, options), _step_signal(where, options)
-        definition = StepDefinition(name, body, wait, skip_if, policy, transactional, huey_options, **signal)
+        definition = StepDefinition(
+            name, body, wait, skip_if, policy, transactional, huey_options, resumable=resumable, **signal
+        )
         self._place(where, definition, *place)
 
     def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
@@ -1059,12 +1075,12 @@ class _Record(Model):
         self._dirty.clear()
 
     @classmethod
-    def _lock(cls, *where: Any) -> Any:
+    def _lock(cls, *where: Any, skip_locked: bool = False) -> Any:
         """The row, or None, locked until the transaction ends: a plain read could be served from an old snapshot."""
         query, database = cls._meta.model.select().where(*where), cls._meta.database
         # SQLite's transactions hold the one write lock anyway; outside of one there is neither snapshot nor lock.
         if database.for_update and database.in_transaction():
-            query = query.for_update()
+            query = query.for_update(_drive()._skip_locked if skip_locked else True)
         return query.get_or_none()
 
 
@@ -1274,6 +1290,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def cancel(self) -> None:
         """End the workflow for good. Inside a step this ends its body at once.
 
+        From outside, a resumable step that is being performed ends at its next checkpoint, another one as it does.
+
         :raises InvalidStateError: from outside, if the workflow is over.
         """
         self._control("cancel", _canceled)
@@ -1281,7 +1299,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def pause(self) -> None:
         """Halt the workflow until :meth:`resume`. Inside a step this ends its body at once, to run again then.
 
-        From outside, a step that is being performed ends and is recorded first.
+        From outside, a step that is being performed ends and is recorded first; a resumable one ends at its next
+        checkpoint.
 
         :raises InvalidStateError: from outside, if the workflow is paused or over.
         """
@@ -1294,16 +1313,17 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """
         self._control("skip", _skipped)
 
-    def reattempt(self, wait: timedelta | float | None = None) -> NoReturn:
+    def reattempt(self, wait: timedelta | float | None = None, rewind: bool = False) -> NoReturn:
         """Inside a step: end its body at once and run it again, after `wait` (a timedelta or seconds).
 
+        :param rewind: let a resumable step begin at the start, not at its cursor.
         :raises InvalidStateError: from outside.
         """
         try:
             delay = _duration(wait or 0)
         except ValueError as error:
             raise ValueError(f"reattempt(): wait {error}") from None
-        self._control("reattempt", None, delay)
+        self._control("reattempt", None, delay, rewind)
         raise AssertionError("unreachable")
 
     def finish(self) -> NoReturn:
@@ -1317,7 +1337,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def resume(self) -> None:
         """Let a paused workflow go on: what was scheduled keeps its time, else the step it stands at runs now.
 
-        The counts of reattempts and recoveries start anew.
+        A resumable step goes on at its cursor. The counts of reattempts and recoveries start anew.
 
         :raises InvalidStateError: if it is not paused.
         :raises StepNotDefinedError: if its class does not define that step.
@@ -1325,7 +1345,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         self._control("resume", _resumed)
 
     def resume_at(self, step_name: str) -> None:
-        """Let a paused workflow go on with another step, now.
+        """Let a paused workflow go on with another step, now, or begin the one that it stands at from the start.
 
         :raises InvalidStateError: if it is not paused.
         :raises StepNotDefinedError: if there is no such step, or no longer.
@@ -1395,10 +1415,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if key is not None and not _is_name(key):
             raise ValueError(f"the idempotency_key of the signal {name!r} must have 1 to 255 printable characters")
 
-    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT) -> None:
+    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
         """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
         if self._attempt is not None and ("step", call) in EFFECTS:
-            raise _FlowControl(call, wait)
+            raise _FlowControl(call, wait, rewind)
         drive = _drive()
 
         def locked_change() -> Workflow:
@@ -1419,6 +1439,57 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """The row and its active execution, each or None, in the order in which everything locks them."""
         row = Workflow._lock(Workflow.id == workflow_id)
         return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
+
+    # -- resumable steps --------------------------------------------------------------------------------------------
+
+    @property
+    def cursor(self) -> Any:
+        """In a resumable step: what :meth:`checkpoint` kept last, in this attempt or an earlier one; None at the start.
+
+        Each reading is a query. From outside, :attr:`execution_history` has the cursor of each attempt.
+
+        :raises StepConfigurationError: elsewhere.
+        """
+        return self._attempt_that_keeps("cursor").cursor()
+
+    def checkpoint(self, value: Any) -> None:
+        """In a resumable step: keep how far it came; the next attempt at it goes on there.
+
+        Commits; or, within a transaction of the body's on the drive's database, is part of it: let it be the last
+        statement there, for the next heartbeat waits for it. Ends the body at once, as flow control does, if the
+        workflow was canceled or paused meanwhile, or its consumer drains: another one then goes on. A transaction that
+        it is a part of is rolled back by that, and its part of the work done again.
+
+        :param value: any JSON value, up to 128 KiB; it is the `cursor` from now on.
+        :raises StepConfigurationError: elsewhere, and beside :meth:`resume_over`.
+        :raises TypeError, ValueError: if the value is not acceptable.
+        """
+        self._attempt_that_keeps("checkpoint()").checkpoint(value)
+
+    def resume_over(self, items: Iterable[T], key: Any = None, every: int = 100) -> Iterator[T]:
+        """In a resumable step: go over items, with a :meth:`checkpoint` after each `every` of them and at the end.
+
+        What was done since the last checkpoint is done again after a crash or an error: `every` items at most.
+
+        :param items: a query of a model, or the model itself, read in pages of `every` rows along `key`; or any other
+            iterable that has the same items in the same order each time.
+        :param key: for a query: a unique field of its model that cannot be null, ascending or with `.desc()`; None
+            takes the primary key. The rows that are there when their page is read are visited.
+        :param every: how many items there are from one checkpoint to the next.
+        :raises StepConfigurationError: if the items cannot be resumed, or were others when the cursor was kept; if the
+            step is not resumable, or uses its cursor already.
+        """
+        return self._attempt_that_keeps("resume_over()").resume_over(items, key, every)
+
+    def _attempt_that_keeps(self, call: str) -> _Attempt:
+        """The attempt under way at a resumable step; else a StepConfigurationError."""
+        attempt = self._attempt
+        if attempt is None:
+            raise StepConfigurationError(f"{self._label}: {call} is for the body of a step with @step(resumable=True)")
+        name = attempt.execution.step_name
+        is_resumable = self._definition(name).resumable
+        _require(is_resumable, f"{self.type}.{name}", f"{call} needs a cursor: declare it with @step(resumable=True)")
+        return attempt
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -1447,6 +1518,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             notes = [_signal_note(each)] if each.wait_for else []
             notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
             notes += ["transactional"] if each.transactional else []
+            notes += ["resumable"] if each.resumable else []
             notes += [_policy_note(each.policy)] if each.policy else []
             wait = f'|"{_span(each.wait)}"|' if each.wait else ""
             lines.append(_mermaid_node(f"{last} -->{wait} step{number}", "[{}]", each.name, *notes))
@@ -1790,7 +1862,12 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
             drive._enqueue_again(active, drive._route(workflow, definition.name))
         workflow._write(state=READY, transitioned_at=None)
     else:
-        _enter(workflow, definition.name, drive._now())
+        number = StepExecution.number == workflow.execution_count
+        newest = StepExecution._lock(number & (StepExecution.workflow == workflow.id))
+        has_begun = newest.cursor is not None and newest.step_name == definition.name
+        # What goes on at its cursor does not wait for its signal anew.
+        carried = {"cursor": newest.cursor, "times_out_at": newest.times_out_at} if has_begun else {}
+        _enter(workflow, definition.name, drive._now(), **carried)
 
 
 def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
@@ -1805,11 +1882,11 @@ def _drop(drive: GenevaDrive, active: StepExecution | None) -> None:
         active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
 
 
-def _enter(workflow: Workflow, step_name: str, due: datetime) -> StepExecution:
+def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
     """Schedule a new execution and make the workflow stand at it."""
     number = workflow.execution_count + 1
     workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None)
-    return StepExecution._schedule(workflow, number, step_name, due)
+    return StepExecution._schedule(workflow, number, step_name, due, **carried)
 
 
 # ==== Executions: one row for each attempt at a step ==================================================================
@@ -1961,6 +2038,7 @@ class _Verdict:
     error: BaseException | None = None
     surfaces: bool = False  # whether the error is raised once the outcome is committed
     context: dict[str, Any] | None = None  # to be saved with it, if the body changed it
+    rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
 
 
 class _Attempt:
@@ -1971,6 +2049,9 @@ class _Attempt:
         self.saved_context = _dump_object(workflow.context)
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed = time.monotonic()
+        self.is_draining: Callable[[], bool] = lambda: False
+        self.depth = 0  # of the transactions that surround the body
+        self.has_loop, self.has_checkpoint = False, False
 
     @classmethod
     def claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None = None) -> _Attempt | None:
@@ -2007,15 +2088,18 @@ class _Attempt:
         drive._announce(workflow, READY, PERFORMING)
         return cls(drive, workflow, execution)
 
-    def run(self, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
+    def run(
+        self, may_run_on: Callable[[], bool] = lambda: False, is_draining: Callable[[], bool] = lambda: False
+    ) -> _Attempt | None:
         """Perform the step and record what came of it.
 
         :param may_run_on: asked as the outcome is recorded, whether to claim the next step in the same commit.
+        :param is_draining: asked at a checkpoint, whether to leave the rest to another consumer.
         :returns: the attempt at the next step, if it was claimed.
         :raises BaseException: the step's error, if it is to leave the task.
         """
         following, recorded = None, True
-        self.workflow._attempt = self
+        self.workflow._attempt, self.is_draining = self, is_draining
         _heartbeat.add(self.execution.id)
         try:
             verdict = self._overtaken()
@@ -2115,11 +2199,11 @@ class _Attempt:
         raise cast(BaseException, failure)
 
     def _perform_checked(self, definition: StepDefinition) -> _Verdict:
-        depth = self.drive._db.transaction_depth()
+        self.depth = self.drive._db.transaction_depth()
         try:
             verdict = self._flow(definition)
         finally:
-            left_open = self.drive._roll_back_to(depth)
+            left_open = self.drive._roll_back_to(self.depth)
         if left_open:
             problem = "left a transaction open; it was rolled back: use db.atomic()"
             raise TransactionLeftOpenError(f"the step {self.execution.step_name} {problem}")
@@ -2153,7 +2237,7 @@ class _Attempt:
                 if inspect.iscoroutine(result):
                     asyncio.run(result)
         except _FlowControl as control:
-            return _Verdict("step", control.action, control.wait)
+            return _Verdict("step", control.action, control.wait, rewind=control.rewind)
         return _Verdict("step", "return")
 
     def _find_signal(self, definition: StepDefinition) -> bool:
@@ -2185,12 +2269,14 @@ class _Attempt:
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
-        action, wait = policy._decide(self.workflow, error, reattempts)
+        decision = policy._decide(self.workflow, error, reattempts)
+        action = decision.action
         if action == "reattempt" and policy.max_reattempts is not None and reattempts >= policy.max_reattempts:
             action = policy.terminal_action
         surfaces = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
         self.workflow.logger.info("%s: %s after %s reattempts", type(error).__name__, action, reattempts)
-        return _Verdict("error", action, wait, error, surfaces or isinstance(error, SystemExit))
+        surfaces = surfaces or isinstance(error, SystemExit)
+        return _Verdict("error", action, decision.wait, error, surfaces, rewind=decision.rewind)
 
     def _policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
         if definition.policy and definition.policy.matches(error):
@@ -2198,6 +2284,60 @@ class _Attempt:
         latest_first = [each for each in reversed(self.workflow._blueprint.policies) if each.matches(error)]
         specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
         return specific_first[0] if specific_first else PAUSE
+
+    # -- keeping a cursor -------------------------------------------------------------------------------------------
+
+    def cursor(self) -> Any:
+        """How far the step came. Read each time: a checkpoint may have been rolled back with the body's transaction."""
+        return StepExecution.select(StepExecution.cursor).where(StepExecution.id == self.execution.id).scalar()
+
+    def checkpoint(self, value: Any) -> None:
+        problem = "checkpoint() beside resume_over() would take its cursor away: make two steps of them"
+        _require(not self.has_loop, self._where, problem)
+        self._keep(value)
+
+    def resume_over(self, items: Any, key: Any, every: Any) -> Iterator[Any]:
+        where = f"{self._where}: resume_over()"
+        problem = "the step's one cursor is in use, by checkpoint() or another resume_over(): make two steps of them"
+        _require(not (self.has_loop or self.has_checkpoint), where, problem)
+        _require(_is_int(every) and every > 0, where, f"every must be a positive int, not {every!r}")
+        if isinstance(items, peewee.ModelBase):
+            items = items.select()
+        loop = (_Pages if isinstance(items, peewee.BaseQuery) else _Items)(where, items, key, every)
+        rest = loop.behind(self.cursor(), self._keep_place)
+        self.has_loop = True
+        return rest
+
+    @property
+    def _where(self) -> str:
+        return f"{self.workflow.type}.{self.execution.step_name}"
+
+    def _keep_place(self, cursor: Any) -> None:
+        problem = "resume_over() within a transaction would keep nothing before its end: begin transactions in the loop"
+        _require(self.drive._db.transaction_depth() <= self.depth, self._where, problem)
+        self._keep(cursor)
+
+    def _keep(self, value: Any) -> None:
+        cursor = json.loads(_dump_json(value, "the cursor"))  # as the next attempt will see it
+        self.has_checkpoint = True
+        end = self.drive._transact(lambda: self._kept(cursor))
+        self.execution.__data__["cursor"] = cursor
+        if end is None and self.is_draining():
+            self.workflow.logger.info("handed on at a checkpoint, for the consumer drains")
+            end = "reattempt"
+        if end:
+            raise _FlowControl(end)
+
+    def _kept(self, cursor: Any) -> str | None:
+        """Write the cursor, with a heartbeat; returns how the body is to end, if it is."""
+        mine = (StepExecution.id == self.execution.id) & (StepExecution.state == IN_PROGRESS)
+        kept = StepExecution.update(cursor=cursor, heartbeat_at=self.drive._now()).where(mine).execute()
+        if not kept and StepExecution._lock(mine) is None:  # MySQL counts no row that is as it was
+            return "cancel"  # recovered or deleted: whatever is said here, it will not be recorded
+        # Not locked: whoever locks the two does so in the other order.
+        row = Workflow.select(Workflow.state, Workflow.pause_requested).where(Workflow.id == self.workflow.id)
+        state, is_pausing = row.tuples().first() or (CANCELED, False)
+        return "cancel" if state == CANCELED else "pause" if is_pausing else None
 
     # -- recording --------------------------------------------------------------------------------------------------
 
@@ -2307,6 +2447,7 @@ class _Attempt:
                 "reattempts": execution.reattempts + (verdict.cause == "error"),
                 "recoveries": execution.recoveries + (verdict.cause == "death"),
                 "times_out_at": execution.times_out_at,
+                "cursor": None if verdict.rewind else self.cursor() if self.has_checkpoint else execution.cursor,
             }
         return None
 
@@ -2360,6 +2501,152 @@ def _error_columns(error: BaseException | None) -> dict[str, str]:
         "error_message": message[:MAX_ERROR_CHARS],
         "error_backtrace": lines[-MAX_ERROR_CHARS:],  # its end says most
     }
+
+
+# ==== Loops that can be resumed =======================================================================================
+
+
+class _Items:
+    """An iterable with the same items in the same order each time; the cursor is the number of those that are done."""
+
+    def __init__(self, where: str, items: Any, key: Any, every: int) -> None:
+        is_stable = isinstance(items, Iterable) and not isinstance(items, (set, frozenset))
+        problem = f"takes a query, a model, or an iterable in a stable order, not {items!r:.100}: sort a set"
+        _require(is_stable, where, problem)
+        _require(key is None, where, "key is for queries: other items go by their place")
+        self.where, self.items, self.every = where, items, every
+
+    def behind(self, cursor: Any, keep: Callable[[int], None]) -> Iterator[Any]:
+        done = 0 if cursor is None else cursor
+        _require_fit(_is_int(done) and done >= 0, self.where, cursor)
+        if isinstance(self.items, Sequence):
+            _require_fit(done <= len(self.items), self.where, cursor)
+            return self._each(map(self.items.__getitem__, range(done, len(self.items))), done, keep)
+        rest = iter(self.items)
+        _require_fit(sum(1 for _ in itertools.islice(rest, done)) == done, self.where, cursor)
+        return self._each(rest, done, keep)
+
+    def _each(self, rest: Iterator[Any], done: int, keep: Callable[[int], None]) -> Iterator[Any]:
+        kept = done
+        for item in rest:
+            yield item
+            done += 1
+            if done == kept + self.every:
+                keep(done)
+                kept = done
+        if done > kept:
+            keep(done)
+
+
+class _Pages:
+    """A query of a model, read page by page along a unique key; the cursor is the key of the last row that is done."""
+
+    def __init__(self, where: str, query: Any, key: Any, every: int) -> None:
+        self.where, self.query, self.every = where, query, every
+        _require(isinstance(query, peewee.ModelSelect), where, "takes the select() of a model, no other kind of query")
+        is_ordering = isinstance(key, peewee.Ordering)
+        self.key = self._checked_key(key.node if is_ordering else key)
+        self.is_descending = is_ordering and key.direction == "DESC"
+        has_collation = is_ordering and key.collation
+        _require(not has_collation, where, "key must be ordered as its column is: leave out collate()")
+        self._check_query()
+        self.key_of = self._way_to_key()
+
+    def _checked_key(self, key: Any) -> Any:
+        model = self.query.model
+        if key is None:
+            has_key = model._meta.primary_key and not model._meta.composite_key
+            problem = f"{model.__name__} has no primary key of one column: name a unique field as key"
+            _require(has_key, self.where, problem)
+            key = getattr(model, model._meta.primary_key.name)
+        is_own = isinstance(key, peewee.Field) and key.model is model
+        _require(is_own, self.where, f"key must be a field of {model.__name__}, which is selected from, not {key!r}")
+        is_unique = (key.primary_key or key.unique) and not key.null
+        _require(is_unique, self.where, f"key must be unique and not null, as {key.name} is not: take the primary key")
+        return key
+
+    def _check_query(self) -> None:
+        query = self.query
+        is_plain = not query._order_by and query._limit is None and query._offset is None
+        _require(is_plain, self.where, "the query must have no order_by, limit or offset: it is read along the key")
+        is_grouped_by_key = not query._group_by or any(each is self.key for each in query._group_by)
+        _require(is_grouped_by_key, self.where, "a query with group_by must group by the key")
+        kinds = [kind for joins in query._joins.values() for *_, kind in joins]
+        has_keyless = any("RIGHT" in kind or "FULL" in kind for kind in kinds)
+        problem = "a right or full join makes rows without the key: select from the other model"
+        _require(not has_keyless, self.where, problem)
+
+    def _way_to_key(self) -> Callable[[Any], Any]:
+        """How to find the key in a row; in a dict under a name of its own, as names of columns may be there twice."""
+        kind, name = self.query._row_type or peewee.ROW.MODEL, self.key.name
+        place = next((place for place, each in enumerate(self.query._returning) if each is self.key), None)
+        _require(place is not None, self.where, f"the query must select the key, {name}, too")
+        if kind in (peewee.ROW.TUPLE, peewee.ROW.NAMED_TUPLE):
+            return lambda row: row[place]
+        if kind == peewee.ROW.DICT:
+            self.query = self.query.select_extend(self.key.alias(CURSOR_ALIAS))
+            return lambda row: row.pop(CURSOR_ALIAS)
+        _require(kind == peewee.ROW.MODEL, self.where, "rows must be models, dicts or tuples: leave out objects()")
+        return lambda row: row.__data__[name]
+
+    def behind(self, cursor: Any, keep: Callable[[Any], None]) -> Iterator[Any]:
+        if cursor is None:
+            return self._rows(None, keep)
+        try:
+            key = self._key_at(cursor)
+        except Exception:  # of whatever class the field raises
+            _require_fit(False, self.where, cursor)
+        return self._rows(key, keep)
+
+    def _rows(self, last: Any, keep: Callable[[Any], None]) -> Iterator[Any]:
+        is_over = False
+        while not is_over:
+            page = self.query
+            if last is not None:
+                page = page.where(self.key < last if self.is_descending else self.key > last)
+            order = self.key.desc() if self.is_descending else self.key.asc()
+            # All at once: on SQLite a write fails while a read is half done. With the next row, which must be another.
+            rows = list(page.order_by(order).limit(self.every + 1))
+            keys = [self.key_of(row) for row in rows]
+            is_unique = len({last, *keys}) == len(keys) + 1 and None not in keys
+            problem = f"the key {self.key.name} is there twice, or null: a join repeats rows: use distinct()"
+            _require(is_unique, self.where, problem)
+            is_over = len(rows) <= self.every
+            del rows[self.every :]
+            if rows:
+                last = keys[len(rows) - 1]
+                cursor = self._cursor_at(last)
+                yield from rows
+                keep(cursor)
+
+    def _cursor_at(self, key: Any) -> int | str:
+        """The key as JSON; there and back, so that nothing is passed over where it is less exact as text."""
+        cursor = key if _is_int(key) or isinstance(key, str) else str(key)
+        try:
+            is_kept = self._key_at(cursor) == key
+        except Exception:  # a field of the application's own
+            is_kept = False
+        problem = f"the key {self.key.name} is lost as text: go by a key of int, text, UUID or time"
+        _require(is_kept, self.where, problem)
+        return cursor
+
+    def _key_at(self, cursor: Any) -> Any:
+        """The key that a cursor stands for; an error, of any class, if it cannot be one of the field's."""
+        field = self.key
+        while isinstance(field, peewee.ForeignKeyField):
+            field = field.rel_field
+        is_binary = isinstance(field, peewee.BinaryUUIDField)
+        key = uuid.UUID(cursor) if is_binary else field.python_value(cursor)
+        # These take anything else as it is, and some databases compare that with what they have.
+        is_time = isinstance(field, (peewee.DateTimeField, peewee.DateField, peewee.TimeField))
+        if _is_int(cursor) != isinstance(field, peewee.IntegerField) or (is_time and isinstance(key, str)):
+            raise ValueError(cursor)
+        return key
+
+
+def _require_fit(is_fit: bool, where: str, cursor: Any) -> None:
+    problem = f"cannot go on at the cursor {cursor!r:.100}: the items were others when it was kept; start over with "
+    _require(is_fit, where, f"{problem}resume_at(), or with reattempt(rewind=True)")
 
 
 # ==== The drive: database, queues, housekeeping =======================================================================
@@ -2528,6 +2815,17 @@ class GenevaDrive:
     @property
     def _dialect(self) -> str:
         return _dialect(self._db)
+
+    @property
+    def _skip_locked(self) -> str | None:
+        """The clause that locks rows and passes over those that are locked; None where there are no such locks."""
+        if not self._db.for_update:
+            return None
+        self._db.connection()  # only a connected database knows its server's version
+        version = self._db.server_version
+        if self._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
+            return "FOR UPDATE"
+        return "FOR UPDATE SKIP LOCKED"
 
     def _now(self) -> datetime:
         return self.clock()
@@ -2862,13 +3160,16 @@ class GenevaDrive:
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
             return
+        consumer = self._consumers.get(queue)
+
+        def is_draining() -> bool:
+            return consumer is not None and consumer.stop_flag.is_set()
 
         def may_run_on() -> bool:
-            consumer = self._consumers.get(queue)
-            return time.monotonic() < deadline and not (consumer and consumer.stop_flag.is_set())
+            return time.monotonic() < deadline and not is_draining()
 
         while attempt is not None:
-            attempt = attempt.run(may_run_on)
+            attempt = attempt.run(may_run_on, is_draining)
 
     def run(
         self,
@@ -2901,7 +3202,12 @@ class GenevaDrive:
             raise ConfigurationError(f"run(): shutdown_timeout {error}") from None
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
-        _serve(consumers, until, drain_seconds)
+        try:
+            _serve(consumers, until, drain_seconds)
+        finally:
+            for name, consumer in zip(names, consumers):
+                if self._consumers.get(name) is consumer:  # what is performed here from now on is none of its steps
+                    del self._consumers[name]
 
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
@@ -3055,7 +3361,8 @@ class GenevaDrive:
     def _recover(self, dead: Any, execution_id: int) -> bool:
         execution = StepExecution.get_or_none(StepExecution.id == execution_id)
         workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
-        execution = StepExecution._lock(dead & (StepExecution.id == execution_id))
+        # Locked by a checkpoint in a body's transaction, it is not dead, or not for long.
+        execution = StepExecution._lock(dead & (StepExecution.id == execution_id), skip_locked=True)
         if workflow is None or execution is None:
             return False  # it ended, or showed a sign of life, in between
         try:
@@ -3374,9 +3681,13 @@ class _Heartbeat:
         try:
             drive = _drive()
             if self.beating and not _is_private(drive._db):
-                with drive._db.connection_context():  # none is kept open between beats
+                with drive._db.connection_context(), drive._begin():  # none is kept open between beats
                     mine = StepExecution.id.in_(list(self.beating)) & (StepExecution.state == IN_PROGRESS)
-                    StepExecution.update(heartbeat_at=drive._now() - self._ahead()).where(mine).execute()
+                    # What a checkpoint in a body's transaction has locked must not keep the others waiting.
+                    free = StepExecution.select(StepExecution.id).where(mine).for_update(drive._skip_locked)
+                    beating = [each.id for each in free]
+                    now = drive._now() - self._ahead()
+                    StepExecution.update(heartbeat_at=now).where(StepExecution.id.in_(beating)).execute()
         except Exception as error:
             return error
         return None
@@ -3435,13 +3746,7 @@ class _EmbeddedStorage(SqlStorage):
 
     @property
     def for_update(self) -> str | None:
-        if not self.database.for_update:
-            return None
-        self.database.connection()  # only a connected database knows its server's version
-        version = self.database.server_version
-        if self.drive._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
-            return "FOR UPDATE"
-        return "FOR UPDATE SKIP LOCKED"
+        return self.drive._skip_locked
 
     def dequeue(self) -> Any:
         try:

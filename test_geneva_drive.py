@@ -38,8 +38,10 @@ import types
 import typing
 import unittest
 import uuid
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence as SequenceType
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from email.utils import parseaddr
 from html.parser import HTMLParser
 from importlib.machinery import ModuleSpec
@@ -776,6 +778,13 @@ class Fragile(Workflow):
     def exactly_once(self):
         _did(self)
 
+    @step(resumable=True)
+    def counted(self):
+        for number in self.resume_over(range(3), every=2):
+            did(f"{self.id} counted {number}")
+            if number == 0 and (call := self.context.pop("stopped_by", None)):
+                getattr(reload(self), call)()
+
     @step(on_exception="reattempt", max_reattempts=1, terminal_action="skip")
     def failing(self):
         _did(self)
@@ -898,6 +907,16 @@ CRASHES = {
         lambda drive, _: _message(drive),
         {"finished", "canceled"},
     ),
+    "perform, paused at a checkpoint": (
+        lambda: _queued(stopped_by="pause"),
+        lambda drive, _: _message(drive),
+        {"finished"},
+    ),
+    "perform, canceled at a checkpoint": (
+        lambda: _queued(stopped_by="cancel"),
+        lambda drive, _: _message(drive),
+        {"finished", "canceled"},
+    ),
     "pause": (_fragile, lambda drive, workflow: workflow.pause(), {"finished"}),
     "pause while performing": (_performing, lambda drive, workflow: workflow.pause(), {"finished"}),
     "resume what is scheduled": (_paused, lambda drive, workflow: workflow.resume(), {"finished"}),
@@ -942,12 +961,13 @@ def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name):
     bring_on(drive)
     assert {each.state for each in Workflow.select()} <= endings
     counts = Counter(effects())
-    for workflow in Fragile.finished():
+    for workflow in Fragile.select():
         done = [each.step_name for each in workflow.execution_history if each.outcome == "success"]
         assert len(done) == len(set(done))
         for step_name in done:
-            times = counts.pop(f"{workflow.id} {step_name}")
-            assert times == 1 if step_name in ("exactly_once", "last") else times in (1, 2)
+            for what in [f"counted {number}" for number in range(3)] if step_name == "counted" else [step_name]:
+                times = counts.pop(f"{workflow.id} {what}")
+                assert times == 1 if step_name in ("exactly_once", "last") else times in (1, 2)
     left = [effect for effect in counts if effect.endswith(("exactly_once", "last"))]
     assert left == []  # of no step that is not recorded
 
@@ -2269,6 +2289,906 @@ def test_calls_work_inside_a_transaction_of_the_caller_and_are_rolled_back_with_
     assert reload(workflow).state == "canceled"
 
 
+# ==== Resumable steps =================================================================================================
+
+
+class Parcel(Model):
+    label = CharField(unique=True)
+    weight = IntegerField(default=1)
+
+    class Meta:
+        table_name = "test_parcels"
+
+
+class Stamp(Model):
+    parcel = ForeignKeyField(Parcel, backref="stamps")
+
+    class Meta:
+        table_name = "test_stamps"
+
+
+@pytest.fixture
+def table(db):
+    """Makes tables for a test: `table(Parcel)`."""
+    made = []
+
+    def make(*models):
+        for model in models:
+            model.bind(db, bind_refs=False, bind_backrefs=False)
+        db.drop_tables(models)
+        db.create_tables(models)
+        made.extend(models)
+
+    yield make
+    db.drop_tables(made)
+
+
+@pytest.fixture
+def parcels(table):
+    """Makes parcels, labelled a, b, c, …"""
+
+    def make(count):
+        table(Parcel, Stamp)
+        Parcel.insert_many([{"label": chr(97 + number)} for number in range(count)]).execute()
+
+    return make
+
+
+def cursors(workflow):
+    return [each.cursor for each in workflow.execution_history]
+
+
+def perform(workflow):
+    """Perform the scheduled step as a consumer does, and no other; an error of the step is in its execution."""
+    with contextlib.suppress(OddError):
+        scheduled(workflow).execute()
+    return reload(workflow)
+
+
+def test_a_loop_goes_on_at_its_last_checkpoint_after_an_error(drive, hero, parcels):
+    class Sends(Workflow):
+        @step(resumable=True, on_exception=ExceptionPolicy("reattempt", wait=0))
+        def send(self):
+            for parcel in self.resume_over(Parcel, every=3):
+                did(parcel.label)
+                if effects().count("e") == 1 and parcel.label == "e":
+                    raise OddError
+
+        @step(resumable=True)
+        def bill(self):
+            assert self.cursor is None
+
+    parcels(7)
+    workflow = Sends.create(hero=hero)
+    assert perform(perform(workflow)).current_step_name == "bill"
+    assert effects() == [*"abcde", *"defg"]
+    perform(workflow)
+    assert history(workflow) == [
+        ("send", "failed", "reattempted"),
+        ("send", "completed", "success"),
+        ("bill", "completed", "success"),
+    ]
+    assert cursors(workflow) == [3, 7, None]
+
+
+# How an attempt ends that was at "half", what is done then from outside, and where the next one begins.
+TRAVELS = {
+    "error, policy reattempt": ("raise", None, "half"),
+    "error, policy pause": ("raise", lambda workflow: workflow.resume(), "half"),
+    "reattempt()": (lambda workflow: workflow.reattempt(), None, "half"),
+    "reattempt() later": (lambda workflow: workflow.reattempt(wait=60), None, "half"),
+    "reattempt(rewind=True)": (lambda workflow: workflow.reattempt(rewind=True), None, None),
+    "rewound by a handler": ("raise", None, None),
+    "reattempt(), paused meanwhile": (
+        lambda workflow: (reload(workflow).pause(), workflow.reattempt()),
+        lambda workflow: workflow.resume(),
+        "half",
+    ),
+    "pause()": (lambda workflow: workflow.pause(), lambda workflow: workflow.resume(), "half"),
+    "pause(), resume_at()": (lambda workflow: workflow.pause(), lambda workflow: workflow.resume_at("one"), None),
+    "pause(), skip()": (lambda workflow: workflow.pause(), lambda workflow: workflow.skip(), None),
+    "skip()": (lambda workflow: workflow.skip(), None, None),
+    "death": ("die", None, "half"),
+    "death, too many": ("die", lambda workflow: workflow.resume(), "half"),
+    "connection lost": ("disconnect", None, "half"),
+}
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_the_cursor_travels_to_the_next_attempt_at_the_step_and_no_other(db, drive, clock, hero, served, name):
+    ending, afterwards, beginning = TRAVELS[name]
+    policy = {"error, policy pause": "pause", "rewound by a handler": lambda self, error: self.reattempt(rewind=True)}
+
+    class Travels(Workflow):
+        @step(resumable=True, on_exception=policy.get(name, ExceptionPolicy("reattempt", wait=0)))
+        def one(self):
+            seen.append(self.cursor)
+            if len(seen) > 1:
+                return
+            self.checkpoint("half")
+            if ending == "raise":
+                raise OddError
+            if ending == "disconnect" and served:
+                drop_connection(db)
+                did("lost")
+            if ending in ("die", "disconnect"):
+                raise KeyboardInterrupt
+            ending(self)
+
+        @step(resumable=True)
+        def two(self):
+            seen.append(self.cursor)
+
+    seen = []
+    if name == "death, too many":
+        drive.max_recoveries = 0
+    workflow = Travels.create(hero=hero)
+    with contextlib.suppress(OddError, KeyboardInterrupt, peewee.OperationalError, peewee.InterfaceError):
+        scheduled(workflow).execute()
+    if afterwards:
+        afterwards(reload(workflow))
+    assert cursors(workflow)[0] == "half"
+    scheduled(workflow).execute()
+    assert seen == [None, beginning]
+
+
+def test_a_process_that_dies_leaves_its_cursor_to_the_next_attempt(database, db, drive, hero):
+    class Dies(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for number in self.resume_over(range(10), every=2):
+                did(str(number))
+                if number == 5 and self.execution_history.count() == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    workflow = Dies.create(hero=hero)
+    database.peewee.close()
+    process = fork.Process(target=lambda: drive._perform(scheduled(workflow).id))
+    process.start()
+    process.join()
+    drive.housekeeping()
+    drive._perform(scheduled(workflow).id)
+    assert effects() == [*"012345", *"456789"]
+    assert cursors(workflow) == [4, 10]
+    assert history(workflow) == [("one", "failed", "recovered"), ("one", "completed", "success")]
+
+
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_a_pause_or_cancel_from_outside_stops_a_step_at_its_next_checkpoint(drive, clock, hero, call):
+    class Stops(Workflow):
+        @step(resumable=True)
+        def one(self):
+            self.context["begun"] = self.cursor
+            with contextlib.suppress(Exception):
+                for number in self.resume_over(range(9), every=3):
+                    did(str(number))
+                    if number == 4:
+                        getattr(reload(self), call)()
+
+        @step
+        def two(self):
+            did("two")
+
+    workflow = Stops.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == [*"012345"]
+    assert history(workflow) == [("one", "canceled", "canceled")]
+    row = reload(workflow)
+    assert (row.context, row.pause_requested, cursors(row)) == ({"begun": None}, False, [6])
+    if call == "cancel":
+        assert (row.state, row.current_step_name) == ("canceled", None)
+        return
+    assert (row.state, row.current_step_name, row.transitioned_at) == ("paused", "one", START)
+    row.resume()
+    drive._perform(scheduled(row).id)
+    assert effects() == [*"012345", *"678", "two"]
+    assert reload(row).context == {"begun": 6}
+
+
+def test_an_attempt_that_lost_its_claim_ends_at_its_next_checkpoint(drive, clock, hero, caplog):
+    class Silent(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for number in self.resume_over(range(6), every=2):
+                try:
+                    did(str(number))
+                    if number == 2 and self.execution_history.count() == 1:
+                        clock.forward(hours=1)
+                        drive.housekeeping()
+                        gd._Attempt.claim(drive, scheduled(workflow).id)
+                except Exception:
+                    did("caught")
+
+    workflow = Silent.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == [*"0123"]
+    assert "the claim was lost" in caplog.text
+    assert history(workflow) == [("one", "failed", "recovered"), ("one", "in_progress", None)]
+    assert cursors(workflow) == [2, 2]
+
+
+def test_an_attempt_whose_workflow_was_deleted_ends_at_its_next_checkpoint(drive, hero):
+    class Gone(Workflow):
+        @step(resumable=True)
+        def one(self):
+            reload(self).delete_instance()
+            self.checkpoint(1)
+            did("went on")
+
+    drive._perform(scheduled(Gone.create(hero=hero)).id)
+    assert effects() == []
+    assert Workflow.select().count() == StepExecution.select().count() == 0
+
+
+def test_a_checkpoint_is_a_heartbeat_and_may_keep_what_is_kept_already(drive, clock, hero):
+    class Beats(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for moment in (START, START, START + timedelta(hours=1)):
+                clock.now = moment
+                self.checkpoint(7)
+                assert self.execution_history.get().heartbeat_at == moment
+            drive.housekeeping()
+
+    workflow = Beats.create(hero=hero)
+    clock.forward(seconds=-1)
+    assert perform(workflow).state == "finished"
+
+
+def test_any_json_value_makes_a_cursor_and_the_next_attempt_sees_it_as_this_one(drive, hero):
+    values = [0, "", False, "\0\ud800 ü", 1.5, [1, [2]], (1, 2), {"a": None}, {7: "seven"}, "x" * 131_000, None]
+    seen = []
+
+    class Keeps(Workflow):
+        @step(resumable=True)
+        def one(self):
+            place = self.execution_history.count() - 1
+            seen.append(self.cursor)
+            if place < len(values):
+                self.checkpoint(values[place])
+                assert self.cursor == json.loads(json.dumps(values[place]))
+                if isinstance(self.cursor, dict):
+                    self.cursor["unkept"] = True
+                self.reattempt()
+
+    workflow = Keeps.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert reload(workflow).state == "finished"
+    assert seen == [None, *json.loads(json.dumps(values))]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ({1, 2}, TypeError, "the cursor is not JSON: .*set"),
+        (float("nan"), ValueError, "the cursor is not JSON"),
+        ("x" * 132_000, ValueError, "the cursor takes 132002 bytes, over 131072"),
+    ],
+)
+def test_what_no_cursor_can_be_is_refused_and_the_last_one_stays(drive, hero, value, error, message):
+    class Refuses(Workflow):
+        @step(resumable=True)
+        def one(self):
+            self.checkpoint("last")
+            with pytest.raises(error, match=message):
+                self.checkpoint(value)
+            assert self.cursor == "last"
+
+    assert perform(Refuses.create(hero=hero)).state == "finished"
+
+
+def test_a_cursor_belongs_to_the_body_of_a_resumable_step(drive, hero):
+    class Plainly(Workflow):
+        @step
+        def one(self):
+            for use in USES.values():
+                with pytest.raises(gd.StepConfigurationError, match=r"Plainly.one: .*@step\(resumable=True\)"):
+                    use(self)
+
+    workflow = Plainly.create(hero=hero)
+    for name, use in USES.items():
+        with pytest.raises(gd.StepConfigurationError, match=rf"Plainly {workflow.id}: {re.escape(name)} is for the"):
+            use(workflow)
+    assert perform(workflow).state == "finished"
+
+
+USES = {
+    "cursor": lambda workflow: workflow.cursor,
+    "checkpoint()": lambda workflow: workflow.checkpoint(1),
+    "resume_over()": lambda workflow: workflow.resume_over([1]),
+}
+
+
+@pytest.mark.parametrize(
+    "uses", ["resume_over", "checkpoint, resume_over", "resume_over within", "resume_over, checkpoint"]
+)
+def test_a_step_has_one_cursor(drive, hero, uses):
+    class Twice(Workflow):
+        @step(resumable=True)
+        def one(self):
+            if uses == "checkpoint, resume_over":
+                self.checkpoint(1)
+            else:
+                for _ in self.resume_over([1], every=5):
+                    if uses == "resume_over within":
+                        self.checkpoint(2)
+            if uses == "resume_over, checkpoint":
+                self.checkpoint(2)
+            self.resume_over([1])
+
+    workflow = Twice.create(hero=hero)
+    with pytest.raises(gd.StepConfigurationError, match=r"Twice.one: .*cursor.*make two steps of them"):
+        scheduled(workflow).execute()
+    assert reload(workflow).state == "paused"
+
+
+def test_within_the_bodys_own_transaction_a_checkpoint_commits_and_fails_with_the_writes(db, drive, hero):
+    class Banks(Workflow):
+        @step(resumable=True, on_exception=ExceptionPolicy("reattempt", wait=0))
+        def one(self):
+            with contextlib.suppress(OddError), db.atomic():
+                self.checkpoint("undone")
+                assert self.cursor == "undone"
+                raise OddError
+            for batch in range(self.cursor or 0, 4):
+                with db.atomic():
+                    did(str(batch))
+                    self.checkpoint(batch + 1)
+                    assert self.cursor == batch + 1
+                    if batch == 2 and self.execution_history.count() == 1:
+                        raise OddError
+            assert self.cursor == 4
+
+    workflow = Banks.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == [*"0123"]
+    assert cursors(workflow) == [2, 4]
+
+
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_a_stop_within_the_bodys_own_transaction_undoes_both_its_writes_and_its_checkpoint(db, drive, hero, call):
+    def stop(workflow):
+        getattr(reload(workflow), call)()
+
+    class Stopped(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for batch in range(self.cursor or 0, 4):
+                if batch == 2 and self.execution_history.count() == 1:
+                    stop(self)
+                with db.atomic():
+                    did(str(batch))
+                    self.checkpoint(batch + 1)
+
+    workflow = Stopped.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == [*"01"]
+    assert cursors(workflow) == [2]
+    if call == "pause":
+        reload(workflow).resume()
+        drive._perform(scheduled(workflow).id)
+        assert effects() == [*"0123"]
+
+
+def test_a_transaction_that_stays_open_behind_a_checkpoint_holds_up_nothing_else(db, drive, clock, hero, served):
+    class Long(Workflow):
+        @step(resumable=True)
+        def one(self):
+            with db.atomic():
+                self.checkpoint(1)
+                if served:  # SQLite has one writer
+                    clock.forward(hours=1)
+                    helper = threading.Thread(target=look_after_the_others)
+                    helper.start()
+                    helper.join(timeout=30)
+
+    def look_after_the_others():
+        assert gd._heartbeat._beat() is None
+        looked.append(other.execution_history.get().heartbeat_at)
+        looked.append(drive.housekeeping()["stuck_in_progress_recovered"])
+        db.close()
+
+    looked, other, dead = [], Quick.create(hero=User.create()), Quick.create(hero=User.create())
+    workflow = Long.create(hero=hero)
+    gd._Attempt.claim(drive, scheduled(dead).id)
+    gd._heartbeat.add(gd._Attempt.claim(drive, scheduled(other).id).execution.id)
+    assert perform(workflow).state == "finished"
+    assert looked == ([START + timedelta(hours=1), 1] if served else [])
+    gd._heartbeat.beating.clear()
+
+
+def test_a_loop_within_a_transaction_would_keep_nothing_and_is_refused(db, drive, hero):
+    class Wrapped(Workflow):
+        @step(resumable=True)
+        def one(self):
+            with db.atomic():
+                for _ in self.resume_over([1, 2]):
+                    did("undone")
+
+    workflow = Wrapped.create(hero=hero)
+    with pytest.raises(gd.StepConfigurationError, match=r"Wrapped.one: resume_over\(\) within a transaction"):
+        scheduled(workflow).execute()
+    assert effects() == []
+
+
+def test_a_consumer_that_drains_hands_a_step_on_at_a_checkpoint_and_an_inline_call_does_not(db, drive, hero):
+    class Handed(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for number in self.resume_over(range(8), every=2):
+                did(str(number))
+                if number == 4 and not begun.is_set():
+                    begun.set()
+                    assert drive._consumers["default"].stop_flag.wait(timeout=30)
+
+    begun = threading.Event()
+    workflow = Handed.create(hero=hero)
+    drive.run(until=begun.is_set)
+    assert effects() == [*"012345"]
+    assert history(workflow) == [("one", "completed", "reattempted"), ("one", "scheduled", None)]
+    following = scheduled(workflow)
+    assert (following.cursor, following.reattempts, following.recoveries) == (6, 0, 0)
+    assert following.job_id in {task.id for task in drive.huey.pending()}
+    assert following.execute()
+    other = Handed.create(hero=User.create())
+    drive._perform(scheduled(other).id)  # in no consumer's worker
+    assert history(other) == [("one", "completed", "success")]
+    assert effects() == [str(number) for number in range(8)] * 2
+
+
+def test_a_checkpoint_is_one_transaction_of_two_statements(db, drive, hero, monkeypatch):
+    costs = Costs(db, monkeypatch)
+    spent = []
+
+    class Counted(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for value in (1, 2):
+                spent.append(costs.of(lambda value=value: self.checkpoint(value))[1:])
+
+    assert perform(Counted.create(hero=hero)).state == "finished"
+    assert [(len(statements), transactions) for statements, transactions in spent] == [(2, 1)] * 2
+
+
+def test_resumable_steps_work_inside_a_tests_own_transaction(db, drive, hero, helpers, parcels):
+    class Sends(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for parcel in self.resume_over(Parcel, every=2):
+                did(parcel.label)
+                if parcel.label == "d" and self.execution_history.count() == 1:
+                    reload(self).pause()
+
+        @step(resumable=True, on_exception=ExceptionPolicy("reattempt", wait=0))
+        def two(self):
+            for number in range(self.cursor or 0, 3):
+                with db.atomic():
+                    did(str(number))
+                    self.checkpoint(number + 1)
+                    if number == 1 and self.cursor not in effects():
+                        did(self.cursor)
+                        raise OddError
+
+    parcels(5)
+    with db.atomic() as transaction:
+        workflow = Sends.create(hero=hero)
+        helpers.speedrun_workflow(workflow)
+        assert (workflow.state, effects()) == ("paused", [*"abcd"])
+        workflow.resume()
+        helpers.perform_next_step(workflow)
+        assert effects() == [*"abcde"]
+        helpers.perform_next_step(workflow)
+        assert cursors(workflow)[-2:] == [1, 1]
+        transaction.rollback()
+    nothing_written(drive)
+
+
+def test_an_async_body_may_be_resumed(drive, hero):
+    class Asynchronous(Workflow):
+        @step(resumable=True)
+        async def one(self):
+            for number in self.resume_over(range(4), every=2):
+                await asyncio.sleep(0)
+                did(str(number))
+                if number == 1:
+                    reload(self).pause()
+
+    workflow = Asynchronous.create(hero=hero)
+    assert perform(workflow).state == "paused"
+    reload(workflow).resume()
+    assert perform(workflow).state == "finished"
+    assert effects() == [*"0123"]
+
+
+@pytest.mark.parametrize("is_sent", [True, False], ids=["sent", "timed out"])
+def test_a_step_that_waited_for_a_signal_goes_on_at_its_cursor_and_does_not_wait_anew(drive, clock, hero, is_sent):
+    class Waits(Workflow):
+        @step(resumable=True, wait_for="go", timeout=60, on_timeout="run")
+        def one(self):
+            seen.append((self.signal_payload, self.cursor))
+            if self.cursor is None:
+                reload(self).pause()
+            self.checkpoint("half")
+
+    seen, payload = [], "now" if is_sent else None
+    workflow = Waits.create(hero=hero)
+    clock.forward(seconds=0 if is_sent else 60)
+    if is_sent:
+        workflow.signal("go", payload)
+    drive._perform(workflow.execution_history.get().id)
+    assert reload(workflow).state == "paused"
+    reload(workflow).resume()
+    assert perform(workflow).state == "finished"
+    assert seen == [(payload, None), (payload, "half")]
+
+
+# -- what can be gone over --
+
+
+class Looped(Workflow):
+    """Goes over what a test says, as it says, until it is interrupted; effects are what was visited."""
+
+    items, how, interruptions = staticmethod(list), {}, ()
+
+    @step(resumable=True, on_exception=ExceptionPolicy("reattempt", wait=0))
+    def one(self):
+        for place, item in enumerate(self.resume_over(self.items(), **self.how)):
+            self.visited.append(item)
+            if place in self.interruptions and self.execution_history.count() <= len(self.interruptions):
+                raise OddError
+
+
+def looped(monkeypatch, items, interruptions=(), **how):
+    """What a loop visits, from its start to its end."""
+    visited = []
+    for name, value in {"items": staticmethod(items), "how": how, "interruptions": interruptions}.items():
+        monkeypatch.setattr(Looped, name, value)
+    monkeypatch.setattr(Looped, "visited", visited, raising=False)
+    workflow = Looped.create(hero=User.create())
+    while workflow.state == "ready":
+        workflow = perform(workflow)
+    assert workflow.state == "finished", history(workflow)
+    return visited
+
+
+def refusal(monkeypatch, items, cursor=None, **how):
+    """How a loop is refused that begins at a cursor."""
+    for name, value in {"items": staticmethod(items), "how": how, "interruptions": ()}.items():
+        monkeypatch.setattr(Looped, name, value)
+    visited = []
+    monkeypatch.setattr(Looped, "visited", visited, raising=False)
+    workflow = Looped.create(hero=User.create())
+    scheduled(workflow)._write(cursor=cursor)
+    assert perform(workflow).state == "ready"
+    execution = workflow.execution_history.get()
+    assert execution.error_class_name == "geneva_drive.StepConfigurationError"
+    reload(workflow).cancel()
+    return execution.error_message
+
+
+def key_fields():
+    """Fields that make a key, and ten values each, in their order on every database."""
+    moments = [datetime(2026, 3, 1, 12, 0, number, 0 if number < 5 else 250) for number in range(10)]
+    ids = sorted(uuid.uuid4() for _ in range(10))
+    return {
+        "int": (peewee.BigIntegerField(primary_key=True), [7 * number - 20 for number in range(10)]),
+        "text": (CharField(primary_key=True), [f"{number} O'Brien % ü" for number in range(10)]),
+        "UUID": (UUIDField(primary_key=True), ids),
+        "binary UUID": (BinaryUUIDField(primary_key=True), ids),
+        "moment": (gd._UtcField(primary_key=True), [each.replace(tzinfo=timezone.utc) for each in moments]),
+        "naive moment": (peewee.DateTimeField(primary_key=True), [each.replace(microsecond=0) for each in moments]),
+        "date": (peewee.DateField(primary_key=True), [each.date() + timedelta(each.second) for each in moments]),
+        "Decimal": (
+            peewee.DecimalField(primary_key=True, decimal_places=2),
+            [Decimal(number) / 4 for number in range(10)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", key_fields())
+@pytest.mark.parametrize("is_descending", [False, True], ids=["ascending", "descending"])
+def test_a_query_is_gone_over_along_any_unique_key(drive, table, monkeypatch, kind, is_descending):
+    field, values = key_fields()[kind]
+
+    class Keyed(Model):
+        code = field
+        number = IntegerField(unique=True)
+
+    table(Keyed)
+    Keyed.insert_many([{"code": code, "number": -place} for place, code in enumerate(values)]).execute()
+    order = -1 if is_descending else 1
+    for every in (1, 3, 10, 11):
+        key = Keyed.code.desc() if is_descending else Keyed.code
+        visited = looped(monkeypatch, Keyed.select, (4, 3), key=key, every=every)
+        assert list(dict.fromkeys(row.code for row in visited)) == values[::order]
+        assert max(Counter(visited).values()) <= 3
+        assert len(visited) <= 10 + 2 * every
+    by_number = looped(monkeypatch, lambda: Keyed, key=-Keyed.number if is_descending else +Keyed.number, every=3)
+    assert [row.code for row in by_number] == values[::-order]
+
+
+def test_rows_come_as_the_query_says(parcels, monkeypatch, hero):
+    parcels(5)
+    Stamp.insert_many([{"parcel": number} for number in (1, 2, 2, 5)]).execute()
+    query = Parcel.select(Parcel.label, Parcel.id)
+    assert looped(monkeypatch, query.tuples, (2,), every=2)[-3:] == [("c", 3), ("d", 4), ("e", 5)]
+    (last,) = looped(monkeypatch, query.where(Parcel.id == 5).namedtuples, every=2)
+    assert (last.label, last.id, last._fields) == ("e", 5, ("label", "id"))
+    assert looped(monkeypatch, query.dicts, every=2)[-1] == {"label": "e", "id": 5}
+    joined = Stamp.select(Stamp, Parcel).join(Parcel)
+    assert [(row.id, row.parcel.label) for row in looped(monkeypatch, lambda: joined, (1, 1), every=1)][-2:] == [
+        *((3, "b"), (4, "e"))
+    ]
+    both = looped(monkeypatch, Stamp.select(Parcel.id, Stamp.id, Parcel.label).join(Parcel).dicts, every=3)
+    assert [row["label"] for row in both] == [*"abbe"]
+    assert {"label", "id"} < set(both[0]) != {gd.CURSOR_ALIAS}
+    assert not any(gd.CURSOR_ALIAS in row for row in both)
+    counted = Parcel.select(Parcel.id, peewee.fn.COUNT(Stamp.id)).left_outer_join(Stamp).group_by(Parcel.id)
+    assert looped(monkeypatch, counted.tuples, (3,), every=2)[-3:] == [(3, 0), (4, 0), (5, 1)]
+    stamped = Parcel.select().join(Stamp).distinct()
+    assert [row.label for row in looped(monkeypatch, lambda: stamped, every=2)] == [*"abe"]
+    alias = Parcel.alias()
+    backwards = looped(monkeypatch, lambda: alias.select().where(alias.id < 4), key=alias.label.desc(), every=2)
+    assert [row.label for row in backwards] == [*"cba"]
+    second = Parcel.get(label="b")
+    assert [row.id for row in looped(monkeypatch, lambda: second.stamps, every=1)] == [2, 3]
+    assert looped(monkeypatch, lambda: Parcel.select().where(Parcel.id > 9)) == []
+    assert looped(monkeypatch, lambda: User) == [hero, *User.select().where(User.id > hero.id)]
+
+
+def test_a_key_may_be_a_foreign_key(drive, table, monkeypatch):
+    class Receipt(Model):
+        ticket = ForeignKeyField(Ticket, primary_key=True)
+
+    class Note(Model):
+        receipt = ForeignKeyField(Receipt, unique=True)
+
+    table(Receipt, Note)
+    tickets = sorted((Ticket.create(id=uuid.uuid4()) for _ in range(5)), key=lambda ticket: ticket.id)
+    for ticket in tickets:
+        Note.create(receipt=Receipt.create(ticket=ticket))
+    visited = looped(monkeypatch, Receipt.select, (3,), every=2)
+    assert [row.ticket_id for row in visited] == [ticket.id for ticket in (*tickets[:4], *tickets[2:])]
+    visited = looped(monkeypatch, Note.select(Note.receipt).dicts, (3,), key=Note.receipt, every=2)
+    assert [row["receipt"] for row in visited] == [ticket.id for ticket in (*tickets[:4], *tickets[2:])]
+
+
+class Shelf:
+    """A sequence that counts what is taken from it."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, place):
+        self.taken += 1
+        return range(7)[place]
+
+
+SequenceType.register(Shelf)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        lambda: list(range(7)),
+        lambda: range(7),
+        lambda: iter(range(7)),
+        lambda: (number for number in range(7)),
+        lambda: dict.fromkeys(range(7)),
+        lambda: dict.fromkeys(range(7)).keys(),
+        lambda: deque(range(7)),
+    ],
+)
+def test_anything_in_a_stable_order_is_gone_over_by_its_places(drive, monkeypatch, items):
+    assert looped(monkeypatch, items, (3, 3), every=2) == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6]
+    assert StepExecution.select().order_by(-StepExecution.id).get().cursor == 7
+    for every in (1, 7, 8):
+        assert looped(monkeypatch, items, every=every) == [*range(7)]
+
+
+def test_of_what_is_done_in_a_sequence_nothing_is_taken_again_and_nothing_is_read_ahead(drive, monkeypatch):
+    shelf, produced = Shelf(), []
+    looped(monkeypatch, lambda: shelf, (4,), every=4)
+    assert shelf.taken == 5 + 3
+
+    def produce():
+        for number in range(5):
+            produced.append(number)
+            assert len(produced) - 1 == len(Looped.visited)
+            yield number
+
+    assert looped(monkeypatch, produce, every=3) == produced
+
+
+def test_nothing_to_go_over_needs_no_checkpoint(drive, monkeypatch):
+    for items in (list, lambda: User.select().where(User.id < 0)):
+        assert looped(monkeypatch, items) == []
+        assert StepExecution.select().order_by(-StepExecution.id).get().cursor is None
+
+
+def test_a_loop_that_is_left_keeps_what_it_kept(drive, hero):
+    class Leaves(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for number in self.resume_over(range(9), every=2):
+                if number == 5:
+                    break
+
+    workflow = Leaves.create(hero=hero)
+    assert perform(workflow).state == "finished"
+    assert cursors(workflow) == [4]
+
+
+def test_rows_are_written_deleted_and_added_while_a_query_is_gone_over(drive, hero, parcels):
+    class Changes(Workflow):
+        @step(resumable=True)
+        def one(self):
+            for parcel in self.resume_over(Parcel.select().where(Parcel.weight == 1), every=2):
+                did(parcel.label)
+                parcel.weight = 2
+                parcel.save()
+                if parcel.label == "a":
+                    Parcel.create(label="z")
+                if parcel.label == "b":
+                    Parcel.delete().where(Parcel.label == "d").execute()
+
+    parcels(5)
+    assert perform(Changes.create(hero=hero)).state == "finished"
+    assert effects() == [*"abce", "z"]
+
+
+def test_a_query_may_be_on_another_database(servers, drive, monkeypatch, hero):
+    elsewhere = open_database(servers.empty("sqlite"))
+
+    class Distant(Model):
+        class Meta:
+            database = elsewhere
+
+    elsewhere.create_tables([Distant])
+    Distant.insert_many([{"id": number} for number in range(1, 6)]).execute()
+    visited = looped(monkeypatch, Distant.select, (3,), every=2)
+    assert [row.id for row in visited] == [1, 2, 3, 4, 3, 4, 5]
+    elsewhere.close()
+
+
+class Odd(Model):
+    number = IntegerField(null=True, unique=True)
+    color = ColorField(unique=True)
+    plain = IntegerField(default=0)
+
+    class Meta:
+        table_name = "test_odd"
+
+
+class Pair(Model):
+    one = IntegerField()
+    two = IntegerField(unique=True)
+
+    class Meta:
+        primary_key = CompositeKey("one", "two")
+        table_name = "test_pairs"
+
+
+REFUSED_LOOPS = {
+    "a set": (lambda: {1, 2}, {}, "not {1, 2}: sort a set"),
+    "a number": (lambda: 7, {}, "takes a query, a model, or an iterable in a stable order, not 7"),
+    "a key of a list": (lambda: [1], {"key": User.id}, "key is for queries"),
+    "every 0": (lambda: [1], {"every": 0}, "every must be a positive int, not 0"),
+    "every True": (lambda: [1], {"every": True}, "every must be a positive int, not True"),
+    "a union": (lambda: User.select() | User.select(), {}, "takes the select() of a model, no other kind of query"),
+    "raw SQL": (lambda: User.raw("select * from test_users"), {}, "takes the select() of a model"),
+    "an order": (lambda: User.select().order_by(User.name), {}, "must have no order_by, limit or offset"),
+    "a limit": (lambda: User.select().limit(3), {}, "must have no order_by, limit or offset"),
+    "an offset": (lambda: User.select().offset(3), {}, "must have no order_by, limit or offset"),
+    "another's key": (lambda: User, {"key": Effect.id}, "key must be a field of User, which is selected from"),
+    "no field": (lambda: User, {"key": "id"}, "key must be a field of User, which is selected from, not 'id'"),
+    "a key that repeats": (lambda: User, {"key": User.name}, "key must be unique and not null, as name is not"),
+    "a key that may be null": (lambda: Odd, {"key": Odd.number}, "key must be unique and not null, as number is not"),
+    "a collation": (lambda: User, {"key": User.id.desc(collation="x")}, "leave out collate()"),
+    "two keys": (lambda: Pair, {}, "Pair has no primary key of one column: name a unique field as key"),
+    "no key": (lambda: Keyless, {}, "Keyless has no primary key of one column"),
+    "a key not selected": (lambda: User.select(User.name), {}, "the query must select the key, id, too"),
+    "objects": (lambda: User.select().objects(dict), {}, "rows must be models, dicts or tuples"),
+    "groups": (lambda: Odd.select().group_by(Odd.plain), {}, "a query with group_by must group by the key"),
+    "a full join": (
+        lambda: Odd.select().join(User, peewee.JOIN.FULL, on=(User.id == Odd.id)),
+        {},
+        "a right or full join makes rows without the key",
+    ),
+    "a key lost as text": (lambda: Odd, {"key": Odd.color}, "the key color is lost as text"),
+    "a join that repeats rows": (
+        lambda: User.select().join(Effect, on=(Effect.what == User.name)),
+        {},
+        "the key id is there twice, or null: a join repeats rows: use distinct()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_LOOPS)
+def test_what_cannot_be_gone_over_again_is_refused_and_nothing_visited(drive, hero, table, monkeypatch, name):
+    items, how, message = REFUSED_LOOPS[name]
+    table(Odd, Pair)
+    Odd.create(color=Color.RED)
+    did("ada")
+    did("ada")
+    assert refusal(monkeypatch, items, **how).startswith("Looped.one: resume_over(): ")
+    assert message in refusal(monkeypatch, items, **how)
+    assert Looped.visited == []
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_row_that_a_join_repeats_is_noticed_at_the_edge_of_a_page_too(drive, parcels, monkeypatch, every):
+    parcels(6)
+    Stamp.insert_many([{"parcel": number} for number in (1, 2, 3, 4, 4, 5)]).execute()
+    message = refusal(monkeypatch, Parcel.select().join(Stamp).switch, every=every)
+    assert "the key id is there twice" in message
+    assert {row.id for row in Looped.visited} <= {1, 2, 3}  # of the fourth, no page with but one of the two is visited
+
+
+MISFITS = {
+    "text for a place": (lambda: [1], "one"),
+    "a place behind the end": (lambda: [1], 2),
+    "a place behind an iterator's end": (lambda: iter([1]), 2),
+    "a place before the start": (lambda: [1], -1),
+    "text for a number": (lambda: User, "one"),
+    "a number's text for a number": (lambda: User, "1"),
+    "a list for a number": (lambda: User, [1]),
+    "truth for a number": (lambda: User, True),
+    "a number for text": (lambda: Country, 1),
+    "a number for a UUID": (lambda: Ticket, 1),
+    "other text for a UUID": (lambda: Ticket, "one"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_cursor_of_another_loop_is_named_with_the_way_out(drive, hero, monkeypatch, name):
+    items, cursor = MISFITS[name]
+    message = refusal(monkeypatch, items, cursor)
+    assert f"Looped.one: resume_over(): cannot go on at the cursor {cursor!r}: the items were others" in message
+    assert "resume_at(), or with reattempt(rewind=True)" in message
+    assert Looped.visited == []
+
+
+def test_times_and_numbers_for_each_other_are_misfits_too(drive, table, monkeypatch):
+    class Timed(Model):
+        at = peewee.DateTimeField(primary_key=True)
+        rate = peewee.DecimalField(unique=True)
+
+    table(Timed)
+    for key, cursor in ((None, 7), (None, "noon"), (Timed.rate, "noon"), (Timed.rate, 7)):
+        assert "cannot go on at the cursor" in refusal(monkeypatch, lambda: Timed, cursor, key=key)
+
+
+def test_a_handler_may_start_over_where_the_cursor_does_not_fit(drive, hero, helpers):
+    class Mended(Workflow):
+        @on_exception(gd.StepConfigurationError)
+        def start_over(self, error):
+            self.reattempt(rewind=True)
+
+        @step(resumable=True)
+        def one(self):
+            for number in self.resume_over(range(3)):
+                did(str(number))
+
+    workflow = Mended.create(hero=hero)
+    scheduled(workflow)._write(cursor="of a query")
+    helpers.speedrun_workflow(workflow)
+    assert workflow.state == "finished"
+    assert effects() == [*"012"]
+
+
+def test_a_graph_says_what_is_resumable():
+    class Resumed(Workflow):
+        @step(resumable=True)
+        def one(self):
+            pass
+
+    assert '    start --> step1["one<br/>resumable"]' in Resumed.graph().splitlines()
+
+
 # ==== Properties: random sequences against a model ====================================================================
 
 # Hypothesis makes up sequences of moves: calls, messages, losses, deaths of the process, and within the bodies of steps
@@ -2283,6 +3203,7 @@ WHAT_FOLLOWS = {
     "return": ("completed", "success", "advance"),
     "reattempt": ("completed", "reattempted", "repeat"),
     "reattempt later": ("completed", "reattempted", "repeat"),
+    "rewind": ("completed", "reattempted", "repeat"),
     "skip": ("skipped", "skipped", "advance"),
     "skip_if": ("skipped", "skipped", "advance"),
     "cancel": ("canceled", "canceled", "cancel"),
@@ -2342,16 +3263,20 @@ LATER = 60  # seconds, for reattempt(wait=...)
 SILENCE, OVERDUE, KEPT = timedelta(hours=1), timedelta(minutes=1), timedelta(days=30)
 MAX_RECOVERIES = 2
 SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "last": 0}  # their waits in seconds
-BANKED = ("banked", "last")  # transactional
+BANKED = ("banked", "last")  # transactional; the others are resumable
 
 
 class Turn(typing.NamedTuple):
-    """What the next attempt at a step does: its end, what happens during its body and after it, a change of context."""
+    """What the next attempt at a step does: its end, what happens during its body and after it, a change of context.
+
+    Where it has a checkpoint, that comes after what happens during the body.
+    """
 
     end: str | type[BaseException] = "return"
     during: tuple = ()
     after: tuple = ()
     context: bool = False
+    checkpoint: bool = False
 
 
 class Move(typing.NamedTuple):
@@ -2392,6 +3317,8 @@ class Scripted(Workflow):
         number = self._attempt.execution.number
         did(f"{self.token} {number}")
         self.playing.happen_here(self, self.turn.during)
+        if self.turn.checkpoint and self.current_step_name not in BANKED:
+            self.checkpoint([number])
         if self.turn.context:
             self.context["number"] = number
         if self.turn.end is gd.TransactionLeftOpenError:
@@ -2400,12 +3327,14 @@ class Scripted(Workflow):
             raise self.turn.end
         elif self.turn.end == "reattempt later":
             self.reattempt(wait=LATER)
+        elif self.turn.end == "rewind":
+            self.reattempt(rewind=True)
         elif self.turn.end != "return":
             getattr(self, self.turn.end)()
 
-    plain = step("body", skip_if="is_superfluous")
+    plain = step("body", skip_if="is_superfluous", resumable=True)
     banked = step("body", skip_if="is_superfluous", transactional=True)
-    later = step("body", skip_if="is_superfluous", wait=SCRIPTED_STEPS["later"])
+    later = step("body", skip_if="is_superfluous", wait=SCRIPTED_STEPS["later"], resumable=True)
     last = step("body", skip_if="is_superfluous", transactional=True)
 
     def after_step_execution(self, execution):
@@ -2426,8 +3355,9 @@ class ImaginedExecution:
     reattempts: int = 0
     recoveries: int = 0
     error: str | None = None
-    claimed: datetime | None = None
+    heard_of: datetime | None = None
     finished: datetime | None = None
+    cursor: list | None = None
 
 
 @dataclasses.dataclass
@@ -2518,13 +3448,13 @@ class Imagined:
     def has_ongoing(self, hero):
         return any(each.hero == hero and not each.is_over and not each.allow_multiple for each in self.workflows)
 
-    def schedule(self, workflow, step_name, due, **counts):
-        workflow.executions.append(ImaginedExecution(next(self.serials), step_name, due, **counts))
+    def schedule(self, workflow, step_name, due, **values):
+        workflow.executions.append(ImaginedExecution(next(self.serials), step_name, due, **values))
 
-    def enter(self, workflow, step_name, wait=0):
+    def enter(self, workflow, step_name, wait=0, cursor=None):
         """Go on with a step after a call from outside."""
         workflow.state, workflow.step, workflow.transitioned = "ready", step_name, None
-        self.schedule(workflow, step_name, self.now + timedelta(seconds=wait))
+        self.schedule(workflow, step_name, self.now + timedelta(seconds=wait), cursor=cursor)
 
     def end(self, execution, state, outcome):
         execution.state, execution.outcome, execution.finished = state, outcome, self.now
@@ -2562,7 +3492,7 @@ class Imagined:
             workflow.state, workflow.transitioned = "ready", None
             active.reattempts = active.recoveries = 0
         elif call == "resume" and state == "paused":
-            self.enter(workflow, workflow.step)
+            self.enter(workflow, workflow.step, cursor=workflow.executions[-1].cursor)
         elif call == "resume_at" and state == "paused":
             if active:
                 self.end(active, "canceled", "canceled")
@@ -2578,7 +3508,7 @@ class Imagined:
             (workflow, execution)
             for workflow in self.workflows
             for execution in workflow.executions
-            if execution.state == "in_progress" and execution.claimed < self.now - SILENCE
+            if execution.state == "in_progress" and execution.heard_of < self.now - SILENCE
         ]
         for workflow, execution in sorted(silent, key=lambda pair: pair[1].serial):
             self.record(workflow, execution, self.death(execution))
@@ -2612,7 +3542,7 @@ class Imagined:
         return raised or (None if how == "task" else True)
 
     def claim(self, workflow, execution):
-        workflow.state, execution.state, execution.claimed = "performing", "in_progress", self.now
+        workflow.state, execution.state, execution.heard_of = "performing", "in_progress", self.now
 
     def attempt(self, workflow, execution, how, is_run_on=False):
         """One attempt; returns the execution that it runs on with, and the name of the error that leaves the task."""
@@ -2633,6 +3563,8 @@ class Imagined:
                 self.commit()
             if not (is_banked and self.one_writer):
                 self.happen_here(workflow, turn.during)
+            if turn.checkpoint and not is_banked:
+                turn = self.checkpoint(workflow, execution, turn)
             if turn.context:
                 context["number"] = number
         error = turn.end if isinstance(turn.end, type) else None
@@ -2658,6 +3590,16 @@ class Imagined:
             self.happen_here(workflow, turn.after)
         return following, raised and raised.__name__
 
+    def checkpoint(self, workflow, execution, turn):
+        """Returns how the body goes on, if it does."""
+        if not self.is_ours(workflow, execution):
+            return Turn()
+        execution.cursor, execution.heard_of = [len(workflow.executions)], self.now
+        self.commit()
+        if workflow.state == "canceled" or workflow.pause_requested:
+            return Turn("cancel" if workflow.state == "canceled" else "pause", after=turn.after)
+        return turn
+
     def is_ours(self, workflow, execution):
         is_kept = any(each is workflow for each in self.workflows)
         return is_kept and execution is workflow.executions[-1] and execution.state == "in_progress"
@@ -2672,8 +3614,9 @@ class Imagined:
                 wait = LATER if end == "reattempt later" else ERRORS[error][2] if error in ERRORS else 0
                 reattempts = execution.reattempts + end.startswith("error")
                 recoveries = execution.recoveries + end.startswith("death")
-                due = self.now + timedelta(seconds=wait)
-                self.schedule(workflow, execution.step, due, reattempts=reattempts, recoveries=recoveries)
+                due, cursor = self.now + timedelta(seconds=wait), None if end == "rewind" else execution.cursor
+                counts = {"reattempts": reattempts, "recoveries": recoveries}
+                self.schedule(workflow, execution.step, due, cursor=cursor, **counts)
             elif then == "advance" and step_behind(execution.step):
                 name = step_behind(execution.step)
                 self.schedule(workflow, name, self.now + timedelta(seconds=SCRIPTED_STEPS[name]))
@@ -2708,7 +3651,10 @@ def picture(workflows, heroes):
             "context": each.context,
             "transitioned": each.transitioned,
             "executions": [
-                (one.step, one.state, one.outcome, one.due, one.reattempts, one.recoveries, one.error, one.finished)
+                (
+                    *(one.step, one.state, one.outcome, one.due, one.reattempts, one.recoveries),
+                    *(one.error, one.finished, one.cursor),
+                )
                 for one in each.executions
             ],
             "effects": sorted(each.effects),
@@ -2949,6 +3895,7 @@ class Actual:
             StepExecution.recoveries,
             StepExecution.error_class_name,
             StepExecution.finished_at,
+            StepExecution.cursor,
         )
         self.known, self.owed = set(), set()
         for workflow_id, *row in StepExecution.select(*columns).order_by(*columns[0:3:2]).tuples():
@@ -2968,7 +3915,7 @@ class Actual:
                     "pause_requested": each.pause_requested,
                     "context": each.context,
                     "transitioned": each.transitioned_at,
-                    "executions": [(*row[2:8], row[8] and row[8].rpartition(".")[2], row[9]) for row in attempts],
+                    "executions": [(*row[2:8], row[8] and row[8].rpartition(".")[2], *row[9:]) for row in attempts],
                     "effects": [row[1] for row in attempts for _ in range(counts[f"{each.token} {row[1]}"])],
                 }
             )
@@ -3126,6 +4073,7 @@ TURNS = st.builds(
     during=SOME_EVENTS_HERE,
     after=SOME_EVENTS_HERE,
     context=st.booleans(),
+    checkpoint=st.booleans(),
 )
 # Often enough in a row for attempts, or recoveries, to be exhausted.
 FAILURES = st.builds(
@@ -3179,6 +4127,9 @@ DEADLY = [
     [Move("create", (0, False)), Move("work", (0,), (Turn(), Turn(Flaky), Turn(Flaky), Turn(Flaky)))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(OddError),)), Move("call", (0, "skip"))],
     [Move("create", (0, False)), Move("work", (0,), (Turn("pause"),)), Move("call", (0, "resume"))],
+    [Move("create", (0, False)), Move("work", (0,), tuple(Turn(end, checkpoint=True) for end in (Flaky, "rewind")))],
+    [Move("create", (0, False)), Move("work", (0,), (Turn(during=(("call", THIS, "pause"),), checkpoint=True),))],
+    [Move("create", (0, False)), Move("work", (0,), (Turn("pause", checkpoint=True),)), Move("call", (0, "resume"))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(), Turn())), Move("perform", (0, 0, "task"))],  # too early
     [
         Move("create", (0, False)),
@@ -4911,6 +5862,8 @@ BAD_DEFINITIONS = {
     "@step(before_step='nowhere')\ndef send(self): pass": r"Bad.send: there is no step 'nowhere' yet",
     "@step\ndef a(self): pass\n@step(before_step='a', after_step='a')\ndef send(self): pass": r"Bad.send: .*exclude",
     "@step(transactional=1)\ndef send(self): pass": r"Bad.send: transactional must be a bool",
+    "@step(resumable=1)\ndef send(self): pass": r"Bad.send: resumable must be a bool",
+    "@step(resumable=True, transactional=True)\ndef send(self): pass": r"Bad.send: resumable and transactional exclude",
     "@step(options={'q': 1})\ndef send(self): pass": r"Bad.send: options: unknown option 'q'",
     "@step(name='')\ndef send(self): pass": r"Bad.: a step's name must be text",
     "@step\ndef pause(self): pass": r"Bad.pause: a step must not be called 'pause'",
@@ -6092,7 +7045,19 @@ class Tour(Workflow):
     old_name = step("book", wait=1, transactional=True)
     last = step("book", transactional=True)
 
-kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later, Tour)}
+class Round(Workflow):
+    @step(resumable=True)
+    def one(self):
+        for place in self.resume_over(Trace.select().where(Trace.what == "place"), key=Trace.id.desc(), every=10):
+            note(f"{place.id}")
+            if place.id == int(env.get("APP_BARRED", 0)):
+                wait_for_gate()
+
+    @step
+    def two(self):
+        note("two")
+
+kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later, Tour, Round)}
 
 if __name__ == "__main__":
     command = sys.argv[1]
@@ -6727,6 +7692,90 @@ def test_a_second_signal_ends_the_waiting_for_all_queues(servers, tmp_path):
         consumer.send_signal(signal.SIGINT)
         consumer.wait(timeout=30)
         assert sorted(app.notes()) == sorted(f"{each} begins" for each in workflows)
+
+
+PLACES = list(range(400, 0, -1))  # in the order of the round
+
+
+def make_places(app):
+    rows = ", ".join(f"({number}, 'place')" for number in PLACES)
+    app.db.execute_sql(f"insert into app_traces (id, what) values {rows}")
+    return app.create("Round")
+
+
+@pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
+def test_a_resumable_step_that_is_killed_again_and_again_repeats_what_its_last_checkpoint_did_not_keep(app, way):
+    workflow = make_places(app)
+    kills = 3
+    for kill in range(kills):
+        consumer = app.start(*WAYS[way], APP_BARRED=str(PLACES[35 + 100 * kill]))
+        until(lambda kill=kill: f"{PLACES[35 + 100 * kill]}" in app.notes())
+        os.killpg(consumer.pid, signal.SIGKILL)
+    app.start(*WAYS[way])
+    until(lambda: app.state(workflow) == "finished")
+    expected, begin = [], 0
+    for kill in range(kills):
+        expected += PLACES[begin : 36 + 100 * kill]
+        begin = 30 + 100 * kill
+    assert app.notes() == [str(place) for place in expected + PLACES[begin:]] + ["two"]
+    assert [each.outcome for each in Workflow.get_by_id(workflow).execution_history] == [
+        *["recovered"] * kills,
+        *["success"] * 2,
+    ]
+    assert app.doctor() == []
+
+
+# How a consumer is asked to drain: its arguments, the signal, what it says then.
+DRAINING = {
+    "run, SIGTERM": (RUN, "SIGTERM", "draining"),
+    "run, SIGINT": (RUN, "SIGINT", "draining"),
+    "threads": (CONSUMER, "SIGINT", "Shutting down gracefully"),
+    "threads, -g TERM": ([*CONSUMER, "-g", "TERM"], "SIGTERM", "Shutting down gracefully"),
+    "processes": (PROCESSES, "SIGINT", "Shutting down gracefully"),
+}
+
+
+@pytest.mark.parametrize("way", DRAINING)
+def test_a_resumable_step_of_a_consumer_that_drains_goes_on_in_the_next_one_and_repeats_nothing(servers, tmp_path, way):
+    arguments, number, answer = DRAINING[way]
+    kind = SERVERS[list(DRAINING).index(way) % len(SERVERS)]
+    with running_app(tmp_path, servers.empty(kind)) as app:
+        workflow = make_places(app)
+        consumer = app.start(*arguments, APP_BARRED=str(PLACES[35]))
+        until(lambda: f"{PLACES[35]}" in app.notes())
+        consumer.send_signal(signal.Signals[number])
+        until(lambda: answer in app.log())
+        app.gate.touch()
+        assert consumer.wait(timeout=30) == 0
+        assert app.notes() == [str(place) for place in PLACES[:40]]
+        assert history(Workflow.get_by_id(workflow)) == [
+            ("one", "completed", "reattempted"),
+            ("one", "scheduled", None),
+        ]
+        app.start(*CONSUMER)
+        until(lambda: app.state(workflow) == "finished")
+        assert app.notes() == [str(place) for place in PLACES] + ["two"]
+
+
+@pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_a_call_from_another_process_stops_a_resumable_step_at_its_next_checkpoint(app, way, call):
+    def command(name):
+        assert app.start("-m", "geneva_drive", "app:drive", name, workflow).wait(timeout=30) == 0
+
+    workflow = make_places(app)
+    app.start(*WAYS[way], APP_BARRED=str(PLACES[35]))
+    until(lambda: f"{PLACES[35]}" in app.notes())
+    command(call)
+    app.gate.touch()
+    until(lambda: history(Workflow.get_by_id(workflow)) == [("one", "canceled", "canceled")])
+    assert app.notes() == [str(place) for place in PLACES[:40]]
+    if call == "pause":
+        assert app.state(workflow) == "paused"
+        command("resume")
+        until(lambda: app.state(workflow) == "finished")
+        assert app.notes() == [str(place) for place in PLACES] + ["two"]
+    assert app.doctor() == []
 
 
 def test_a_strange_name_of_a_process_does_not_stop_recovery(drive, clock, hero):
@@ -7483,6 +8532,14 @@ EXAMPLES = {
         "desk: paused",
         "lamp: canceled",
     ],
+    "resumable.py": [
+        "send: recovered at 300",
+        "send: recovered at 750",
+        "send: success at 1000",
+        "book: recovered at 550",
+        "book: success at 1000",
+        "1000 readers got a letter, 60 of them two; 1000 copies are booked",
+    ],
     "async_steps.py": ["some shop takes more than 0.4 s", "bought a lamp from Birch for 9"],
     "tracing.py": [
         "POST /orders: under nothing, UNSET",
@@ -8026,6 +9083,55 @@ for _ in range(2):
 TestHelpers().speedrun_workflow(workflow)
 """
 
+# The bank of the README's month end, in which each step is interrupted once.
+TRY_THE_MONTH_END = """
+from pathlib import Path
+Path("bank.py").write_text('''
+from peewee import BooleanField, IntegerField, Model, SqliteDatabase
+
+db = SqliteDatabase(":memory:")
+
+class Account(Model):
+    balance = IntegerField(default=1000)
+    is_open = BooleanField(default=True)
+
+    class Meta:
+        database = db
+
+    def send_statement(self, month):
+        statements.append(self.id)
+        if self.id == 230 and statements.count(230) == 1:
+            raise ConnectionError("the mail server is down")
+
+    def pay_interest(self):
+        Account.update(balance=Account.balance + 5).where(Account.id == self.id).execute()
+        payments.append(self.id)
+        if self.id == 170 and payments.count(170) == 1:
+            raise ConnectionError("the database is down")
+
+class Month(Model):
+    class Meta:
+        database = db
+
+statements, payments = [], []
+''')
+from bank import *
+from geneva_drive import GenevaDrive, TestHelpers
+from month_end import MonthEndWorkflow
+
+drive = GenevaDrive(db)
+db.create_tables([Account, Month])
+drive.create_tables()
+Account.insert_many([{"is_open": number % 50 > 0} for number in range(250)]).execute()
+workflow = MonthEndWorkflow.create(hero=Month.create())
+while workflow.state != "finished":
+    TestHelpers().speedrun_workflow(workflow, raise_errors=False)
+    if workflow.state == "paused":
+        workflow.resume()
+print(len(statements), len(set(statements)), {account.balance for account in Account}, len(payments))
+print([(each.outcome, each.cursor) for each in workflow.execution_history])
+"""
+
 # How the README's Python runs. The blocks below one heading are one file; all files share a folder, in the README's
 # order. By heading: the file, the arguments that Python is run with, the output.
 README_PROGRAMS = {
@@ -8036,6 +9142,11 @@ README_PROGRAMS = {
         "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
     ),
     "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+    "Resumable steps": (
+        "month_end.py",
+        ["-c", TRY_THE_MONTH_END],
+        "270 245 {1005} 320\n[('failed', 205), ('success', 250), ('failed', 100), ('success', 250)]\n",
+    ),
     "Changing workflows that are under way": (
         "next_app.py",
         ["-c", "import next_app; print(*(each.name for each in next_app.SignupWorkflow.steps))"],
@@ -8266,6 +9377,20 @@ class Signup(Workflow):
     @step(wait=timedelta(days=2), skip_if=lambda self: self.hero.deactivated, on_exception="reattempt")
     async def remind(self) -> None:
         self.logger.info("asked with %s", self.idempotency_key)
+
+    @step(resumable=True)
+    def bill(self) -> None:
+        for some in self.resume_over(User, every=10):
+            assert_type(some, Any)
+        for user in self.resume_over(User.select().where(User.deactivated == False), every=10):
+            assert_type(user, User)
+        for each in self.resume_over(Signup.paused(), key=Workflow.id.desc()):
+            assert_type(each, Signup)
+        for number, name in self.resume_over(enumerate(["a", "b"])):
+            assert_type((number, name), tuple[int, str])
+        self.checkpoint({"done": self.cursor})
+        self.resume_over(User, evry=1)  # type: ignore[call-arg]
+        self.reattempt(rewind=True)
 
     def check(self) -> None:
         self.finish()
