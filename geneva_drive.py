@@ -1406,8 +1406,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return workflow.signal(name, payload, idempotency_key)
 
     def _check_signal(self, name: Any, payload: Any, key: Any) -> None:
-        is_defined = self.type in _workflow_classes  # or another process knows what it waits for
-        if not _is_name(name) or (is_defined and name not in {each.wait_for for each in self.steps}):
+        if not _is_name(name):
             raise UnknownSignalError(self, name)
         _dump_json(payload, f"the payload of the signal {name!r}")
         if key is not None and not isinstance(key, str):
@@ -1779,12 +1778,16 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
     same = (WorkflowSignal.workflow == row.id) & (WorkflowSignal.name == name)
     if key is not None and WorkflowSignal.select().where(same & (WorkflowSignal.idempotency_key == key)).exists():
         return False
-    if row.state not in ALLOWED_FROM["signal"]:
-        raise InvalidStateError(row, "signal")
+    # Of a class that is not defined here, other processes know what it waits for; after a deploy, the execution may.
+    is_known = row.type not in _workflow_classes or name in {each.wait_for for each in row.steps}
+    if not is_known and not (active and active.waiting_for == name):
+        raise UnknownSignalError(row, name)
     # A change, for the isolation level REPEATABLE READ of PostgreSQL: who lets the step wait on account of an older
     # snapshot collides with it and tries again.
     row._write(state=row.state)
     WorkflowSignal.insert(created_at=drive._now(), **values).execute()
+    if row.state not in ALLOWED_FROM["signal"]:  # asked last: a key that an older snapshot hides is found by the index
+        raise InvalidStateError(row, "signal")
     if active and active.state == WAITING and row.state == READY and row._is_awaited(active, name):
         _wake(drive, row, active)
     return True
@@ -1838,12 +1841,11 @@ def _paused(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None
 
 def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
     following, now = workflow._step_after(cast(str, workflow.current_step_name)), drive._now()
-    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now}
+    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now, "signal_id": None}
+    WorkflowSignal._consume_given(workflow, workflow.current_step_name, now)
     if active:
         active._write(**ended)
     else:
-        newest = workflow.execution_history.where(StepExecution.number == workflow.execution_count).get()
-        WorkflowSignal._consume(newest.signal_id, now)  # or the next step that waits for its like would get it
         workflow._write(execution_count=workflow.execution_count + 1)
         StepExecution._insert(workflow, workflow.execution_count, workflow.current_step_name, now, **ended)
     if following:
@@ -1879,7 +1881,7 @@ def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None,
 
 def _drop(drive: GenevaDrive, active: StepExecution | None) -> None:
     if active and active.state != IN_PROGRESS:  # which records by itself what came of it
-        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now())
+        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now(), signal_id=None)
 
 
 def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
@@ -1923,7 +1925,7 @@ class StepExecution(_Record):
     #: The signal that it waits, or waited, for. Until when: after that, `on_timeout` says what follows.
     waiting_for: peewee.Field[str | None] = _NameField(null=True)
     times_out_at: peewee.Field[datetime | None] = _UtcField(null=True)
-    #: The newest signal that it looked at; once it ended, the one that it was given.
+    #: The newest signal that it looked at and that was not for it; once it ended, the one that it was given.
     signal_id: peewee.Field[int | None] = peewee.BigIntegerField(null=True)
     #: How far a resumable step came, in this attempt or an earlier one: any JSON value.
     cursor: peewee.Field[Any] = _JsonField(null=True)
@@ -2008,9 +2010,12 @@ class WorkflowSignal(_Record):
         return cls.workflow == workflow.id, name, cls.consumed_at.is_null(), cls.id > (after or 0)
 
     @classmethod
-    def _consume(cls, signal_id: int | None, now: datetime) -> None:
-        if signal_id is not None:
-            cls.update(consumed_at=now).where(cls.id == signal_id).execute()
+    def _consume_given(cls, workflow: Workflow, step_name: str | None, now: datetime) -> None:
+        """Consume what the attempts at a step were given, or the next step that waits for its like would get it."""
+        attempts = (StepExecution.workflow == workflow.id) & (StepExecution.step_name == step_name)
+        given = StepExecution.select(StepExecution.signal_id).where(attempts & StepExecution.finished_at.is_null(False))
+        pending = (cls.workflow == workflow.id) & cls.consumed_at.is_null()
+        cls.update(consumed_at=now).where(pending & cls.id.in_(given)).execute()
 
 
 MODELS = (Workflow, StepExecution, WorkflowSignal)
@@ -2048,6 +2053,7 @@ class _Attempt:
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
         self.saved_context = _dump_object(workflow.context)
         self.signal: WorkflowSignal | None = None  # the one that the body is given
+        self.has_looked = execution.signal_id is not None  # at signals that were not for it, before this attempt
         self.claimed = time.monotonic()
         self.is_draining: Callable[[], bool] = lambda: False
         self.depth = 0  # of the transactions that surround the body
@@ -2100,7 +2106,7 @@ class _Attempt:
         """
         following, recorded = None, True
         self.workflow._attempt, self.is_draining = self, is_draining
-        _heartbeat.add(self.execution.id)
+        _heartbeat.add(self)
         try:
             verdict = self._overtaken()
             if verdict:
@@ -2109,13 +2115,13 @@ class _Attempt:
                 step_started.send(self.workflow, execution=self.execution)
                 verdict, following = self._perform_and_record(may_run_on)
                 if following:
-                    _heartbeat.add(following.execution.id)  # it is claimed, and has to outlive the hooks below
+                    _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
         except _ClaimLost as lost:
             verdict, recorded = lost.args[0], False
             self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
         finally:
             self.workflow._attempt = None
-            _heartbeat.beating.discard(self.execution.id)
+            _heartbeat.beating.discard(self)
         if recorded:
             step_finished.send(self.workflow, execution=self.execution)
             try:
@@ -2173,7 +2179,7 @@ class _Attempt:
 
     def _start_over(self) -> None:
         """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
-        self.workflow._attempt = None
+        self.workflow._attempt = self.signal = None
         self.workflow = Workflow.get_by_id(self.workflow.id)
         self.workflow._attempt = self
 
@@ -2247,10 +2253,10 @@ class _Attempt:
             pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
             found = list(WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page))
             for each in found:
-                self.execution.signal_id = each.id
                 if definition.matching is None or definition.matching(each.payload):
                     self.signal, self.workflow.signal_payload = each, each.payload
                     return True
+                self.execution.signal_id = each.id
             if len(found) < page:
                 return False
 
@@ -2365,8 +2371,7 @@ class _Attempt:
             return *self._wait_on(now), None
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
         ended = {"state": state, "outcome": outcome, "finished_at": now, **_error_columns(verdict.error)}
-        if self.signal:
-            ended["signal_id"] = self.signal.id
+        ended["signal_id"] = self.signal and self.signal.id
         follows = self._what_follows(verdict, then, now)
         workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
         if follows and run_on and self._runs_on(follows, now):
@@ -2385,8 +2390,8 @@ class _Attempt:
         if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
             follows = self._interrupted(changes, follows, now)
         StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
-        if self.signal and then in ("advance", "finish"):
-            WorkflowSignal._consume(self.signal.id, now)
+        if then in ("advance", "finish") and (self.signal or self.execution.waiting_for):
+            WorkflowSignal._consume_given(self.workflow, self.execution.step_name, now)
         return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
 
     def _wait_on(self, now: datetime) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -2402,12 +2407,15 @@ class _Attempt:
         if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
             self._interrupted(changes, columns, now)
         if changes["state"] == CANCELED:
-            columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now}
+            columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now, "signal_id": None}
         elif changes["state"] == READY and not _must_wait(self.workflow, definition, execution):
             columns["state"] = SCHEDULED
-        is_queued = changes["state"] == READY and (columns["state"] == SCHEDULED or limit != execution.times_out_at)
+        # Where a signal was there at its beginning, nothing was queued for its timeout.
+        is_limited = limit is not None and not (self.has_looked and limit == execution.times_out_at)
+        is_queued = changes["state"] == READY and (columns["state"] == SCHEDULED or is_limited)
+        columns["enqueued_at"] = now  # also of one that is not: for housekeeping, since when it waits
         if is_queued:
-            columns.update(enqueued_at=now, job_id=_job_id(now))
+            columns["job_id"] = _job_id(now)
         StepExecution.update(**columns).where(StepExecution.id == execution.id).execute()
         if is_queued:
             self.drive._enqueue([StepExecution(**{**execution.__data__, **columns})], route)
@@ -3415,7 +3423,8 @@ class GenevaDrive:
 
         Not what began to wait lately: where a deploy has just made the step wait, this may be the code before it.
         """
-        began = StepExecution.created_at <= self._now() - self.undefined_step_grace
+        since = peewee.fn.COALESCE(StepExecution.enqueued_at, StepExecution.created_at)
+        began = since <= StepExecution.created_at.db_value(self._now() - self.undefined_step_grace)
         steps = [each for cls in list(_workflow_classes.values()) for each in cls._blueprint.steps]
         names = sorted({each.name for each in steps if each.wait_for is None})
         woken = 0
@@ -3637,16 +3646,17 @@ class _Heartbeat:
     """Renews the heartbeat of the executions that this process performs, from one background thread."""
 
     def __init__(self) -> None:
-        self.beating: set[int] = set()
+        #: Not their executions: one that waits on may be claimed by another thread before this one has turned away.
+        self.beating: set[_Attempt] = set()
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
         self.hurry = threading.Event()
         self.is_leaving, self.left = False, threading.Event()
         self.interval = math.inf
 
-    def add(self, execution_id: int) -> None:
-        """Keep an execution alive, until it is discarded from `beating`."""
-        self.beating.add(execution_id)
+    def add(self, attempt: _Attempt) -> None:
+        """Keep an attempt alive, until it is discarded from `beating`."""
+        self.beating.add(attempt)
         if _is_private(_drive()._db):
             return
         with self.lock:
@@ -3682,7 +3692,8 @@ class _Heartbeat:
             drive = _drive()
             if self.beating and not _is_private(drive._db):
                 with drive._db.connection_context(), drive._begin():  # none is kept open between beats
-                    mine = StepExecution.id.in_(list(self.beating)) & (StepExecution.state == IN_PROGRESS)
+                    ids = [each.execution.id for each in list(self.beating)]
+                    mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
                     # What a checkpoint in a body's transaction has locked must not keep the others waiting.
                     free = StepExecution.select(StepExecution.id).where(mine).for_update(drive._skip_locked)
                     beating = [each.id for each in free]

@@ -6,6 +6,7 @@
 --   geneva_drive_step_executions   one row for each attempt at a step; deleted with its workflow
 --   geneva_drive_signals           one row for each signal that a workflow was sent; deleted with its workflow
 --   geneva_drive_huey_*            the embedded queue, where no other Huey was given to the drive
+--   geneva_drive_schema            one row for each version of all this that the database was brought to
 --
 -- A workflow is ready (a step is scheduled), performing (a step runs), paused, finished or canceled. An execution is
 -- scheduled, waiting or in progress: active; and then completed, failed, canceled or skipped, for good.
@@ -15,10 +16,14 @@
 --   geneva_drive_one_ongoing_workflow   one ongoing workflow for each class and hero (allow_multiple aside)
 --   geneva_drive_one_active_execution   one active execution for each workflow
 --
--- GenevaDrive.create_tables() applies the sections that the database needs, and of each what is not there yet. To apply
--- one by hand, run the statements between its line and that of the next section, after the tables were created.
+-- GenevaDrive.create_tables() creates the missing tables, adds the columns that the models have and the tables lack,
+-- applies the sections that the database needs, of each what is not there yet, and records the version. To apply one
+-- section by hand, run the statements between its line and that of the next section, after the tables were created.
 -- Each statement must be one of `create index`, `create unique index`, `create trigger` and `alter table ... add column`,
 -- and end with a semicolon at the end of a line: these are told by name from what is there already.
+--
+-- The code of one version works beside that of the next, on the tables of the newer: so a version only adds. A column is
+-- nullable and has no default, which makes adding it a matter of moments; what has to be another one gets another name.
 
 
 -- section: every database

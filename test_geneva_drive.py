@@ -4957,6 +4957,198 @@ def _send(number, url, workflow_id, results):
     results.put(Workflow.get_by_id(workflow_id).signal("go", 1))
 
 
+# ==== Signals: what went wrong once ===================================================================================
+
+
+class Sorted(Workflow):
+    """Two steps that wait for one signal; the first one is choosy."""
+
+    heavy = step("take", wait_for="arrived", timeout=60, matching=lambda kilos: kilos > 20, on_exception="reattempt")
+    light = step("take", wait_for="arrived")
+
+    def take(self):
+        did(f"{self.current_step_name} {self.signal_payload}")
+        if effects() == ["heavy 30"]:
+            raise LookupError
+
+
+def test_skipping_a_step_leaves_what_it_only_looked_at_to_the_next_one(drive, clock, hero, helpers):
+    workflow = Sorted.create(hero=hero)
+    workflow.signal("arrived", 3)
+    work_off(drive)
+    assert waiting(workflow).signal_id == workflow.signals.get().id
+    helpers.travel(workflow, 61)
+    assert (workflow.state, history(workflow)) == ("paused", [("heavy", "failed", "failed")])
+    assert workflow.execution_history.get().signal_id is None
+    workflow.skip()
+    work_off(drive)
+    assert (reload(workflow).state, effects(), consumed(workflow)) == ("finished", ["light 3"], [3])
+
+
+@pytest.mark.parametrize("how", ["skip", "skip_if"])
+def test_a_step_that_is_skipped_before_its_reattempt_takes_its_signal_along(drive, clock, hero, helpers, how):
+    class Twice(Workflow):
+        @step(wait_for="go", skip_if=lambda self: how == "skip_if" and effects(), on_exception="reattempt")
+        def one(self):
+            did(f"one {self.signal_payload}")
+            raise LookupError
+
+        @step(wait_for="go")
+        def two(self):
+            did(f"two {self.signal_payload}")
+
+    workflow = Twice.create(hero=hero)
+    workflow.signal("go", 1)
+    helpers.perform_next_step(workflow)
+    assert history(workflow) == [("one", "failed", "reattempted"), ("one", "scheduled", None)]
+    if how == "skip":
+        workflow.skip()
+    else:
+        helpers.perform_next_step(workflow)
+    assert (waiting(workflow).step_name, consumed(workflow)) == ("two", [1])
+    workflow.signal("go", 2)
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, effects(), consumed(workflow)) == ("finished", ["one 1", "two 2"], [1, 2])
+
+
+def test_a_step_that_had_a_signal_at_its_beginning_and_refused_it_gets_a_message_for_its_timeout(drive, clock, hero):
+    class Later(Workflow):
+        @step
+        def one(self):
+            pass
+
+        @step(wait_for="go", timeout=60, matching=bool)
+        def two(self):
+            pass
+
+    workflow = Later.create(hero=hero)
+    workflow.signal("go", 0)
+    work_off(drive)
+    assert messages(drive) == [waiting(workflow).id]
+    workflow.signal("go", 0)
+    work_off(drive)
+    assert messages(drive) == [waiting(workflow).id]
+    clock.forward(seconds=60)
+    work_off(drive)
+    for task in drive.huey.read_schedule(drive.clock().replace(tzinfo=None)):
+        drive.huey.execute(task)
+    assert (reload(workflow).state, history(workflow)[1:]) == ("paused", [("two", "failed", "failed")])
+
+
+def test_a_transactional_step_that_deadlocks_finds_its_signal_again(db, drive, served):
+    users = [User.create(name="first"), User.create(name="second")]
+    barrier = threading.Barrier(2)
+
+    class Locks(Workflow):
+        @step(wait_for="go", transactional=True, on_exception="cancel")
+        def both(self):
+            mine, other = users if self.signal_payload == "forward" else users[::-1]
+            User.update(visits=User.visits + 1).where(User.id == mine.id).execute()
+            with contextlib.suppress(threading.BrokenBarrierError):
+                if served:
+                    barrier.wait(timeout=5)
+            User.update(visits=User.visits + 1).where(User.id == other.id).execute()
+
+    workflows = [Locks.create(hero=hero) for hero in users]
+    for workflow, payload in zip(workflows, ("forward", "backward")):
+        workflow.signal("go", payload)
+
+    def run(message):
+        drive._perform(message)
+        db.close()
+
+    threads = [threading.Thread(target=run, args=(scheduled(each).id,)) for each in workflows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each.state for each in Locks.select()] == ["finished", "finished"]
+    assert [consumed(each) for each in workflows] == [["forward"], ["backward"]]
+    assert [each.visits for each in User.select()] == [2, 2]
+
+
+def test_the_heartbeat_goes_on_when_another_worker_has_taken_the_step_that_one_put_back(db, drive, hero):
+    class Slowly(Workflow):
+        @step(wait_for="go", matching=bool)
+        def one(self):
+            entered.set()
+            assert may_end.wait(20)
+            did(str(len(gd._heartbeat.beating)))
+
+    def run():
+        work_off(drive)
+        db.close()
+
+    def on_transition(cls, workflow, old, new):
+        """Runs when the first worker has committed that the step waits on, and before it has turned to another one."""
+        if (old, new) == ("performing", "ready") and not threads:
+            workflow.signal("go", 1)
+            threads.append(threading.Thread(target=run))
+            threads[0].start()
+            assert entered.wait(20)
+
+    threads, entered, may_end = [], threading.Event(), threading.Event()
+    gd.workflow_transitioned.connect(on_transition)
+    try:
+        workflow = Slowly.create(hero=hero)
+        workflow.signal("go", 0)
+        work_off(drive, limit=2)
+    finally:
+        gd.workflow_transitioned.disconnect(on_transition)
+    may_end.set()
+    threads[0].join()
+    assert (reload(workflow).state, effects()) == ("finished", ["1"])
+    assert not gd._heartbeat.beating
+
+
+def _refuse_and_fail(number, url, workflow_id, results):
+    GenevaDrive(open_database(url))
+    with contextlib.suppress(LookupError):
+        scheduled(Workflow(id=workflow_id)).execute()
+    results.put(Workflow.get_by_id(workflow_id).state)
+
+
+class Failing(Workflow):
+    @step(wait_for="go")
+    def one(self):
+        raise LookupError
+
+    @step(wait_for="go")
+    def two(self):
+        pass
+
+
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)  # its snapshots last as long as the transaction
+def test_a_skip_in_a_transaction_with_an_older_snapshot_takes_the_signal_along(database, drive, db, hero):
+    workflow = Failing.create(hero=hero)
+    workflow.signal("go", 1)
+    with db.atomic():
+        assert reload(workflow).state == "ready"
+        assert in_processes(1, _refuse_and_fail, database.url, workflow.id) == ["paused"]
+        workflow.skip()
+    assert consumed(workflow) == [1]
+    assert history(workflow) == [("one", "failed", "failed"), ("one", "skipped", "skipped"), ("two", "waiting", None)]
+
+
+def _deliver(number, url, workflow_id, results):
+    GenevaDrive(open_database(url))
+    workflow = Workflow.get_by_id(workflow_id)
+    results.put(workflow.signal("confirmed", 1, idempotency_key="k"))
+    workflow.cancel()
+
+
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)
+def test_a_key_is_acknowledged_to_a_transaction_that_is_older_than_its_first_delivery(database, drive, db, hero):
+    workflow = Payment.create(hero=hero)
+    with db.atomic():
+        assert reload(workflow).state == "ready"
+        assert in_processes(1, _deliver, database.url, workflow.id) == [True]
+        assert workflow.signal("confirmed", 1, idempotency_key="k") is False
+        with pytest.raises(gd.InvalidStateError):
+            workflow.signal("confirmed", 1, idempotency_key="another")
+    assert workflow.signals.count() == 1
+
+
 # ==== What a deploy may take away =====================================================================================
 
 
