@@ -1395,7 +1395,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             before = query.join(WorkflowSignal).where((WorkflowSignal.name == name) & key)
             if before.exists():
                 return False
-        ongoing = list(query.where(Workflow.state.in_(ONGOING)))
+        ongoing = _locked(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id))
         about = f"{cls.__name__}.signal_hero({_hero_label(*_hero_key(hero))})"
         if len(ongoing) > 1:
             ids = ", ".join(str(each.id) for each in ongoing)
@@ -1707,6 +1707,12 @@ class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         return f"[{prefix.replace('%', '%%')}] {msg}", kwargs
 
 
+def _locked(query: Any) -> list[Any]:
+    """The rows of a query, in spite of the old snapshot that a caller's transaction may see on MySQL."""
+    db = Workflow._meta.database
+    return list(query.for_update() if db.for_update and db.in_transaction() else query)
+
+
 def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
     return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
 
@@ -1778,16 +1784,16 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
     same = (WorkflowSignal.workflow == row.id) & (WorkflowSignal.name == name)
     if key is not None and WorkflowSignal.select().where(same & (WorkflowSignal.idempotency_key == key)).exists():
         return False
-    # Of a class that is not defined here, other processes know what it waits for; after a deploy, the execution may.
-    is_known = row.type not in _workflow_classes or name in {each.wait_for for each in row.steps}
-    if not is_known and not (active and active.waiting_for == name):
-        raise UnknownSignalError(row, name)
     # A change, for the isolation level REPEATABLE READ of PostgreSQL: who lets the step wait on account of an older
     # snapshot collides with it and tries again.
     row._write(state=row.state)
     WorkflowSignal.insert(created_at=drive._now(), **values).execute()
     if row.state not in ALLOWED_FROM["signal"]:  # asked last: a key that an older snapshot hides is found by the index
         raise InvalidStateError(row, "signal")
+    # Of a class that is not defined here, other processes know what it waits for; after a deploy, the execution may.
+    is_known = row.type not in _workflow_classes or name in {each.wait_for for each in row.steps}
+    if not is_known and not (active and active.waiting_for == name):
+        raise UnknownSignalError(row, name)
     if active and active.state == WAITING and row.state == READY and row._is_awaited(active, name):
         _wake(drive, row, active)
     return True

@@ -5149,6 +5149,45 @@ def test_a_key_is_acknowledged_to_a_transaction_that_is_older_than_its_first_del
     assert workflow.signals.count() == 1
 
 
+def _create_payment(number, url, hero_id, results):
+    GenevaDrive(open_database(url))
+    results.put(Payment.create(hero=User(id=hero_id)).id)
+
+
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)
+def test_a_hero_is_signaled_in_a_transaction_that_is_older_than_its_workflow(database, drive, db, hero):
+    with db.atomic():
+        assert User.select().count() == 1
+        (created,) = in_processes(1, _create_payment, database.url, hero.id)
+        assert Payment.signal_hero(hero, "confirmed", 1) is True
+    work_off(drive)
+    assert (Workflow.get_by_id(created).state, effects()) == ("finished", ["confirm 1", "deliver None"])
+
+
+def test_a_signal_that_only_the_execution_knows_after_a_deploy_is_taken(drive, hero, helpers, monkeypatch):
+    workflow = Payment.create(hero=hero)
+
+    class Payment2(Workflow):
+        workflow_type = "Payment2"
+
+        @step
+        def deliver(self):
+            pass
+
+    monkeypatch.setitem(gd._workflow_classes, "Payment", Payment2)
+    row = reload(workflow)
+    with pytest.raises(gd.UnknownSignalError):
+        row.signal("paid")
+    assert row.signal("confirmed", 1, idempotency_key="k") is True
+    assert row.signal("confirmed", 1, idempotency_key="k") is False
+    with pytest.raises(gd.StepNotDefinedError):  # and no longer waits for ever
+        helpers.speedrun_workflow(row)
+    row.cancel()
+    assert row.signal("confirmed", 1, idempotency_key="k") is False
+    with pytest.raises(gd.InvalidStateError):
+        row.signal("confirmed", 1)
+
+
 # ==== What a deploy may take away =====================================================================================
 
 
