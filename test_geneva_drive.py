@@ -2691,7 +2691,7 @@ def test_a_transaction_that_stays_open_behind_a_checkpoint_holds_up_nothing_else
     looked, other, dead = [], Quick.create(hero=User.create()), Quick.create(hero=User.create())
     workflow = Long.create(hero=hero)
     gd._Attempt.claim(drive, scheduled(dead).id)
-    gd._heartbeat.add(gd._Attempt.claim(drive, scheduled(other).id).execution.id)
+    gd._heartbeat.add(gd._Attempt.claim(drive, scheduled(other).id))
     assert perform(workflow).state == "finished"
     assert looked == ([START + timedelta(hours=1), 1] if served else [])
     gd._heartbeat.beating.clear()
