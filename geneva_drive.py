@@ -886,6 +886,44 @@ def _dump_json(value: Any, what: str) -> str:
     return text
 
 
+# ==== Statements: SQL that is built once ==============================================================================
+
+
+class _Blank:
+    """The place of a value in SQL that is built before the value is known."""
+
+    def __init__(self, field: peewee.Field[Any], name: str) -> None:
+        self.convert, self.name = field.db_value, name
+
+    @classmethod
+    def value(cls, field: peewee.Field[Any], name: str) -> peewee.Value:
+        return peewee.Value(cls(field, name), converter=False)
+
+
+class _Built:
+    """A query of Peewee's as it is sent. Building its SQL takes longer than running it, and is done once.
+
+    The plain form stays beside each use: the query, of blanks in the place of values.
+    """
+
+    def __init__(self, database: Database, query: Any) -> None:
+        self.database, self.query = database, query
+        self.sql, self.parameters = database.get_sql_context().sql(query).query()
+
+    def filled(self, values: Mapping[str, Any]) -> list[Any]:
+        """The parameters, with these values in the blanks, each as its field stores it."""
+        return [each.convert(values[each.name]) if isinstance(each, _Blank) else each for each in self.parameters]
+
+    def execute(self, values: Mapping[str, Any]) -> Any:
+        """Send it; returns the driver's cursor."""
+        return self.database.execute_sql(self.sql, self.filled(values))
+
+
+def _as_conditions(where: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of conditions by the names of their blanks, which differ from those of new values."""
+    return {f"={name}": value for name, value in where.items()}
+
+
 # ==== Types and heroes: classes by the names under which rows know them ===============================================
 
 _workflow_classes: dict[str, type[Workflow]] = {}
@@ -940,6 +978,12 @@ def _find_hero_model(hero_type: str) -> type[Model] | None:
             f"the hero type {hero_type!r} is ambiguous: {names}; set hero_type in the Meta of all but one of them"
         )
     return found[0] if found else None
+
+
+def _hero_row(model: type[Model], key: Any) -> Model | None:
+    database, field = model._meta.get_database_instance(), model._meta.primary_key
+    built = _drive()._statement(database, model, lambda: model.select().where(field == _Blank.value(field, "key")))
+    return next(iter(model.raw(built.sql, *built.filled({"key": key}))), None)
 
 
 def _key_field(model: type[Model]) -> peewee.Field:
@@ -1060,14 +1104,51 @@ def _register(cls: type[Workflow]) -> None:
 
 
 class _Record(Model):
-    """What the two tables of the library share."""
+    """What the library's tables share: statements about one row, of which the hot path consists."""
 
     DoesNotExist: type[peewee.DoesNotExist]
 
+    @classmethod
+    def _update_row(cls, changes: Mapping[str, Any], **where: Any) -> int:
+        """Update the row with these values; returns 1, or 0 if there is none."""
+        built = cls._built("update", changes, where, lambda model, new, found: model.update(new).where(*found))
+        return cast(int, built.execute({**changes, **_as_conditions(where)}).rowcount)
+
+    @classmethod
+    def _insert_row(cls, values: Mapping[str, Any]) -> int:
+        """Insert a row; returns its id."""
+        cursor = cls._built("insert", values, (), lambda model, new, _: model.insert(new)).execute(values)
+        return cast(int, cursor.fetchone()[0] if cursor.description else cursor.lastrowid)
+
+    @classmethod
+    def _row(cls, **where: Any) -> Any:
+        """The row with these values, or None."""
+        built = cls._built("select", (), where, lambda model, _, found: model.select().where(*found))
+        values = built.execute(_as_conditions(where)).fetchone()
+        return values and cls._from_columns(values)
+
+    @classmethod
+    def _from_columns(cls, values: Sequence[Any]) -> Any:
+        """A row as Peewee would read it."""
+        row = cls.__new__(cls)
+        row.__data__, row.__rel__, row._dirty = {}, {}, set()
+        row.__data__ = {field.name: field.python_value(value) for field, value in zip(cls._meta.sorted_fields, values)}
+        return row
+
+    @classmethod
+    def _built(cls, verb: str, columns: Iterable[str], where: Iterable[str], make: Any) -> _Built:
+        model, fields = cls._meta.model, cls._meta.fields
+
+        def query() -> Any:
+            new = {fields[name]: _Blank.value(fields[name], name) for name in columns}
+            found = [fields[name] == _Blank.value(fields[name], f"={name}") for name in where]
+            return make(model, new, found)
+
+        return _drive()._statement(cls._meta.database, (model, verb, *columns, "where", *where), query)
+
     def _write(self, **values: Any) -> None:
         """Update this row, which the caller has locked, and the instance with it."""
-        model = self._meta.model
-        model.update(**values).where(model.id == self.id).execute()
+        self._update_row(values, id=self.id)
         self.__data__.update(values)
 
     def _take_over(self, other: _Record) -> None:
@@ -1130,6 +1211,12 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     _blueprint: _Blueprint
     _attempt: _Attempt | None = None
+
+    @classmethod
+    def _from_columns(cls, values: Sequence[Any]) -> Any:
+        row = super()._from_columns(values)
+        row.__class__ = _workflow_classes.get(row.type, Workflow)
+        return row
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -1250,7 +1337,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Self:
-        workflow = cls(id=Workflow.insert(**values).execute(), **values)
+        workflow = cls(id=Workflow._insert_row({"state": READY, **values}), **values)
         workflow._dirty.clear()
         StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
         drive._announce(workflow, None, READY)
@@ -1500,8 +1587,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             self._hero = None
             if model:
                 is_binary = isinstance(_key_field(model), peewee.BinaryUUIDField)
-                key = uuid.UUID(self.hero_id) if is_binary else self.hero_id
-                self._hero = model.get_or_none(model._meta.primary_key == key)
+                self._hero = _hero_row(model, uuid.UUID(self.hero_id) if is_binary else self.hero_id)
         return self._hero
 
     @property
@@ -1961,10 +2047,26 @@ class StepExecution(_Record):
         return True
 
     @classmethod
+    def _with_workflow(cls, execution_id: int) -> Any:
+        """The row and its workflow's in one statement, or None."""
+
+        def query() -> Any:
+            return cls.select(cls, Workflow).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
+
+        cursor = _drive()._statement(cls._meta.database, "claim", query).execute({"id": execution_id})
+        values = cursor.fetchone()
+        if values is None:
+            return None
+        width = len(cls._meta.sorted_fields)
+        execution = cls._from_columns(values[:width])
+        execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
+        return execution
+
+    @classmethod
     def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
         values.update(workflow=workflow.id, number=number, step_name=step_name, scheduled_for=due)
         values["created_at"] = _drive()._now()
-        execution = cls(id=cls.insert(**values).execute(), **values)
+        execution = cls(id=cls._insert_row(values), **values)
         execution._dirty.clear()
         return execution
 
@@ -2077,8 +2179,7 @@ class _Attempt:
 
     @classmethod
     def _claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> _Attempt | None:
-        query = StepExecution.select(StepExecution, Workflow).join(Workflow).where(StepExecution.id == execution_id)
-        execution = query.get_or_none()
+        execution = StepExecution._with_workflow(execution_id)
         if execution is None or execution.state not in (SCHEDULED, WAITING) or execution.workflow.state != READY:
             return None
         workflow, due, now = execution.workflow, execution._due, drive._now()
@@ -2093,7 +2194,7 @@ class _Attempt:
             return None
         if queue and drive._put_off(execution, queue):
             return None
-        if not Workflow.update(state=PERFORMING).where(_fence(workflow, execution, READY)).execute():
+        if not Workflow._update_row({"state": PERFORMING}, **_fence(workflow, execution, READY)):
             return None
         workflow.__data__["state"] = PERFORMING
         execution._write(**_claim_columns(now))
@@ -2343,13 +2444,14 @@ class _Attempt:
     def _kept(self, cursor: Any) -> str | None:
         """Write the cursor, with a heartbeat; returns how the body is to end, if it is."""
         mine = (StepExecution.id == self.execution.id) & (StepExecution.state == IN_PROGRESS)
-        kept = StepExecution.update(cursor=cursor, heartbeat_at=self.drive._now()).where(mine).execute()
+        changes = {"cursor": cursor, "heartbeat_at": self.drive._now()}
+        kept = StepExecution._update_row(changes, id=self.execution.id, state=IN_PROGRESS)
         if not kept and StepExecution._lock(mine) is None:  # MySQL counts no row that is as it was
             return "cancel"  # recovered or deleted: whatever is said here, it will not be recorded
-        # Not locked: whoever locks the two does so in the other order.
-        row = Workflow.select(Workflow.state, Workflow.pause_requested).where(Workflow.id == self.workflow.id)
-        state, is_pausing = row.tuples().first() or (CANCELED, False)
-        return "cancel" if state == CANCELED else "pause" if is_pausing else None
+        row = Workflow._row(id=self.workflow.id)  # not locked: whoever locks the two does so in the other order
+        if row is None or row.state == CANCELED:
+            return "cancel"
+        return "pause" if row.pause_requested else None
 
     # -- recording --------------------------------------------------------------------------------------------------
 
@@ -2393,9 +2495,9 @@ class _Attempt:
         if verdict.context is not None:
             changes["context"] = verdict.context
         fence = _fence(self.workflow, self.execution, PERFORMING)
-        if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
+        if not Workflow._update_row(changes, **fence, pause_requested=False):
             follows = self._interrupted(changes, follows, now)
-        StepExecution.update(**ended).where(StepExecution.id == self.execution.id).execute()
+        StepExecution._update_row(ended, id=self.execution.id)
         if then in ("advance", "finish") and (self.signal or self.execution.waiting_for):
             WorkflowSignal._consume_given(self.workflow, self.execution.step_name, now)
         return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
@@ -2410,7 +2512,7 @@ class _Attempt:
         columns.update(signal_id=execution.signal_id, started_at=None, heartbeat_at=None, performed_by=None)
         changes: dict[str, Any] = {"state": READY}
         fence = _fence(self.workflow, execution, PERFORMING)
-        if not Workflow.update(**changes).where(fence & ~Workflow.pause_requested).execute():
+        if not Workflow._update_row(changes, **fence, pause_requested=False):
             self._interrupted(changes, columns, now)
         if changes["state"] == CANCELED:
             columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now, "signal_id": None}
@@ -2422,7 +2524,7 @@ class _Attempt:
         columns["enqueued_at"] = now  # also of one that is not: for housekeeping, since when it waits
         if is_queued:
             columns["job_id"] = _job_id(now)
-        StepExecution.update(**columns).where(StepExecution.id == execution.id).execute()
+        StepExecution._update_row(columns, id=execution.id)
         if is_queued:
             self.drive._enqueue([StepExecution(**{**execution.__data__, **columns})], route)
         return changes, columns
@@ -2487,7 +2589,7 @@ class _Attempt:
         else:
             claim = {**_claim_columns(now), "job_id": self.execution.job_id}
             execution = StepExecution._insert(self.workflow, number, **follows, **claim)
-            return _Attempt(self.drive, Workflow.get_by_id(self.workflow.id), execution, is_run_on=True)
+            return _Attempt(self.drive, Workflow._row(id=self.workflow.id), execution, is_run_on=True)
         return None
 
 
@@ -2495,9 +2597,9 @@ def _claim_columns(now: datetime) -> dict[str, Any]:
     return {"state": IN_PROGRESS, "started_at": now, "heartbeat_at": now, "performed_by": _this_process()}
 
 
-def _fence(workflow: Workflow, execution: StepExecution, state: str) -> Any:
-    """The workflow's row, as long as this execution is its newest and it is in `state`."""
-    return (Workflow.id == workflow.id) & (Workflow.execution_count == execution.number) & (Workflow.state == state)
+def _fence(workflow: Workflow, execution: StepExecution, state: str) -> dict[str, Any]:
+    """What finds the workflow's row, as long as this execution is its newest and it is in `state`."""
+    return {"id": workflow.id, "execution_count": execution.number, "state": state}
 
 
 def _error_columns(error: BaseException | None) -> dict[str, str]:
@@ -2790,6 +2892,7 @@ class GenevaDrive:
             setattr(self, name, settings.get(name, default))
         self.database = database
         self._consumers: dict[str, Consumer] = {}
+        self._statements: dict[Any, _Built] = {}
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (*MODELS, _SchemaVersion):
@@ -2840,6 +2943,15 @@ class GenevaDrive:
         if self._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
             return "FOR UPDATE"
         return "FOR UPDATE SKIP LOCKED"
+
+    def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
+        """The statement that a query makes on a database, made when it is first asked for."""
+        if isinstance(database, peewee.Proxy):
+            database = database.obj or self._db
+        found = self._statements.get((database, key))
+        if found is None:
+            found = self._statements[database, key] = _Built(database, query())
+        return found
 
     def _now(self) -> datetime:
         return self.clock()
@@ -3058,7 +3170,7 @@ class GenevaDrive:
     # -- the queues -------------------------------------------------------------------------------------------------
 
     def _checked_queues(self, huey: Any, queues: Any) -> dict[str, Huey]:
-        embedded = functools.partial(Huey, results=False, storage_class=_EmbeddedStorage, drive=self)
+        embedded = functools.partial(_EmbeddedHuey, results=False, storage_class=_EmbeddedStorage, drive=self)
         if huey is not None and not isinstance(huey, Huey):
             raise ConfigurationError(f"huey must be a Huey instance, not {huey!r}")
         if isinstance(queues, str) or not isinstance(queues or (), Iterable):
@@ -3742,6 +3854,12 @@ def _embedded_model(place: int) -> Any:
     return property(lambda storage: storage.drive._embedded_models[place])
 
 
+class _EmbeddedHuey(Huey):
+    def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
+        """Our own tasks cannot be revoked: the tables say what is to be done. Saves two statements for each message."""
+        return False if task.args else super().is_revoked(task, timestamp, peek)
+
+
 class _EmbeddedStorage(SqlStorage):
     """Enqueues in the transaction of whoever changes a workflow, and runs no SQL before it is used."""
 
@@ -3765,9 +3883,40 @@ class _EmbeddedStorage(SqlStorage):
     def for_update(self) -> str | None:
         return self.drive._skip_locked
 
+    @functools.cached_property
+    def _sql(self) -> tuple[str, str, str]:
+        """The statements of an enqueue and a dequeue, as SqlStorage has them, each built once."""
+        task, param = QUEUE_TABLE_PREFIX + "task", self.database.param
+        first = f"from {task} where queue = {param} order by priority desc, id limit 1"
+        insert = f"insert into {task} (queue, data, priority) values ({param}, {param}, {param})"
+        if self.drive._dialect == "postgresql":
+            return (
+                insert,
+                "",
+                f"delete from {task} where id = (select id {first} for update skip locked) returning data",
+            )
+        return insert, f"select id, data {first}", f"delete from {task} where id = {param}"
+
+    def enqueue(self, data: Any, priority: float | None = None) -> None:
+        self.check_conn()
+        self.database.execute_sql(self._sql[0], (self.name, data, priority or 0))
+
+    def _dequeue(self) -> Any:
+        self.check_conn()
+        _, read, delete = self._sql
+        if not read:
+            row = self.database.execute_sql(delete, (self.name,)).fetchone()
+            return row and bytes(row[0])
+        while True:
+            row = self.database.execute_sql(read, (self.name,)).fetchone()
+            if row is None:
+                return None
+            if self.database.execute_sql(delete, (row[0],)).rowcount:
+                return row[1]
+
     def dequeue(self) -> Any:
         try:
-            return super().dequeue()
+            return self._dequeue()
         except peewee.PeeweeException:
             time.sleep(1)  # Huey logs a traceback each time, and polls often
             raise
