@@ -3856,8 +3856,9 @@ def _embedded_model(place: int) -> Any:
 
 class _EmbeddedHuey(Huey):
     def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
-        """Our own tasks cannot be revoked: the tables say what is to be done. Saves two statements for each message."""
-        return False if task.args else super().is_revoked(task, timestamp, peek)
+        """A step cannot be revoked in the queue: the tables say what is to be done. Spares two statements each."""
+        is_step = isinstance(task, self.storage.drive._tasks[self.name].task_class)
+        return not is_step and super().is_revoked(task, timestamp, peek)
 
 
 class _EmbeddedStorage(SqlStorage):
@@ -3883,36 +3884,27 @@ class _EmbeddedStorage(SqlStorage):
     def for_update(self) -> str | None:
         return self.drive._skip_locked
 
-    @functools.cached_property
-    def _sql(self) -> tuple[str, str, str]:
-        """The statements of an enqueue and a dequeue, as SqlStorage has them, each built once."""
-        task, param = QUEUE_TABLE_PREFIX + "task", self.database.param
-        first = f"from {task} where queue = {param} order by priority desc, id limit 1"
-        insert = f"insert into {task} (queue, data, priority) values ({param}, {param}, {param})"
-        if self.drive._dialect == "postgresql":
-            return (
-                insert,
-                "",
-                f"delete from {task} where id = (select id {first} for update skip locked) returning data",
-            )
-        return insert, f"select id, data {first}", f"delete from {task} where id = {param}"
-
     def enqueue(self, data: Any, priority: float | None = None) -> None:
+        """As SqlStorage has it, but for its SQL, which is built once."""
         self.check_conn()
-        self.database.execute_sql(self._sql[0], (self.name, data, priority or 0))
+        task, param = QUEUE_TABLE_PREFIX + "task", self.database.param
+        insert = f"insert into {task} (queue, data, priority) values ({param}, {param}, {param})"
+        self.database.execute_sql(insert, (self.name, self.Task.data.db_value(data), priority or 0))
 
     def _dequeue(self) -> Any:
         self.check_conn()
-        _, read, delete = self._sql
-        if not read:
-            row = self.database.execute_sql(delete, (self.name,)).fetchone()
+        if self.database.in_transaction():  # what it sees may be old: only locks tell what is there
+            return super().dequeue()
+        task, param = QUEUE_TABLE_PREFIX + "task", self.database.param
+        first = f"from {task} where queue = {param} order by priority desc, id limit 1"
+        if self.drive._dialect == "postgresql":
+            taken = f"delete from {task} where id = (select id {first} for update skip locked) returning data"
+            row = self.database.execute_sql(taken, (self.name,)).fetchone()
             return row and bytes(row[0])
-        while True:
-            row = self.database.execute_sql(read, (self.name,)).fetchone()
-            if row is None:
-                return None
-            if self.database.execute_sql(delete, (row[0],)).rowcount:
-                return row[1]
+        while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
+            if self.database.execute_sql(f"delete from {task} where id = {param}", (row[0],)).rowcount:
+                return bytes(row[1])
+        return None
 
     def dequeue(self) -> Any:
         try:

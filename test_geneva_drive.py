@@ -1044,6 +1044,71 @@ def test_creating_a_workflow_is_one_transaction_of_three_statements(db, drive, h
     assert messages(drive) == [scheduled(workflow).id]
 
 
+def test_sql_that_is_built_once_is_what_peewee_builds_of_the_values(drive, clock, hero, helpers, monkeypatch):
+    sent, built_once = Counter(), gd._Record._built.__func__
+
+    def built(cls, verb, columns, where, make):
+        model, statement = cls._meta.model, built_once(cls, verb, columns, where, make)
+
+        def execute(values):
+            new = {name: values[name] for name in columns}
+            found = [getattr(model, name) == values[f"={name}"] for name in where]
+            plain = make(model, new, found)
+            assert (statement.sql, statement.filled(values)) == drive.database.get_sql_context().sql(plain).query()
+            sent[verb, model] += 1
+            return statement.execute(values)
+
+        return types.SimpleNamespace(execute=execute)
+
+    monkeypatch.setattr(gd._Record, "_built", classmethod(built))
+    workflow = Payment.create(hero=hero, context={"a": 1})
+    workflow.signal("confirmed", {"b": 2})
+    drive._perform(scheduled(workflow).id)
+    Charged.create(hero=hero, options={"queue": "default"})
+    work_off(drive)
+    assert effects() == ["confirm {'b': 2}", "deliver None"]
+    assert {*sent} == {*itertools.product(("insert", "update"), (Workflow, StepExecution)), ("select", Workflow)}
+
+
+def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
+    workflow = Plain.create(hero=hero, context={"a": [1, None]}, options={"queue": "default"})
+    scheduled(workflow).execute()
+    for row in (*Workflow.select(), *workflow.execution_history):
+        found = gd._Record._row.__func__(type(row), id=row.id)
+        assert (type(found), found.__data__, found._dirty) == (type(row), row.__data__, row._dirty)
+    execution = scheduled(workflow)
+    found = StepExecution._with_workflow(execution.id)
+    assert (found.__data__, found.workflow.__data__) == (execution.__data__, reload(workflow).__data__)
+    assert type(found.workflow) is Plain
+    assert StepExecution._with_workflow(0) is Workflow._row(id=0) is None
+
+
+def test_the_embedded_queue_takes_messages_in_the_order_of_huey_storage(drive, db):
+    storage, plain = drive.huey.storage, gd.SqlStorage
+    for take in (storage.dequeue, lambda: plain.dequeue(storage)):
+        for put in (storage.enqueue, lambda *message: plain.enqueue(storage, *message)):
+            for data, priority in ((b"1", None), (b"2", 5), (b"\x003%s", None), (b"4", -1), (b"5", 5.0)):
+                put(data, priority)
+            assert [take() for _ in range(6)] == [b"2", b"5", b"1", b"\x003%s", b"4", None]
+    storage.enqueue(b"6")
+    with db.atomic():
+        assert storage.dequeue() == b"6"
+
+
+def test_a_task_of_the_applications_own_may_be_revoked_on_the_embedded_queue(drive):
+    ran = []
+    own = drive.huey.task()(ran.append)
+    try:
+        result = own(1)
+        drive.huey.revoke(result.task if result else drive.huey.pending()[0])
+        work_off(drive)
+        own(2)
+        work_off(drive)
+    finally:
+        own.unregister()
+    assert ran == [2]
+
+
 # ==== Starting ========================================================================================================
 
 
