@@ -1190,11 +1190,12 @@ class _Record(Model):
         return built.execute(_as_conditions(where)).fetchone()
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any]) -> Any:
-        """A row as Peewee would read it."""
-        data = dict(zip(cls._columns(), values))
+    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] | None = None) -> Any:
+        """A row as Peewee would read it, of all columns or of those with these names."""
+        data = dict(zip(names or cls._columns(), values))
         for name, convert in cls._conversions():
-            data[name] = convert(data[name])
+            if data.get(name) is not None:
+                data[name] = convert(data[name])
         return cls._made(data, data["id"])
 
     @classmethod
@@ -1294,8 +1295,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     _attempt: _Attempt | None = None
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any]) -> Any:
-        row = super()._from_columns(values)
+    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] | None = None) -> Any:
+        row = super()._from_columns(values, names)
         row.__class__ = _workflow_classes.get(row.type, Workflow)
         return row
 
@@ -2129,18 +2130,25 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
-        """The row and its workflow's in one statement, or None."""
+        """A scheduled or waiting row and its workflow's in one statement, or None.
+
+        Without the columns that are null until it is performed: for some drivers each is a matter of time.
+        """
+        columns = [name for name in cls._columns() if name not in NULL_UNTIL_PERFORMED]
 
         def query() -> Any:
-            return cls.select(cls, Workflow).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
+            fields = [cls._meta.fields[name] for name in columns]
+            return (
+                cls.select(*fields, Workflow).join(Workflow).where(cls.id == _Blank.value(cls._meta.fields["id"], "id"))
+            )
 
         cursor = _drive()._statement(cls._meta.database, "claim", query).execute({"id": execution_id})
         values = cursor.fetchone()
         if values is None:
             return None
-        width = len(cls._meta.sorted_fields)
-        execution = cls._from_columns(values[:width])
-        execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
+        execution = cls._from_columns(values, columns)
+        execution.__data__.update(dict.fromkeys(NULL_UNTIL_PERFORMED))
+        execution.__rel__["workflow"] = Workflow._from_columns(values[len(columns) :])
         return execution
 
     @classmethod
@@ -2221,6 +2229,10 @@ class WorkflowSignal(_Record):
 
 
 MODELS = (Workflow, StepExecution, WorkflowSignal)
+NULL_UNTIL_PERFORMED = (
+    *("outcome", "started_at", "heartbeat_at", "performed_by", "finished_at"),
+    *("error_class_name", "error_message", "error_backtrace"),
+)
 
 
 class _SchemaVersion(Model):
@@ -2264,6 +2276,7 @@ class _Attempt:
         self.is_draining: Callable[[], bool] = lambda: False
         self.depth = 0  # of the transactions that surround the body
         self.has_loop, self.has_checkpoint = False, False
+        self.reserved_id: int | None = None  # for the execution that follows, so that its message is known beforehand
 
     @classmethod
     def claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None = None) -> _Attempt | None:
@@ -2310,11 +2323,13 @@ class _Attempt:
         workflow, claim = execution.workflow, _claim_columns(now)
         if workflow._undefined() or workflow._find(execution.step_name) is None:
             return None
-        fence = _fence(workflow, execution, READY)
-        if _move_at_once({"state": PERFORMING}, fence, claim, execution_id) is None:
+        moved = _move_at_once({"state": PERFORMING}, _fence(workflow, execution, READY), claim, execution_id)
+        if moved is None:
             return None
         execution.__data__.update(claim)
-        return cls._begun(drive, workflow, execution)
+        attempt = cls._begun(drive, workflow, execution)
+        attempt.reserved_id = moved.reserved_id
+        return attempt
 
     @classmethod
     def _begun(cls, drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> _Attempt:
@@ -2619,16 +2634,21 @@ class _Attempt:
         definition = follows and self.workflow._find(follows["step_name"])
         if definition and definition.wait_for is not None:  # whether its signal came is known under the lock alone
             return None
-        begins = follows and self._next_values(follows, changes["state"], now)
+        begins, message = follows and self._next_values(follows, changes["state"], now), None
+        if begins and self.reserved_id and begins["state"] == SCHEDULED:
+            begins["id"] = self.reserved_id
+            route = self.drive._route(self.workflow, begins["step_name"])
+            message = self.drive._message(StepExecution._made(begins, self.reserved_id), route)
         fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
-        is_one_statement = begins is None or (begins["state"] == IN_PROGRESS and self.drive._dialect == "postgresql")
+        is_one_statement = begins is None or (self.reserved_id and (message or begins["state"] == IN_PROGRESS))
         with contextlib.nullcontext() if is_one_statement else self.drive._begin():
-            row = _move_at_once(changes, fence, ended, self.execution.id, begins)
-            if row is None:
+            moved = _move_at_once(changes, fence, ended, self.execution.id, begins, message)
+            if moved is None:
                 return None if is_one_statement else self._conclude(verdict, run_on)
-            if begins is None:
-                return changes, ended, None
-            return changes, ended, self._follow(begins, row[-1], lambda: Workflow._from_columns(row[:-1]))
+            if message:
+                message.sent()
+            following = None if message or not begins else self._follow(begins, moved)
+        return changes, ended, following
 
     def _decide(self, verdict: _Verdict, run_on: bool, now: datetime) -> tuple[dict[str, Any], dict[str, Any], _Json]:
         """What is to be written: to the workflow, to the execution, and of the one that follows, if any."""
@@ -2729,7 +2749,10 @@ class _Attempt:
     def _go_on(self, follows: dict[str, Any], state: str, now: datetime) -> _Attempt | None:
         """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
         begins = self._next_values(follows, state, now)
-        return self._follow(begins, StepExecution._insert_row(begins), lambda: Workflow._row(id=self.workflow.id))
+        next_id = StepExecution._insert_row(begins)
+        return self._follow(
+            begins, _Moved(next_id, Workflow._row_values(id=self.workflow.id) if state == PERFORMING else ())
+        )
 
     def _next_values(self, follows: dict[str, Any], state: str, now: datetime) -> dict[str, Any]:
         """The columns of the next execution, in a workflow of this state."""
@@ -2742,11 +2765,13 @@ class _Attempt:
             values.update(StepExecution._queued(values))
         return values
 
-    def _follow(self, begins: dict[str, Any], execution_id: int, workflow: Callable[[], Workflow]) -> _Attempt | None:
+    def _follow(self, begins: dict[str, Any], moved: _Moved) -> _Attempt | None:
         """Queue the next execution, which is inserted, or go on with it."""
-        execution = StepExecution._made(begins, execution_id)
+        execution = StepExecution._made(begins, cast(int, moved.execution_id))
         if execution.state == IN_PROGRESS:
-            return _Attempt(self.drive, workflow(), execution, is_run_on=True)
+            following = _Attempt(self.drive, Workflow._from_columns(moved.workflow), execution, is_run_on=True)
+            following.reserved_id = moved.reserved_id
+            return following
         if execution.job_id:  # in a paused workflow, resume() will queue it
             self.drive._enqueue([execution], self.drive._route(self.workflow, execution.step_name))
         return None
@@ -2781,25 +2806,44 @@ def _error_columns(error: BaseException | None) -> dict[str, str]:
 # ==== Fast paths: several statements as one, where a dialect has it ===================================================
 
 
-def _move_at_once(
-    changes: dict[str, Any], fence: dict[str, Any], columns: dict[str, Any], execution_id: int, begins: _Json = None
-) -> Sequence[Any] | None:
-    """Update a workflow if the fence holds, and only then its execution, and insert the next one.
+class _Moved(NamedTuple):
+    """What came of the move of a workflow to another execution, or of one to another state."""
 
-    :returns: with a next one, the columns of the workflow and the new id; None, and nothing is written, if the fence
-        does not hold.
+    execution_id: int | None = None  # of the next one
+    workflow: Sequence[Any] = ()  # its columns, if the next one is claimed
+    reserved_id: int | None = None  # for the one after that
+
+
+def _move_at_once(
+    changes: dict[str, Any],
+    fence: dict[str, Any],
+    columns: dict[str, Any],
+    execution_id: int,
+    begins: _Json = None,
+    message: _Message | None = None,
+) -> _Moved | None:
+    """Update a workflow if the fence holds, and only then its execution; insert the next one, and its message.
+
+    What `_Attempt._claim()` and `_Attempt._conclude()` do with several statements.
+
+    :returns: None, and nothing is written, if the fence does not hold.
     """
-    return AT_ONCE[_drive()._dialect](changes, fence, columns, execution_id, begins)
+    return AT_ONCE[_drive()._dialect](changes, fence, columns, execution_id, begins, message)
 
 
 def _move_on_postgresql(
-    changes: dict[str, Any], fence: dict[str, Any], columns: dict[str, Any], execution_id: int, begins: _Json
-) -> Sequence[Any] | None:
+    changes: dict[str, Any],
+    fence: dict[str, Any],
+    columns: dict[str, Any],
+    execution_id: int,
+    begins: _Json,
+    message: _Message | None,
+) -> _Moved | None:
     # One statement. Each part waits for what the one before it returns: this is their order.
-    is_moved = SQL("exists (select 1 from moved)")
-    returned = [Workflow.id] if begins is None else Workflow._meta.sorted_fields
+    is_moved, runs_on = SQL("exists (select 1 from moved)"), begins and begins["state"] == IN_PROGRESS
+    returned = Workflow._meta.sorted_fields if runs_on else [Workflow.id]
     moved = Workflow._built(
-        "move" if begins is None else "move and return",
+        "move and return" if runs_on else "move",
         changes,
         fence,
         lambda model, new, found: model.update(new).where(*found).returning(*returned),
@@ -2809,21 +2853,37 @@ def _move_on_postgresql(
     )
     sql = f"with moved as ({moved.sql}), ended as ({ended.sql})"
     parameters = moved.filled({**changes, **_as_conditions(fence)}) + ended.filled({**columns, "=id": execution_id})
-    if begins is None:
-        return _drive()._db.execute_sql(f"{sql} select id from ended", parameters).fetchone()
-    begun = StepExecution._built(
-        "begin",
-        begins,
-        (),
-        lambda model, new, _: model.insert_from(peewee.Select([SQL("ended")], [*new.values()]), [*new]),
-    )
-    sql += f", begun as ({begun.sql}) select moved.*, begun.id from moved, begun"
-    return _drive()._db.execute_sql(sql, parameters + begun.filled(begins)).fetchone()
+    if begins:
+        begun = StepExecution._built(
+            "begin",
+            begins,
+            (),
+            lambda model, new, _: model.insert_from(peewee.Select([SQL("ended")], [*new.values()]), [*new]),
+        )
+        sql += f", begun as ({begun.sql})"
+        parameters += begun.filled(begins)
+    if message:
+        sql += f", sent as ({_insertion(message.table)} select %s, %s, %s from begun)"
+        parameters += message.parameters
+    reserved = f"nextval('{StepExecution._meta.table_name}_id_seq')"  # as PostgreSQL calls it, of a BIGSERIAL
+    if runs_on:
+        sql += f" select moved.*, begun.id, {reserved} from moved, begun"
+    else:
+        sql += " select id from begun" if begins else f" select {reserved} from ended"
+    row = _drive()._db.execute_sql(sql, parameters).fetchone()
+    if row is None:
+        return None
+    return _Moved(row[-2], row[:-2], row[-1]) if runs_on else _Moved(row[0]) if begins else _Moved(reserved_id=row[0])
 
 
 def _move_on_mysql(
-    changes: dict[str, Any], fence: dict[str, Any], columns: dict[str, Any], execution_id: int, begins: _Json
-) -> Sequence[Any] | None:
+    changes: dict[str, Any],
+    fence: dict[str, Any],
+    columns: dict[str, Any],
+    execution_id: int,
+    begins: _Json,
+    message: _Message | None,
+) -> _Moved | None:
     # One statement for the two updates. The tables are locked in the order in which they are joined.
     one, two = Workflow._meta.table_name, StepExecution._meta.table_name
     moved = Workflow._built("update", changes, fence, _updating)
@@ -2837,11 +2897,9 @@ def _move_on_mysql(
     if not _drive()._db.execute_sql(sql, parameters).rowcount:
         return None
     if begins is None:
-        return ()
+        return _Moved()
     next_id = StepExecution._insert_row(begins)
-    if begins["state"] == SCHEDULED:
-        return (next_id,)
-    return *Workflow._row_values(id=fence["id"]), next_id
+    return _Moved(next_id, Workflow._row_values(id=fence["id"]) if begins["state"] == IN_PROGRESS else ())
 
 
 AT_ONCE = {"postgresql": _move_on_postgresql, "mysql": _move_on_mysql}
@@ -3498,16 +3556,11 @@ class GenevaDrive:
 
     def _enqueue(self, executions: list[StepExecution], route: _Route, not_before: datetime = EPOCH) -> None:
         """Queue executions: with the transaction that surrounds the call, or once it is committed."""
-        queue, priority = route
-        huey, now = self.queues[queue], self._now()
+        huey = self.queues[route[0]]
 
         def send() -> None:
             # Nobody knows when the signal of those without a time comes.
-            moments = [(each, max(each._due, not_before)) for each in executions if each._due is not None]
-            tasks = [
-                self._tasks[queue].s(each.id, eta=due if due > now else None, priority=priority, id=each.job_id)
-                for each, due in moments
-            ]
+            tasks = [self._task(each, route, not_before) for each in executions if each._due is not None]
             if len(tasks) > 1 and isinstance(huey, _EmbeddedHuey) and not huey.immediate:
                 huey.put_all(tasks)
                 return
@@ -3519,6 +3572,18 @@ class GenevaDrive:
             send()
         else:
             self._after_commit(send)
+
+    def _task(self, execution: StepExecution, route: _Route, not_before: datetime = EPOCH) -> Any:
+        """The Huey task that performs an execution."""
+        (queue, priority), due = route, max(cast(datetime, execution._due), not_before)
+        eta = due if due > self._now() else None
+        return self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
+
+    def _message(self, execution: StepExecution, route: _Route) -> _Message | None:
+        """The message of an execution, for the statement that inserts both; None where there can be no such thing."""
+        huey = self.queues[route[0]]
+        is_embedded = isinstance(huey, _EmbeddedHuey) and not huey.immediate
+        return _Message(huey, self._task(execution, route)) if is_embedded else None
 
     # -- performing -------------------------------------------------------------------------------------------------
 
@@ -4121,6 +4186,39 @@ class _EmbeddedTask(Task):
     revoke_id = property(lambda task: None, lambda task, value: None)
 
 
+#: Of the tables of the queue: what is kept beside a message.
+MESSAGE_COLUMNS = {"task": "priority", "schedule": "timestamp"}
+
+
+def _insertion(table: str) -> str:
+    return f"insert into {QUEUE_TABLE_PREFIX}{table} (queue, data, {MESSAGE_COLUMNS[table]})"
+
+
+class _Message(NamedTuple):
+    """A message for the embedded queue, and what Huey does besides putting it there."""
+
+    huey: Any
+    task: Any
+
+    @property
+    def table(self) -> str:
+        return "task" if self.task.eta is None else "schedule"
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The columns of `_insertion()`."""
+        storage, task = self.huey.storage, self.task
+        data = storage.Task.data.db_value(self.huey.serialize_task(task))
+        kept = (task.priority or 0) if task.eta is None else storage.Schedule.timestamp.db_value(task.eta)
+        return [storage.name, data, kept]
+
+    def sent(self) -> None:
+        """Tell of it."""
+        self.huey._emit(SIGNAL_ENQUEUED if self.task.eta is None else SIGNAL_SCHEDULED, self.task)
+        if self.task.eta is None:
+            self.huey.storage.ring()
+
+
 class _EmbeddedHuey(Huey):
     def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
         return not isinstance(task, _EmbeddedTask) and super().is_revoked(task, timestamp, peek)
@@ -4130,14 +4228,11 @@ class _EmbeddedHuey(Huey):
 
     def put_all(self, tasks: Sequence[Any]) -> None:
         """What enqueue(), or add_schedule() where they have a time, does with each, in fewer statements."""
-        due = [task for task in tasks if task.eta is None]
-        later = [task for task in tasks if task.eta is not None]
-        moment = self.storage.Schedule.timestamp.db_value
-        self.storage.put("task", "priority", [(self.serialize_task(task), task.priority or 0) for task in due])
-        self.storage.put("schedule", "timestamp", [(self.serialize_task(task), moment(task.eta)) for task in later])
-        for signal_name, sent in (SIGNAL_ENQUEUED, due), (SIGNAL_SCHEDULED, later):
-            for task in sent:
-                self._emit(signal_name, task)
+        messages = [_Message(self, task) for task in tasks]
+        for table in MESSAGE_COLUMNS:
+            self.storage.put(table, [each.parameters for each in messages if each.table == table])
+        for each in messages:
+            each.sent()
 
     def create_consumer(self, **options: Any) -> Consumer:
         return _EmbeddedConsumer(self, **options)
@@ -4229,21 +4324,21 @@ class _EmbeddedStorage(SqlStorage):
     # As SqlStorage has the next two, but for their SQL, which Peewee takes longer to build than a database to run.
 
     def enqueue(self, data: Any, priority: float | None = None) -> None:
-        self.put("task", "priority", [(data, priority or 0)])
+        self.put("task", [(self.name, self.Task.data.db_value(data), priority or 0)])
+        self.ring()
 
     def add_to_schedule(self, data: Any, timestamp: datetime) -> None:
-        self.put("schedule", "timestamp", [(data, self.Schedule.timestamp.db_value(timestamp))])
+        moment = self.Schedule.timestamp.db_value(timestamp)
+        self.put("schedule", [(self.name, self.Task.data.db_value(data), moment)])
 
-    def put(self, table: str, column: str, rows: Iterable[tuple[Any, Any]]) -> None:
-        """Insert messages, each with its priority or the time at which it is due."""
+    def put(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert messages."""
         self.check_conn()
-        blob, param = self.Task.data.db_value, self.database.param
-        for some in peewee.chunked(rows, 1000):
-            values = ", ".join([f"({param}, {param}, {param})"] * len(some))
-            sql = f"insert into {QUEUE_TABLE_PREFIX}{table} (queue, data, {column}) values {values}"
-            self.database.execute_sql(sql, [each for data, value in some for each in (self.name, blob(data), value)])
-        if table == "task":
-            self.ring()
+        row = f"({', '.join([self.database.param] * 3)})"
+        for start in range(0, len(rows), 1000):
+            some = rows[start : start + 1000]
+            sql = f"{_insertion(table)} values {', '.join([row] * len(some))}"
+            self.database.execute_sql(sql, [*itertools.chain.from_iterable(some)])
 
     def ring(self) -> None:
         """Wake a worker of this process, if one waits for messages, once they are committed."""
