@@ -16,6 +16,9 @@ Each is a process of its own, on new tables, with a backlog of workflows of thre
 clock runs from the start of its threads to the last step; CPU is that of the process, not of a server. URL, or
 GENEVA_DRIVE_URL, is that of an empty database, and it is empty again in the end. The default is a SQLite file that is
 removed.
+
+With `--crowd 1000,1000000` something else is measured: what one operation takes beside so many workflows that wait, in
+the tables and in the schedule, and what the others notice while a tenth of them is deleted.
 """
 
 import argparse
@@ -34,7 +37,7 @@ import tempfile
 import threading
 import time
 import uuid
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,7 +256,12 @@ def application(url, queues=()):
         def go_on(self):
             self.context["begun"] = time.time()
 
-    classes = {each.__name__: each for each in (Workflow, StepExecution, Hero, Empty, Timed, Waiting)}
+    class Later(Workflow):
+        @step(wait=timedelta(days=30))
+        def one(self):
+            pass
+
+    classes = {each.__name__: each for each in (Workflow, StepExecution, Hero, Empty, Timed, Waiting, Later)}
     return SimpleNamespace(drive=drive, done=done, models=[*MODELS, Hero], **classes)
 
 
@@ -528,6 +536,112 @@ def spread(values):
     return {"median": statistics.median(values), "p95": p95, "worst": values[-1], "samples": len(values)}
 
 
+# ==== In a crowd ======================================================================================================
+
+FIRST = 1000  # those of a crowd that are made one by one; the others are copies
+TEXT = {"sqlite": "text", "postgresql": "varchar", "mysql": "char"}
+OPERATIONS = {
+    "create()": lambda app, hero: app.Waiting.create(hero, allow_multiple=True),
+    "a step before a wait": lambda app, hero: perform(app, 1),
+    "a step that runs on": lambda app, hero: perform(app, 3),
+    "a step, run_on=0": lambda app, hero: perform(app, 1),
+    "a look into the schedule": lambda app, hero: app.drive.huey.read_schedule(),
+    "housekeeping with nothing to do": lambda app, hero: app.drive.housekeeping(),
+}
+
+
+def perform(app, steps):
+    app.drive.huey.execute(app.drive.huey.dequeue())
+    return steps
+
+
+def crowd(contest, sizes, samples):
+    """The milliseconds of each operation in crowds of these sizes; the first one again in the end, as noise is slow."""
+    results, app = [], contest.app
+    for size in (*sizes, sizes[0]):
+        show(f"{size} workflows are made to wait")
+        contest.prepare(FIRST)
+        fill(contest, size)
+        medians = {}
+        for name, operation in OPERATIONS.items():
+            show(f"{size} workflows wait: {name}")
+            if "run" in name:
+                app.drive.run_on = 0 if "run_on=0" in name else 1
+                app.drive.huey.storage.flush_queue()
+                app.Empty.create_many(list(app.Hero.select().limit(samples)), on_conflict="ignore")
+            medians[name] = statistics.median(milliseconds_of(operation, app) for _ in range(samples))
+        results.append({"waiting": size, "milliseconds": medians})
+        if size == max(sizes):
+            show(f"{size // 10} workflows are deleted")
+            deletion = delete(contest, size // 10)
+    before, *larger, after = results
+    small = {name: (before["milliseconds"][name] + after["milliseconds"][name]) / 2 for name in OPERATIONS}
+    for each in larger:
+        each["ratios"] = {name: value / small[name] for name, value in each["milliseconds"].items()}
+    return {"crowds": [before, *larger, after], "deletion": deletion}
+
+
+def milliseconds_of(operation, app):
+    hero = app.Hero(id=1)
+    began = time.perf_counter()
+    result = operation(app, hero)
+    return 1000 * (time.perf_counter() - began) / (result if isinstance(result, int) else 1)
+
+
+def fill(contest, size):
+    """Let so many workflows wait for a month: a thousand and, for the sake of time, copies of them."""
+    app, db, kind = contest.app, contest.db, contest.driver["kind"]
+    app.Later.create_many(list(app.Hero.select()))
+    shifted = {"id": "id + {0}", "workflow_id": "workflow_id + {0}", "hero_id": f"cast(id + {{0}} as {TEXT[kind]})"}
+    models = [app.Workflow, app.StepExecution, contest.storage.Schedule]
+    count = FIRST
+    while count < size:
+        for model in models:
+            table, columns = model._meta.table_name, [each.column_name for each in model._meta.sorted_fields]
+            values = ", ".join(shifted.get(each, each).format(count) for each in columns)
+            copied = f"select {values} from {table} where id <= {size - count}"
+            db.execute_sql(f"insert into {table} ({', '.join(columns)}) {copied}")
+        count = min(2 * count, size)
+    for model in models:
+        table = model._meta.table_name
+        if kind == "postgresql":
+            db.execute_sql(f"select setval(pg_get_serial_sequence('{table}', 'id'), {size})")
+        if kind != "sqlite":
+            db.execute_sql(f"{'vacuum analyze' if kind == 'postgresql' else 'analyze table'} {table}").fetchall()
+
+
+def delete(contest, number):
+    """Delete so many expired workflows, while steps are performed; what both take of each other."""
+    app, drive = contest.app, contest.app.drive
+    long_ago = datetime.now(timezone.utc) - timedelta(days=365)
+    old = {"state": "finished", "current_step_name": None, "transitioned_at": long_ago}
+    over = app.Workflow.id <= number
+    app.Workflow.update(**old).where(over).execute()
+    ended = {"state": "completed", "outcome": "success", "finished_at": long_ago}
+    app.StepExecution.update(**ended).where(app.StepExecution.workflow <= number).execute()
+    app.drive.huey.storage.flush_queue()
+    app.Empty.create_many(list(app.Hero.select()), on_conflict="ignore")
+    quiet = [milliseconds_of(OPERATIONS["a step, run_on=0"], app) for _ in range(100)]
+    memory, pauses, counts = peak_memory_mb(), [], []
+    sweep = threading.Thread(target=lambda: counts.append(drive.housekeeping()))
+    began = time.perf_counter()
+    sweep.start()
+    while sweep.is_alive():
+        if drive.huey.pending_count() == 0:
+            app.Empty.delete().execute()
+            app.Empty.create_many(list(app.Hero.select()))
+        pauses.append(milliseconds_of(OPERATIONS["a step, run_on=0"], app))
+    sweep.join()
+    seconds = time.perf_counter() - began
+    assert counts[0]["workflows_cleaned_up"] >= number
+    return {
+        "workflows": number,
+        "seconds": seconds,
+        "memory_mb": peak_memory_mb() - memory,
+        "step_ms": {"before": statistics.median(quiet), "meanwhile": spread(pauses)},
+    }
+
+
 # ==== The program =====================================================================================================
 
 
@@ -539,7 +653,10 @@ def main():
         about = examine(url, parser)
         contest = Contest(url, about["database"], args)
         try:
-            results = {**about, "workflows": args.workflows, "rounds": args.rounds, **contest.run()}
+            if args.crowd:
+                results = {**about, **crowd(contest, args.crowd, args.samples)}
+            else:
+                results = {**about, "workflows": args.workflows, "rounds": args.rounds, **contest.run()}
         finally:
             contest.clear()
             show("")
@@ -547,6 +664,8 @@ def main():
         plot(results, args.plot)
     if args.json:
         print(json.dumps(results, indent=2))
+    elif args.crowd:
+        print_crowds(results)
     else:
         print_tables(results)
 
@@ -559,11 +678,14 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=integers, default=[1, 2, 4], metavar="1,2,4", help="threads of a contender")
     parser.add_argument("--samples", type=int, default=25, help="of each latency")
+    parser.add_argument("--crowd", type=integers, metavar="1000,1000000", help="measure beside so many that wait")
     parser.add_argument("--json", action="store_true", help="print all numbers, for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the steps per second; needs matplotlib")
     args = parser.parse_args()
     if min(args.workflows, args.creations, args.rounds, args.samples, *args.workers) < 1:
         parser.error("the numbers must be more than 0")
+    if args.crowd and (min(args.crowd) < FIRST or args.plot):
+        parser.error(f"--crowd takes numbers of at least {FIRST}, and is not drawn")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave the option out")
     return parser, args
@@ -610,6 +732,26 @@ def print_tables(results):
     for name, each in results["latency_ms"].items():
         print(f"{name:<36}{each['median']:9.0f}{each['p95']:9.0f}{each['worst']:9.0f}")
     print(f"\nan idle consumer{results['idle_cpu_percent']:29.1f} % of a core")
+
+
+def print_crowds(results):
+    print("GenevaDrive {geneva_drive}, Python {python}, {database} {version}, {cores} cores".format(**results))
+    crowds, deletion = results["crowds"], results["deletion"]
+    print(f"\n{'milliseconds, while so many wait':<36}", *(f"{each['waiting']:>17,}" for each in crowds), sep="")
+    for name in OPERATIONS:
+        print(f"{name:<36}", end="")
+        for each in crowds:
+            ratio = "({:.2f})".format(each["ratios"][name]) if "ratios" in each else ""
+            print(f"{each['milliseconds'][name]:>9.2f}{ratio:>8}", end="")
+        print()
+    took, step = deletion["seconds"], deletion["step_ms"]
+    print(f"\n{deletion['workflows']:,} of them are deleted in {took:.0f} s, with {deletion['memory_mb']:.0f} MB more")
+    print("a step, run_on=0, before            {:9.2f} ms".format(step["before"]))
+    print(
+        "a step, run_on=0, meanwhile         {median:9.2f} ms, 95 % under {p95:.0f}, worst {worst:.0f}".format(
+            **step["meanwhile"]
+        )
+    )
 
 
 def print_rates(title, contenders):
