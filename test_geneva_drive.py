@@ -1276,6 +1276,63 @@ def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
     assert StepExecution._with_workflow(0) is Workflow._row(id=0) is None
 
 
+def test_the_embedded_queue_reads_its_schedule_as_huey_storage_does(drive, db):
+    storage, plain, start = drive.huey.storage, gd.SqlStorage, datetime(2026, 3, 1)
+    others = gd._EmbeddedStorage("others", drive)
+    for read in (storage.read_schedule, lambda moment: plain.read_schedule(storage, moment)):
+        for put in (storage.add_to_schedule, lambda *message: plain.add_to_schedule(storage, *message)):
+            for data, seconds in ((b"3", 2), (b"1", 0), (b"2", 1), (b"\x004%s", 2), (b"5", 3)):
+                put(data, start + timedelta(seconds=seconds))
+            others.add_to_schedule(b"0", start)
+            assert storage.scheduled_items() == [b"1", b"2", b"3", b"\x004%s", b"5"]
+            assert read(start - timedelta(seconds=1)) == []
+            assert read(start + timedelta(seconds=2)) == [b"1", b"2", b"3", b"\x004%s"]
+            assert read(start + timedelta(days=1)) == [b"5"]
+            assert others.read_schedule(start) == [b"0"]
+
+
+def test_of_several_schedulers_each_message_comes_to_one(drive, database):
+    moment = datetime(2026, 3, 1)
+    expected = [str(number).encode() for number in range(1500)]
+    drive.huey.storage.put("schedule", [("default", data, 0) for data in expected])
+    barrier = threading.Barrier(4)
+
+    def read(_):
+        barrier.wait(timeout=30)
+        found = []
+        with drive._db.connection_context():
+            while messages := drive.huey.storage.read_schedule(moment):
+                found += messages
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        taken = [each for found in threads.map(read, range(4)) for each in found]
+    assert sorted(taken) == sorted(expected)
+
+
+def test_many_messages_are_put_as_one_after_the_other(drive, clock):
+    huey, sent = drive.huey, []
+    huey.signal(gd.SIGNAL_ENQUEUED, gd.SIGNAL_SCHEDULED)(told := lambda signal_name, task: sent.append(task.id))
+    later, perform = clock() + timedelta(hours=1), drive._tasks["default"]
+    tasks = [perform.s(number, eta=later if number % 3 else None, priority=number % 2) for number in range(1, 1501)]
+
+    def one_by_one(messages):
+        for task in messages:
+            (huey.add_schedule if task.eta else huey.enqueue)(task)
+
+    found = {}
+    for put in (huey.put_all, one_by_one):
+        huey.flush()
+        sent.clear()
+        put(tasks)
+        kept = sorted((task.id, task.args, task.eta) for task in huey.scheduled())
+        found[put] = [(task.id, task.args) for task in huey.pending()], kept
+        assert sorted(sent) == sorted(task.id for task in tasks)
+    huey.disconnect_signal(told)
+    assert (huey.pending_count(), huey.scheduled_count()) == (500, 1000)
+    assert found[huey.put_all] == found[one_by_one]
+
+
 def test_the_embedded_queue_takes_messages_in_the_order_of_huey_storage(drive, db):
     storage, plain = drive.huey.storage, gd.SqlStorage
     for take in (storage.dequeue, lambda: plain.dequeue(storage)):
@@ -7422,6 +7479,130 @@ def test_a_drive_is_idle_when_nothing_is_ready_or_performing(drive, hero, helper
     StepExecution.update(state="completed", outcome="success", finished_at=START).execute()
 
 
+# ==== Many rows: what the planners make of the statements =============================================================
+
+
+def plan(db, sql, params):
+    """How the database would go about a statement, a line for each part."""
+    if isinstance(db, peewee.SqliteDatabase):
+        return [row[3] for row in db.execute_sql(f"explain query plan {sql}", params)]
+    cursor = db.execute_sql(f"explain {sql}", params)
+    if isinstance(db, peewee.PostgresqlDatabase):
+        return [row[0] for row in cursor]
+    names = [column[0] for column in cursor.description]
+    return [str(dict(zip(names, row))) for row in cursor]
+
+
+#: How a plan tells that it reads a whole table. Not meant are partial indexes, which hold what a statement is about,
+#: what is inserted, and the signals, of which there are few here.
+SCANS = {
+    "sqlite": r"SCAN (?!\d* ?CONSTANT|t1 USING INDEX geneva_drive_(silent|overdue|expired|timeout|waiting))",
+    "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
+    "mysql": r"'type': '(ALL|index)', (?!.*'rows': None)",
+}
+SORTS = {"sqlite": r"TEMP B-TREE FOR (ORDER|LAST)", "postgresql": r"(^|-> +)Sort ", "mysql": r"filesort"}
+
+
+def test_no_statement_reads_or_sorts_a_large_table(db, drive, clock):
+    class Many(Workflow):
+        @step(wait=timedelta(days=30))
+        def far_away(self):
+            pass
+
+        @step(wait_for="answer", timeout=timedelta(days=30))
+        def asked(self):
+            pass
+
+    class Asking(Workflow):
+        @step(wait_for="answer", timeout=timedelta(days=30))
+        def asks(self):
+            pass
+
+    User.insert_many([{"name": "one of many"}] * 6000).execute()
+    heroes = list(User.select())
+    for cls, number in ((Many, 6000), (Asking, 3000), (Plain, 6000), (Quick, 3000)):
+        assert cls.create_many(heroes[:number]) == number
+    over = Plain.select(Workflow.id).limit(3000)  # and kept for a while
+    ids = [workflow.id for workflow in over]
+    now = clock()
+    StepExecution.update(state="canceled", outcome="canceled", finished_at=now).where(
+        StepExecution.workflow.in_(ids)
+    ).execute()
+    Workflow.update(state="canceled", current_step_name=None, transitioned_at=now).where(Workflow.id.in_(ids)).execute()
+    for model in (*gd.MODELS, *drive._embedded_models, User):
+        if drive._dialect != "sqlite":
+            verb = {"postgresql": "analyze", "mysql": "analyze table"}[drive._dialect]
+            cursor = db.execute_sql(f"{verb} {model._meta.table_name}")
+            assert drive._dialect == "postgresql" or cursor.fetchall()
+
+    sent = {}
+
+    def hook(event):
+        if re.search(r"geneva_drive_(workflows|step|signals|huey)", event.sql):
+            sent.setdefault(event.sql, event.params)
+
+    db.query_hooks.append(hook)
+    try:
+        for run_on in (0, 1):
+            drive.run_on = run_on
+            for _ in range(3):
+                drive.huey.execute(drive.huey.dequeue())
+        newcomer = User.create()
+        for cls in (Quick, Many, Asking):
+            workflow = cls.create(hero=newcomer)
+            with pytest.raises(gd.AlreadyOngoingError):
+                cls.create(hero=newcomer)
+            assert cls.get_or_create(hero=newcomer) == (workflow, False)
+            workflow.pause()
+            workflow.resume()
+        assert Asking.signal_hero(newcomer, "answer")
+        workflow.cancel()
+        assert Quick.create_many(heroes[3000:3500]) == 500
+        assert Quick.create_many(heroes[2900:3600], on_conflict="ignore") == 100
+        assert drive.huey.storage.read_schedule(clock().replace(tzinfo=None)) == []
+        assert set(drive.housekeeping().values()) == {0}
+        assert not drive.is_idle()
+        drive._progress(("default", None))
+    finally:
+        db.query_hooks.remove(hook)
+    assert len(sent) > 30
+    for sql, params in sent.items():
+        lines = plan(db, sql, params)
+        # Sorted may be: one hero's workflows, the processes at work, what a deploy left waiting and is to be woken.
+        waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT|.step_name. IN ", sql) else 2]
+        wasteful = [line for kind in waste for line in lines if re.search(kind[drive._dialect], line)]
+        assert not wasteful, f"{sql[:500]}: {lines}"
+
+
+def test_waiting_steps_whose_name_another_class_uses_are_looked_at_in_batches(drive, clock, monkeypatch):
+    class Waits(Workflow):
+        @step(wait_for="answer")
+        def confirm(self):
+            did("confirmed")
+
+    class Confirms(Workflow):
+        @step
+        def confirm(self):
+            did("confirmed")
+
+    workflows = [Waits.create(hero=User.create()) for _ in range(5)]
+    changed = [workflow.id for workflow in workflows[3:]]  # by a deploy: these have come to wait for nothing
+    Workflow.update(type="Confirms").where(Workflow.id.in_(changed)).execute()
+    drive.housekeeping_batch_size = 2
+    clock.forward(minutes=11)
+    looked_at = []
+    monkeypatch.setattr(
+        drive,
+        "_wake_those_needless",
+        lambda rows, wake=drive._wake_those_needless: looked_at.append(len(rows)) or wake(rows),
+    )
+    woken = [drive.housekeeping()["stuck_scheduled_recovered"] for _ in range(4)]
+    assert woken == [0, 1, 1, 0]
+    assert [number for number in looked_at if number] == [2, 2, 1, 2]  # of other names, there are none
+    work_off(drive)
+    assert effects() == ["confirmed", "confirmed"]
+
+
 # ==== Consumers: real processes =======================================================================================
 
 APP = """
@@ -7818,6 +7999,56 @@ def test_run_waits_for_the_steps_under_way_no_longer_than_it_is_told_to(db, driv
     for wrong in (-1, "soon"):
         with pytest.raises(gd.ConfigurationError, match=r"run\(\): shutdown_timeout must be"):
             drive.run(shutdown_timeout=wrong)
+
+
+@contextlib.contextmanager
+def sleepy_consumer(drive, workers):
+    """A consumer that looks for messages every ten minutes, if nothing wakes it; ends in good time all the same."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    consumer = drive.huey.create_consumer(workers=workers, initial_delay=600, max_delay=600)
+    consumer.start()
+    try:
+        yield consumer
+    finally:
+        began = time.monotonic()
+        consumer.stop(graceful=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 60
+
+
+def test_workers_of_the_same_process_are_woken_by_what_is_committed(db, drive, hero):
+    gates = [threading.Event() for _ in range(3)]
+
+    class Gated(Workflow):
+        @step
+        def one(self):
+            gates[self.context["gate"]].set()
+            assert all(gate.wait(timeout=30) for gate in gates)
+
+    with sleepy_consumer(drive, workers=3) as consumer:
+        until(lambda: len(consumer.stop_flag.condition._waiters) == 4)  # the scheduler too
+        with db.atomic():  # a message for each of the workers
+            workflows = [Gated.create(hero=User.create(), context={"gate": number}) for number in range(3)]
+        for workflow in workflows:
+            until(lambda workflow=workflow: reload(workflow).state == "finished")
+        with db.atomic() as transaction:
+            Quick.create(hero=hero)
+            transaction.rollback()
+        drive.run_on = 0  # each step goes through the queue
+        workflow = Quick.create(hero=hero)
+        until(lambda: reload(workflow).state == "finished")
+
+
+def test_a_message_that_falls_due_wakes_a_worker(drive, hero):
+    class Soon(Workflow):
+        @step(wait=0.1)
+        def one(self):
+            did("one")
+
+    with sleepy_consumer(drive, workers=1):
+        workflow = Soon.create(hero=hero)
+        until(lambda: reload(workflow).state == "finished")
 
 
 def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db, drive, hero):
@@ -9319,6 +9550,26 @@ def test_the_benchmark_example_prints_the_tables_that_the_readme_shows(tmp_path)
     assert {*STEPPING, *CREATING} < {*names}
     assert {*names} <= {line[:36].rstrip() for line in shown.splitlines()}
     assert plot.exists() == is_drawn
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_benchmark_example_measures_in_a_crowd(servers, kind):
+    url = servers.empty(kind)
+    results = json.loads(benchmark(url, "--json", "--crowd=1000,2500"))
+    assert [crowd["waiting"] for crowd in results["crowds"]] == [1000, 2500, 1000]
+    before, larger, after = (crowd["milliseconds"] for crowd in results["crowds"])
+    assert before.keys() == larger.keys() == after.keys() == results["crowds"][1]["ratios"].keys()
+    assert min(*before.values(), *larger.values(), *after.values()) > 0
+    assert results["deletion"]["workflows"] == 250
+    with contextlib.closing(connect(url)) as db:
+        assert db.get_tables() == []
+
+
+def test_the_benchmark_example_prints_what_a_crowd_costs():
+    output = benchmark("--crowd=1000,2000")
+    assert re.search(r"^create\(\) +\d+\.\d\d +\d+\.\d\d +\(\d+\.\d\d\) +\d+\.\d\d", output, re.MULTILINE)
+    assert "200 of them are deleted in" in output
+    assert "numbers of at least 1000" in benchmark("--crowd=10", status=2)
 
 
 def test_the_benchmark_example_refuses_a_database_that_holds_anything(servers, tmp_path):

@@ -597,8 +597,11 @@ def fill(contest, size):
     count = FIRST
     while count < size:
         for model in models:
-            table, columns = model._meta.table_name, [each.column_name for each in model._meta.sorted_fields]
-            values = ", ".join(shifted.get(each, each).format(count) for each in columns)
+            table, columns = (
+                model._meta.table_name,
+                [each.column_name.join(db.quote) for each in model._meta.sorted_fields],
+            )
+            values = ", ".join(shifted.get(each[1:-1], each).format(count) for each in columns)
             copied = f"select {values} from {table} where id <= {size - count}"
             db.execute_sql(f"insert into {table} ({', '.join(columns)}) {copied}")
         count = min(2 * count, size)
@@ -606,8 +609,9 @@ def fill(contest, size):
         table = model._meta.table_name
         if kind == "postgresql":
             db.execute_sql(f"select setval(pg_get_serial_sequence('{table}', 'id'), {size})")
-        if kind != "sqlite":
-            db.execute_sql(f"{'vacuum analyze' if kind == 'postgresql' else 'analyze table'} {table}").fetchall()
+            db.execute_sql(f"vacuum analyze {table}")
+        elif kind == "mysql":
+            db.execute_sql(f"analyze table {table}").fetchall()
 
 
 def delete(contest, number):
