@@ -3859,9 +3859,9 @@ class GenevaDrive:
         """
         since = peewee.fn.COALESCE(StepExecution.enqueued_at, StepExecution.created_at)
         began = since <= StepExecution.created_at.db_value(self._now() - self.undefined_step_grace)
-        columns = [StepExecution.id, StepExecution.step_name, Workflow.id, Workflow.type]
-        query = StepExecution.select(*columns).join(Workflow).where(Workflow.state == READY)
-        query = query.where(SQL(f"t1.state = '{WAITING}'") & began)
+        # Without a join: PostgreSQL thinks that there are many, and would read all workflows.
+        columns = [StepExecution.id, StepExecution.step_name, StepExecution.workflow]
+        query = StepExecution.select(*columns).where(SQL(f"t1.state = '{WAITING}'") & began)
         steps = [each for cls in list(_workflow_classes.values()) for each in cls._blueprint.steps]
         waiting, others = (
             {each.name for each in steps if (each.wait_for is None) is not waits} for waits in (True, False)
@@ -3882,16 +3882,18 @@ class GenevaDrive:
             woken += self._wake_those_needless(executions)
         return woken
 
-    def _wake_those_needless(self, executions: Iterable[StepExecution]) -> int:
-        woken = 0
+    def _wake_those_needless(self, executions: Sequence[StepExecution]) -> int:
+        ids, woken = [each.workflow_id for each in executions], 0
+        rows = Workflow.select(Workflow.id, Workflow.type).where(Workflow.id.in_(ids) & (Workflow.state == READY))
+        workflows = {each.id: each for each in (self._transact(functools.partial(list[Any], rows)) if ids else ())}
         for each in executions:
-            definition = each.workflow._find(each.step_name)
+            definition = each.workflow_id in workflows and workflows[each.workflow_id]._find(each.step_name)
             if definition and definition.wait_for is None:
                 woken += self._transact(functools.partial(self._wake_if_waiting, each))
         return woken
 
     def _wake_if_waiting(self, execution: StepExecution) -> bool:
-        row, active = Workflow._lock_with_active(execution.workflow.id)
+        row, active = Workflow._lock_with_active(execution.workflow_id)
         is_waiting = row is not None and row.state == READY and active is not None and active.state == WAITING
         if not is_waiting or active.id != execution.id:
             return False
