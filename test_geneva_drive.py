@@ -8219,6 +8219,40 @@ def test_a_redis_that_is_down_restarts_empty_or_is_flushed_loses_no_workflow(ser
         assert is_unharmed(app, consumer)
 
 
+def test_on_sqlite_the_threads_of_a_process_take_turns_and_do_not_find_the_database_locked(tmp_path):
+    db = SqliteDatabase(str(tmp_path / "turns.db"), timeout=0)
+    drive = GenevaDrive(db)
+    drive.create_tables()
+    db.close()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first():
+        with db.connection_context(), drive._begin(), drive._begin():  # a savepoint needs no turn
+            begun.set()
+            assert go_on.wait(timeout=30)
+
+    def second():
+        with db.connection_context(), drive._begin():
+            return "written"
+
+    with ThreadPoolExecutor(3) as threads:
+        holding = threads.submit(first)
+        assert begun.wait(timeout=30)
+        with pytest.raises(peewee.OperationalError, match="locked"):  # a body that takes long: the database decides
+            threads.submit(second).result()
+        waiting = threads.submit(second)
+        with pytest.raises(FutureTimeout):
+            waiting.result(timeout=0.1)
+        go_on.set()
+        holding.result()
+        assert waiting.result() == "written"
+        threads.submit(second).result()
+    with pytest.raises(ZeroDivisionError), db, drive._begin():
+        raise ZeroDivisionError
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(second).result() == "written"
+
+
 @pytest.mark.parametrize("timeout", [1, 20])
 def test_a_writer_that_locks_sqlite_for_seconds_delays_everything_and_loses_nothing(servers, tmp_path, timeout):
     with running_app(tmp_path, servers.empty("sqlite")) as app:
