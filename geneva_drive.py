@@ -909,19 +909,16 @@ class _Blank:
     """The place of a value in SQL that is built before the value is known."""
 
     def __init__(self, field: peewee.Field[Any], name: str) -> None:
-        self.convert, self.name = None if _is_plain(field, "db_value") else field.db_value, name
+        self.convert, self.name = None if _is_plain(field) else field.db_value, name
 
     @classmethod
     def value(cls, field: peewee.Field[Any], name: str) -> peewee.Value:
         return peewee.Value(cls(field, name), converter=False)
 
 
-def _is_plain(field: peewee.Field[Any], conversion: str) -> bool:
-    """Whether a field's values are the driver's own, for a conversion that Peewee does all the same."""
-    kinds = peewee.Field, peewee.CharField, peewee.IntegerField
-    return any(getattr(type(field), conversion) is getattr(kind, conversion) for kind in kinds) and isinstance(
-        field, (peewee.CharField, peewee.IntegerField)
-    )
+def _is_plain(field: peewee.Field[Any]) -> bool:
+    """Whether what the library has for a field is what drivers take and return, and nothing is to be converted."""
+    return issubclass(field.model, _Record) and isinstance(field, (_NameField, peewee.IntegerField))
 
 
 class _Built:
@@ -955,13 +952,12 @@ class _Built:
         """Send it; returns the first row as Peewee would make it, or None."""
         cursor = self.execute(values)
         row = cursor.fetchone()
-        if row is None:
-            return None
-        if self.rows is None:
+        if row is not None and self.rows is None:
             rows = self.query._get_model_cursor_wrapper(cursor)
             rows.initialize()  # which column is which field's: the same for each cursor
-            self.rows = rows
-        return self.rows.process_row(row)
+            rows.cursor, self.rows = None, rows
+        cursor.close()  # there may be more rows: a statement that stays open lets its connection see old ones
+        return row and self.rows.process_row(row)
 
 
 def _updating(model: Any, new: Mapping[Any, Any], found: Iterable[Any]) -> Any:
@@ -1173,10 +1169,9 @@ class _Record(Model):
     def _insert_rows(cls, rows: Sequence[Mapping[str, Any]], make: Any) -> None:
         """Insert rows that have the same columns, with one statement."""
         built = cls._built("insert many", rows[0], (), lambda model, new, _: make(model, new))
-        head, _, rest = built.sql.partition(" VALUES ")
-        row, _, tail = rest.partition(")")
+        head, row, tail = cast(Any, re.fullmatch(r"(.+ VALUES )(\([^()]+\))(.*)", built.sql)).groups()
         parameters = itertools.chain.from_iterable(map(built.filled, rows))
-        built.database.execute_sql(f"{head} VALUES {', '.join([f'{row})'] * len(rows))}{tail}", [*parameters])
+        built.database.execute_sql(f"{head}{', '.join([row] * len(rows))}{tail}", [*parameters])
 
     @classmethod
     def _row(cls, **where: Any) -> Any:
@@ -1215,7 +1210,7 @@ class _Record(Model):
     def _conversions(cls) -> list[tuple[str, Any]]:
         """What is to be done to the values that a driver returns."""
         fields = cls._meta.sorted_fields
-        return [(field.name, field.python_value) for field in fields if not _is_plain(field, "python_value")]
+        return [(field.name, field.python_value) for field in fields if not _is_plain(field)]
 
     @classmethod
     def _built(cls, verb: str, columns: Iterable[str], where: Iterable[str], make: Any) -> _Built:
@@ -2130,9 +2125,9 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
-        """A scheduled or waiting row and its workflow's in one statement, or None.
+        """A row and its workflow's in one statement, or None.
 
-        Without the columns that are null until it is performed: for some drivers each is a matter of time.
+        It is true of a scheduled or waiting one, whose other columns are null: for some drivers each column takes time.
         """
         columns = [name for name in cls._columns() if name not in NULL_UNTIL_PERFORMED]
 
@@ -2323,7 +2318,7 @@ class _Attempt:
         workflow, claim = execution.workflow, _claim_columns(now)
         if workflow._undefined() or workflow._find(execution.step_name) is None:
             return None
-        moved = _move_at_once({"state": PERFORMING}, _fence(workflow, execution, READY), claim, execution_id)
+        moved = _Move({"state": PERFORMING}, _fence(workflow, execution, READY), claim, execution_id).at_once()
         if moved is None:
             return None
         execution.__data__.update(claim)
@@ -2361,7 +2356,8 @@ class _Attempt:
                     _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
         except _ClaimLost as lost:
             verdict, recorded = lost.args[0], False
-            self.workflow.logger.warning("the claim was lost to recovery; what this attempt did is not recorded")
+            # Or the connection went as the outcome was committed, and the second try found the fence gone.
+            self.workflow.logger.warning("the claim was lost to recovery; nothing more is recorded of this attempt")
         finally:
             self.workflow._attempt = None
             _heartbeat.beating.discard(self)
@@ -2642,11 +2638,13 @@ class _Attempt:
         fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
         is_one_statement = begins is None or (self.reserved_id and (message or begins["state"] == IN_PROGRESS))
         with contextlib.nullcontext() if is_one_statement else self.drive._begin():
-            moved = _move_at_once(changes, fence, ended, self.execution.id, begins, message)
+            moved = _Move(changes, fence, ended, self.execution.id, begins, message).at_once()
             if moved is None:
                 return None if is_one_statement else self._conclude(verdict, run_on)
             if message:
                 message.sent()
+                if message.table == "task":
+                    message.huey.storage.ring(1)
             following = None if message or not begins else self._follow(begins, moved)
         return changes, ended, following
 
@@ -2814,30 +2812,26 @@ class _Moved(NamedTuple):
     reserved_id: int | None = None  # for the one after that
 
 
-def _move_at_once(
-    changes: dict[str, Any],
-    fence: dict[str, Any],
-    columns: dict[str, Any],
-    execution_id: int,
-    begins: _Json = None,
-    message: _Message | None = None,
-) -> _Moved | None:
-    """Update a workflow if the fence holds, and only then its execution; insert the next one, and its message.
+class _Move(NamedTuple):
+    """A workflow's move: its changes, if the fence holds; its execution's; the columns of the next one; its message."""
 
-    What `_Attempt._claim()` and `_Attempt._conclude()` do with several statements.
+    changes: dict[str, Any]
+    fence: dict[str, Any]
+    columns: dict[str, Any]
+    execution_id: int
+    begins: _Json = None
+    message: _Message | None = None
 
-    :returns: None, and nothing is written, if the fence does not hold.
-    """
-    return AT_ONCE[_drive()._dialect](changes, fence, columns, execution_id, begins, message)
+    def at_once(self) -> _Moved | None:
+        """Do what `_Attempt._claim()` and `_Attempt._conclude()` do with several statements.
+
+        :returns: None, and nothing is written, if the fence does not hold. The execution must be there.
+        """
+        return AT_ONCE[_drive()._dialect](*self)
 
 
 def _move_on_postgresql(
-    changes: dict[str, Any],
-    fence: dict[str, Any],
-    columns: dict[str, Any],
-    execution_id: int,
-    begins: _Json,
-    message: _Message | None,
+    changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, message: Any
 ) -> _Moved | None:
     # One statement. Each part waits for what the one before it returns: this is their order.
     is_moved, runs_on = SQL("exists (select 1 from moved)"), begins and begins["state"] == IN_PROGRESS
@@ -2865,7 +2859,7 @@ def _move_on_postgresql(
     if message:
         sql += f", sent as ({_insertion(message.table)} select %s, %s, %s from begun)"
         parameters += message.parameters
-    reserved = f"nextval('{StepExecution._meta.table_name}_id_seq')"  # as PostgreSQL calls it, of a BIGSERIAL
+    reserved = _drive()._next_execution_id()
     if runs_on:
         sql += f" select moved.*, begun.id, {reserved} from moved, begun"
     else:
@@ -2876,14 +2870,7 @@ def _move_on_postgresql(
     return _Moved(row[-2], row[:-2], row[-1]) if runs_on else _Moved(row[0]) if begins else _Moved(reserved_id=row[0])
 
 
-def _move_on_mysql(
-    changes: dict[str, Any],
-    fence: dict[str, Any],
-    columns: dict[str, Any],
-    execution_id: int,
-    begins: _Json,
-    message: _Message | None,
-) -> _Moved | None:
+def _move_on_mysql(changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, _: Any) -> _Moved | None:
     # One statement for the two updates. The tables are locked in the order in which they are joined.
     one, two = Workflow._meta.table_name, StepExecution._meta.table_name
     moved = Workflow._built("update", changes, fence, _updating)
@@ -3181,6 +3168,7 @@ class GenevaDrive:
         self._statements: dict[Any, _Built] = {}
         self._looked_at: dict[str, int] = {}
         self._turn = threading.RLock()
+        self._sequences: dict[Database, str] = {}
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (*MODELS, _SchemaVersion):
@@ -3240,6 +3228,14 @@ class GenevaDrive:
         if found is None:
             found = self._statements[database, key] = _Built(database, query())
         return found
+
+    def _next_execution_id(self) -> str:
+        """PostgreSQL's expression for the next number of an execution; null if no sequence belongs to the column."""
+        if self._db not in self._sequences:
+            query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
+            ((name,),) = self._db.execute_sql(query).fetchall()
+            self._sequences[self._db] = f"nextval('{name}')" if name else "null::bigint"
+        return self._sequences[self._db]
 
     def _now(self) -> datetime:
         return self.clock()
@@ -3345,6 +3341,8 @@ class GenevaDrive:
     def _after_fork_in_child(self) -> None:
         """A forked process must not share its parent's connections, nor wait for threads that did not come along."""
         self._turn = threading.RLock()
+        of_processes = {name: each for name, each in self._consumers.items() if not hasattr(each.stop_flag, "ring")}
+        self._consumers = of_processes
         for database in self._databases():
             if not _is_private(database) and not database.in_transaction():
                 # Kept for good: closing them here would close the parent's.
@@ -3857,7 +3855,8 @@ class GenevaDrive:
     def _wake_needless(self) -> int:
         """Wake what waits for a signal at a step that, since a deploy, does not wait any more.
 
-        Not what began to wait lately: where a deploy has just made the step wait, this may be the code before it.
+        Where another class waits at a step of that name, a sweep looks at a batch of what waits there. Not what began
+        to wait lately: where a deploy has just made the step wait, this may be the code before it.
         """
         since = peewee.fn.COALESCE(StepExecution.enqueued_at, StepExecution.created_at)
         began = since <= StepExecution.created_at.db_value(self._now() - self.undefined_step_grace)
@@ -4257,8 +4256,6 @@ class _Message(NamedTuple):
     def sent(self) -> None:
         """Tell of it."""
         self.huey._emit(SIGNAL_ENQUEUED if self.task.eta is None else SIGNAL_SCHEDULED, self.task)
-        if self.task.eta is None:
-            self.huey.storage.ring()
 
 
 class _EmbeddedHuey(Huey):
@@ -4269,7 +4266,7 @@ class _EmbeddedHuey(Huey):
         return key is not None and super().delete(key)
 
     def put_all(self, tasks: Sequence[Any]) -> None:
-        """What enqueue(), or add_schedule() where they have a time, does with each, in fewer statements."""
+        """Put into the queue what is due, and into the schedule what has a time, with fewer statements than Huey."""
         messages = [_Message(self, task) for task in tasks]
         for table in MESSAGE_COLUMNS:
             self.storage.put(table, [each.parameters for each in messages if each.table == table])
@@ -4298,10 +4295,10 @@ class _StopFlag:
         with self.condition:
             return self.condition.wait_for(self.is_set, timeout)
 
-    def ring(self, most: int) -> None:
-        """Have one worker more look into the queue, of so many that there are."""
+    def ring(self, messages: int, workers: int) -> None:
+        """Have a worker look into the queue for each message, of so many workers that there are."""
         with self.condition:
-            self.rings = min(self.rings + 1, most)
+            self.rings = min(self.rings + messages, workers)
             self.condition.notify_all()  # the scheduler, which is not meant, waits here too
 
     def wait_for_ring(self, timeout: float) -> None:
@@ -4334,10 +4331,10 @@ class _EmbeddedConsumer(Consumer):
             return _ThreadEnvironment(self._graceful_sig, self._interrupt_sig)
         return super().get_environment(worker_type)
 
-    def ring(self) -> None:
-        """A message is there, committed."""
+    def ring(self, messages: int) -> None:
+        """So many messages are there, committed."""
         if isinstance(self.stop_flag, _StopFlag):
-            self.stop_flag.ring(self.workers)
+            self.stop_flag.ring(messages, self.workers)
 
 
 class _EmbeddedStorage(SqlStorage):
@@ -4367,7 +4364,6 @@ class _EmbeddedStorage(SqlStorage):
 
     def enqueue(self, data: Any, priority: float | None = None) -> None:
         self.put("task", [(self.name, self.Task.data.db_value(data), priority or 0)])
-        self.ring()
 
     def add_to_schedule(self, data: Any, timestamp: datetime) -> None:
         moment = self.Schedule.timestamp.db_value(timestamp)
@@ -4381,11 +4377,13 @@ class _EmbeddedStorage(SqlStorage):
             some = rows[start : start + 1000]
             sql = f"{_insertion(table)} values {', '.join([row] * len(some))}"
             self.database.execute_sql(sql, [*itertools.chain.from_iterable(some)])
+        if table == "task" and rows:
+            self.ring(len(rows))
 
-    def ring(self) -> None:
-        """Wake a worker of this process, if one waits for messages, once they are committed."""
+    def ring(self, messages: int) -> None:
+        """Wake workers of this process, if any wait for messages, once these are committed."""
         if consumer := self.drive._consumers.get(self.name):
-            self.drive._after_commit(consumer.ring)
+            self.drive._after_commit(functools.partial(consumer.ring, messages))
 
     def _dequeue(self) -> Any:
         self.check_conn()
@@ -4397,8 +4395,10 @@ class _EmbeddedStorage(SqlStorage):
             taken = f"delete from {task} where id = (select id {first} for update skip locked) returning data"
             row = self.database.execute_sql(taken, (self.name,)).fetchone()
             return row and bytes(row[0])
+        # With the data, for SQLite gives the id of a message that is gone to a new one.
+        delete = f"delete from {task} where id = {param} and data = {param}"
         while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
-            if self.database.execute_sql(f"delete from {task} where id = {param}", (row[0],)).rowcount:
+            if self.database.execute_sql(delete, row).rowcount:
                 return bytes(row[1])
         return None
 
@@ -4408,17 +4408,36 @@ class _EmbeddedStorage(SqlStorage):
         At most 10,000 at a time, for they are all held in memory; the rest comes with the next reading.
         """
         self.check_conn()
-        Schedule, messages = self.Schedule, []
-        moment, param = Schedule.timestamp.db_value(timestamp), self.database.param
+        moment, param = self.Schedule.timestamp.db_value(timestamp), self.database.param
         due = f"select id from {QUEUE_TABLE_PREFIX}schedule where queue = {param} and timestamp <= {param}"
         cursor = self.database.execute_sql(f"{due} order by timestamp, id limit 10000", (self.name, moment))
+        messages: list[bytes] = []
         for ids in peewee.chunked([row[0] for row in cursor.fetchall()], 500):
-            rows = Schedule.select(Schedule.id, Schedule.data).where(Schedule.id.in_(ids)).tuples()
-            with self.atomic():
-                found = dict(rows.for_update(self.for_update) if self.for_update else rows)
-                Schedule.delete().where(Schedule.id.in_([*found])).execute()
-            messages += [found[each] for each in ids if each in found]
+            try:
+                messages += self._take_scheduled(ids, moment)
+            except peewee.PeeweeException as error:
+                if not messages:
+                    raise
+                # Those are gone from the table: this reader is the only one who has them.
+                logger.warning("the rest of the schedule is left for the next reading: %s", error)
+                break
         return messages
+
+    def _take_scheduled(self, ids: list[int], moment: int) -> list[bytes]:
+        Schedule = self.Schedule
+        # Of an id that was used again since, for another message, all of it is to be asked again.
+        is_due = Schedule.id.in_(ids) & (Schedule.queue == self.name) & (Schedule.timestamp <= moment)
+        rows = Schedule.select(Schedule.id, Schedule.data).where(is_due).tuples()
+        for tries in range(1, TRANSACTION_TRIES + 1):
+            try:
+                with self.atomic():
+                    found = dict(rows.clone().for_update(self.for_update) if self.for_update else rows.clone())
+                    Schedule.delete().where(Schedule.id.in_([*found])).execute()
+                break
+            except peewee.PeeweeException as error:
+                if not _is_transient(error) or tries == TRANSACTION_TRIES:
+                    raise
+        return [found[each] for each in ids if each in found]
 
     def dequeue(self) -> Any:
         try:

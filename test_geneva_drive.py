@@ -703,6 +703,24 @@ def test_a_process_may_fork_while_another_thread_opens_a_connection(db, drive, h
         assert in_processes(2, _use_connection) == [1, 1]
 
 
+def test_a_process_that_forks_beside_a_consumer_wakes_nobody_and_does_not_wait_for_its_threads(db, drive, hero):
+    locked, go_on = threading.Event(), threading.Event()
+
+    def hold(condition):
+        with condition:
+            locked.set()
+            go_on.wait(timeout=60)
+
+    with sleepy_consumer(drive, workers=1) as consumer, ThreadPoolExecutor(1) as threads:
+        # What else they are at, connecting for example, a fork beside them might break off for good.
+        until(lambda: len(consumer.stop_flag.condition._waiters) == 2)
+        holding = threads.submit(hold, consumer.stop_flag.condition)
+        assert locked.wait(timeout=30)
+        assert in_processes(1, lambda number, results: results.put(Quick.create(hero=hero).state)) == ["ready"]
+        go_on.set()
+        holding.result()
+
+
 def test_forked_processes_do_not_share_a_pools_idle_connections(servers):
     db = PooledPostgresqlDatabase(**parse(servers.empty("postgresql")))
     User.bind(db)
@@ -1002,6 +1020,7 @@ class Costs:
 def test_claiming_a_queued_step_is_one_transaction(db, drive, hero, monkeypatch):
     workflow = Quick.create(hero=hero)
     execution = scheduled(workflow)
+    drive._next_execution_id() if drive._dialect == "postgresql" else None  # asked for once per process
     costs = Costs(db, monkeypatch)
     attempt, statements, transactions = costs.of(lambda: gd._Attempt.claim(drive, execution.id, "default"))
     assert attempt.execution.state == "in_progress"
@@ -1263,6 +1282,49 @@ def test_sql_that_is_built_once_is_what_peewee_builds_of_the_values(drive, clock
     assert {*sent} - on_postgresql == verbs - on_postgresql
 
 
+def test_a_heros_own_select_and_conversions_count_and_leave_no_statement_open(db, drive, helpers):
+    class Upper(peewee.CharField):
+        def adapt(self, value):
+            return value.lower()
+
+        def python_value(self, value):
+            return value.upper()
+
+    class Member(peewee.Model):
+        key = Upper(primary_key=True)
+        group = peewee.ForeignKeyField(User, column_name="of_group")
+
+        class Meta:
+            database = db
+            table_name = "test_members"
+
+        @classmethod
+        def select(cls, *fields):
+            query = super().select(*fields)
+            return query if fields else query.join(User, on=User.name == "ada")  # a row for each of them
+
+    class Greets(Workflow):
+        @step
+        def one(self):
+            did(f"{self.hero.key} {self.hero.group.id} {self.hero._dirty}")
+
+    db.drop_tables([Member])
+    db.create_tables([Member])
+    try:
+        group = User.create()
+        User.create()
+        Member.insert(key="Me", group=group).execute()
+        workflow = Greets.create(hero=Member.get())
+        helpers.speedrun_workflow(workflow)
+        with ThreadPoolExecutor(1) as threads:  # after this, who looks at older rows can write no more on SQLite
+            threads.submit(lambda: [did("elsewhere"), db.close()]).result()
+        did("here")
+        assert effects() == [f"ME {group.id} set()", "elsewhere", "here"]
+    finally:
+        gd._hero_models.pop("Member", None)
+        db.drop_tables([Member])
+
+
 def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
     workflow = Plain.create(hero=hero, context={"a": [1, None]}, options={"queue": "default"})
     scheduled(workflow).execute()
@@ -1308,6 +1370,52 @@ def test_of_several_schedulers_each_message_comes_to_one(drive, database):
     with ThreadPoolExecutor(4) as threads:
         taken = [each for found in threads.map(read, range(4)) for each in found]
     assert sorted(taken) == sorted(expected)
+
+
+def test_a_schedule_whose_reading_is_interrupted_keeps_what_was_not_taken(drive, db, served):
+    moment, deletions = datetime(2026, 3, 1), itertools.count(1)
+    expected = [str(number).encode() for number in range(1200)]
+    drive.huey.storage.put("schedule", [("default", data, 0) for data in expected])
+
+    def hook(event):
+        if served and event.sql.startswith("DELETE") and next(deletions) == 2:
+            drop_connection(db)
+
+    db.query_hooks.append(hook)
+    try:
+        taken = drive.huey.storage.read_schedule(moment)
+    finally:
+        db.query_hooks.remove(hook)
+    assert taken == expected[:500] if served else taken == expected
+    drive._drop_dead_connection()
+    assert taken + drive.huey.storage.read_schedule(moment) == expected
+
+
+def test_a_message_that_has_the_number_of_one_that_was_just_taken_is_not_taken_in_its_place(drive, db):
+    storage, others = drive.huey.storage, []
+    storage.enqueue(b"first")
+
+    def elsewhere():
+        with db.connection_context():
+            others.append(storage.dequeue())
+            storage.enqueue(b"second")
+
+    def hook(event):
+        if event.sql.startswith("select id, data") and not others:
+            others.append(None)
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(elsewhere).result()
+
+    db.query_hooks.append(hook)
+    try:
+        taken = storage.dequeue()
+    finally:
+        db.query_hooks.remove(hook)
+    if drive._dialect == "postgresql":  # one statement, which nobody comes between
+        assert (taken, others) == (b"first", [])
+    else:
+        assert (taken, others) == (b"second", [None, b"first"])
+    assert storage.dequeue() is None
 
 
 def test_many_messages_are_put_as_one_after_the_other(drive, clock):
