@@ -863,6 +863,9 @@ class _JsonField(_DialectField, peewee.TextField):
 
 
 class _JsonObjectField(_JsonField):
+    def python_value(self, value: Any) -> Any:
+        return {} if value == "{}" else super().python_value(value)
+
     def db_value(self, value: Any) -> str | None:
         return None if value is None else _dump_object(value)
 
@@ -882,6 +885,8 @@ class _UtcField(_DialectField, peewee.DateTimeField):
 
 def _dump_object(value: Any) -> str:
     """The context, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
+    if value == {}:  # as most are, in each attempt
+        return "{}"
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
     return _dump_json(value, "the context")
@@ -3762,7 +3767,7 @@ class GenevaDrive:
                     except peewee.IntegrityError as error:
                         logger.warning("workflow %s cannot be deleted: %s", each, error)
             # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
-            time.sleep(time.monotonic() - began)
+            time.sleep(min(1, time.monotonic() - began))
         return {
             "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
             "step_executions_cleaned_up": sum(executions for _, executions in deleted),

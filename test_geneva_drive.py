@@ -9711,6 +9711,9 @@ def test_the_benchmark_example_prints_what_a_crowd_costs():
     output = benchmark("--crowd=1000,2000")
     assert re.search(r"^create\(\) +\d+\.\d\d +\d+\.\d\d +\(\d+\.\d\d\) +\d+\.\d\d", output, re.MULTILINE)
     assert "200 of them are deleted in" in output
+    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("In a crowd", "text"))
+    beginnings = [{re.sub(r"[\d,.]+", "#", line)[:24] for line in text.splitlines()[1:]} for text in (output, shown)]
+    assert beginnings[0] == beginnings[1]
     assert "numbers of at least 1000" in benchmark("--crowd=10", status=2)
 
 
