@@ -885,7 +885,7 @@ class _UtcField(_DialectField, peewee.DateTimeField):
 
 def _dump_object(value: Any) -> str:
     """The context, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
-    if value == {}:  # as most are, in each attempt
+    if isinstance(value, dict) and not value:  # as most are, in each attempt
         return "{}"
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
