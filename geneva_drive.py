@@ -863,9 +863,6 @@ class _JsonField(_DialectField, peewee.TextField):
 
 
 class _JsonObjectField(_JsonField):
-    def python_value(self, value: Any) -> Any:
-        return {} if value == "{}" else super().python_value(value)
-
     def db_value(self, value: Any) -> str | None:
         return None if value is None else _dump_object(value)
 
@@ -885,8 +882,6 @@ class _UtcField(_DialectField, peewee.DateTimeField):
 
 def _dump_object(value: Any) -> str:
     """The context, a JSON object, as text; else a TypeError or a ValueError says what is wrong."""
-    if isinstance(value, dict) and not value:  # as most are, in each attempt
-        return "{}"
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"the context must be a dict with text keys, a JSON object, not {value!r:.200}")
     return _dump_json(value, "the context")
@@ -1190,11 +1185,11 @@ class _Record(Model):
         return built.execute(_as_conditions(where)).fetchone()
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] | None = None) -> Any:
-        """A row as Peewee would read it, of all columns or of those with these names."""
-        data = dict(zip(names or cls._columns(), values))
+    def _from_columns(cls, values: Sequence[Any]) -> Any:
+        """A row as Peewee would read it."""
+        data = dict(zip(cls._columns(), values))
         for name, convert in cls._conversions():
-            if data.get(name) is not None:
+            if data[name] is not None:
                 data[name] = convert(data[name])
         return cls._made(data, data["id"])
 
@@ -1295,8 +1290,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     _attempt: _Attempt | None = None
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] | None = None) -> Any:
-        row = super()._from_columns(values, names)
+    def _from_columns(cls, values: Sequence[Any]) -> Any:
+        row = super()._from_columns(values)
         row.__class__ = _workflow_classes.get(row.type, Workflow)
         return row
 
@@ -2130,25 +2125,18 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
-        """A row and its workflow's in one statement, or None.
-
-        It is true of a scheduled or waiting one, whose other columns are null: for some drivers each column takes time.
-        """
-        columns = [name for name in cls._columns() if name not in NULL_UNTIL_PERFORMED]
+        """The row and its workflow's in one statement, or None."""
 
         def query() -> Any:
-            fields = [cls._meta.fields[name] for name in columns]
-            return (
-                cls.select(*fields, Workflow).join(Workflow).where(cls.id == _Blank.value(cls._meta.fields["id"], "id"))
-            )
+            return cls.select(cls, Workflow).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
 
         cursor = _drive()._statement(cls._meta.database, "claim", query).execute({"id": execution_id})
         values = cursor.fetchone()
         if values is None:
             return None
-        execution = cls._from_columns(values, columns)
-        execution.__data__.update(dict.fromkeys(NULL_UNTIL_PERFORMED))
-        execution.__rel__["workflow"] = Workflow._from_columns(values[len(columns) :])
+        width = len(cls._meta.sorted_fields)
+        execution = cls._from_columns(values[:width])
+        execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
         return execution
 
     @classmethod
@@ -2229,10 +2217,6 @@ class WorkflowSignal(_Record):
 
 
 MODELS = (Workflow, StepExecution, WorkflowSignal)
-NULL_UNTIL_PERFORMED = (
-    *("outcome", "started_at", "heartbeat_at", "performed_by", "finished_at"),
-    *("error_class_name", "error_message", "error_backtrace"),
-)
 
 
 class _SchemaVersion(Model):

@@ -6014,7 +6014,7 @@ def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(
         if not dies_at(moment, db, lambda: _message(drive)):
             break
         assert drive.doctor() == []
-    assert moment >= 8
+    assert moment >= (6 if drive._dialect == "postgresql" else 8)  # which claims, and ends, with one statement
     for _ in range(3):
         clock.forward(minutes=10)
         drive.housekeeping()
