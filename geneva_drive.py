@@ -2632,8 +2632,7 @@ class _Attempt:
                 return None if is_one_statement else self._conclude(verdict, run_on)
             if message:
                 message.sent()
-                if message.table == "task":
-                    message.huey.storage.ring(1)
+                message.huey.storage.ring(message.table, 1)
             following = None if message or not begins else self._follow(begins, moved)
         return changes, ended, following
 
@@ -4366,12 +4365,12 @@ class _EmbeddedStorage(SqlStorage):
             some = rows[start : start + 1000]
             sql = f"{_insertion(table)} values {', '.join([row] * len(some))}"
             self.database.execute_sql(sql, [*itertools.chain.from_iterable(some)])
-        if table == "task" and rows:
-            self.ring(len(rows))
+        self.ring(table, len(rows))
 
-    def ring(self, messages: int) -> None:
-        """Wake workers of this process, if any wait for messages, once these are committed."""
-        if consumer := self.drive._consumers.get(self.name):
+    def ring(self, table: str, messages: int) -> None:
+        """Wake workers of this process, if any wait for such messages, once these are committed."""
+        consumer = self.drive._consumers.get(self.name)
+        if consumer and messages and table == "task":
             self.drive._after_commit(functools.partial(consumer.ring, messages))
 
     def _dequeue(self) -> Any:
