@@ -78,6 +78,7 @@ from huey.api import Task
 from huey.constants import WORKER_THREAD
 from huey.consumer import Consumer, ThreadEnvironment, Worker
 from huey.contrib.sql_huey import SqlStorage
+from huey.serializer import Serializer
 from huey.signals import SIGNAL_ENQUEUED, SIGNAL_SCHEDULED
 from huey.storage import BaseStorage
 from peewee import SQL, Database, Model, MySQLDatabase, PostgresqlDatabase, SqliteDatabase
@@ -117,7 +118,8 @@ COMPLETED, FAILED, SKIPPED = "completed", "failed", "skipped"
 
 ONGOING = (READY, PERFORMING, PAUSED)
 WORKFLOW_STATES = (*ONGOING, FINISHED, CANCELED)
-ACTIVE = (SCHEDULED, WAITING, IN_PROGRESS)
+TO_CLAIM = (SCHEDULED, WAITING)
+ACTIVE = (*TO_CLAIM, IN_PROGRESS)
 
 # Why an attempt ended and what was decided, against: the execution's state, its outcome, what the workflow does next.
 EFFECTS = {
@@ -964,6 +966,10 @@ def _updating(model: Any, new: Mapping[Any, Any], found: Iterable[Any]) -> Any:
     return model.update(new).where(*found)
 
 
+def _inserting(model: Any, new: Mapping[Any, Any], _: Any) -> Any:
+    return model.insert(new)
+
+
 def _as_conditions(where: Mapping[str, Any]) -> dict[str, Any]:
     """The values of conditions by the names of their blanks, which differ from those of new values."""
     return {f"={name}": value for name, value in where.items()}
@@ -1162,7 +1168,7 @@ class _Record(Model):
     @classmethod
     def _insert_row(cls, values: Mapping[str, Any]) -> int:
         """Insert a row; returns its id."""
-        cursor = cls._built("insert", values, (), lambda model, new, _: model.insert(new)).execute(values)
+        cursor = cls._built("insert", values, (), _inserting).execute(values)
         return cast(int, cursor.fetchone()[0] if cursor.description else cursor.lastrowid)
 
     @classmethod
@@ -1185,11 +1191,11 @@ class _Record(Model):
         return built.execute(_as_conditions(where)).fetchone()
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any]) -> Any:
-        """A row as Peewee would read it."""
-        data = dict(zip(cls._columns(), values))
+    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] = ()) -> Any:
+        """A row as Peewee would read it; of these columns, or of all in their order."""
+        data = dict(zip(names or cls._columns(), values))
         for name, convert in cls._conversions():
-            if data[name] is not None:
+            if data.get(name) is not None:
                 data[name] = convert(data[name])
         return cls._made(data, data["id"])
 
@@ -1290,8 +1296,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     _attempt: _Attempt | None = None
 
     @classmethod
-    def _from_columns(cls, values: Sequence[Any]) -> Any:
-        row = super()._from_columns(values)
+    def _from_columns(cls, values: Sequence[Any], names: Sequence[str] = ()) -> Any:
+        row = super()._from_columns(values, names)
         row.__class__ = _workflow_classes.get(row.type, Workflow)
         return row
 
@@ -2063,6 +2069,13 @@ def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) ->
 # ==== Executions: one row for each attempt at a step ==================================================================
 
 
+#: The columns that are null in an execution which may be claimed: those are not read. PyMySQL is slow with columns.
+NULL_TO_CLAIM = (
+    *("outcome", "started_at", "heartbeat_at", "performed_by", "finished_at"),
+    *("error_class_name", "error_message", "error_backtrace"),
+)
+
+
 class StepExecution(_Record):
     """One attempt at a step of a workflow: when it was due, when it ran, and what came of it."""
 
@@ -2125,17 +2138,22 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
-        """The row and its workflow's in one statement, or None."""
+        """The row, if it is one that may be claimed, and its workflow's in one statement; else None."""
+
+        names = [name for name in cls._columns() if name not in NULL_TO_CLAIM]
 
         def query() -> Any:
-            return cls.select(cls, Workflow).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
+            columns = [cls._meta.fields[name] for name in names]
+            found = SQL(f"t1.state in {TO_CLAIM}") & (cls.id == _Blank.value(cast(Any, cls.id), "id"))
+            return cls.select(*columns, Workflow).join(Workflow).where(found)
 
         cursor = _drive()._statement(cls._meta.database, "claim", query).execute({"id": execution_id})
         values = cursor.fetchone()
         if values is None:
             return None
-        width = len(cls._meta.sorted_fields)
-        execution = cls._from_columns(values[:width])
+        width = len(names)
+        execution = cls._from_columns(values[:width], names)
+        execution.__data__.update(dict.fromkeys(NULL_TO_CLAIM))
         execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
         return execution
 
@@ -2279,7 +2297,7 @@ class _Attempt:
     @classmethod
     def _claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> _Attempt | None:
         execution = StepExecution._with_workflow(execution_id)
-        if execution is None or execution.state not in (SCHEDULED, WAITING) or execution.workflow.state != READY:
+        if execution is None or execution.workflow.state != READY:
             return None
         workflow, due, now = execution.workflow, execution._due, drive._now()
         problem = workflow._undefined()
@@ -2620,21 +2638,21 @@ class _Attempt:
         if definition and definition.wait_for is not None:  # whether its signal came is known under the lock alone
             return None
         begins, message = follows and self._next_values(follows, changes["state"], now), None
-        if begins and self.reserved_id and begins["state"] == SCHEDULED:
-            begins["id"] = self.reserved_id
+        if begins and begins["state"] == SCHEDULED:
             route = self.drive._route(self.workflow, begins["step_name"])
-            message = self.drive._message(StepExecution._made(begins, self.reserved_id), route)
+            huey = self.drive.queues[route[0]]
+            if self.drive._commits_with(huey):
+                if not self.reserved_id or not isinstance(huey, _EmbeddedHuey):
+                    return None
+                begins["id"] = self.reserved_id
+                message = _Message(huey, self.drive._task(StepExecution._made(begins, self.reserved_id), route))
         fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
-        is_one_statement = begins is None or (self.reserved_id and (message or begins["state"] == IN_PROGRESS))
-        with contextlib.nullcontext() if is_one_statement else self.drive._begin():
-            moved = _Move(changes, fence, ended, self.execution.id, begins, message).at_once()
-            if moved is None:
-                return None if is_one_statement else self._conclude(verdict, run_on)
-            if message:
-                message.sent()
-                message.huey.storage.ring(message.table, 1)
-            following = None if message or not begins else self._follow(begins, moved)
-        return changes, ended, following
+        moved = _Move(changes, fence, ended, self.execution.id, begins, message).at_once()
+        if moved is None:
+            return None
+        if message:
+            message.sent(cast(int, moved.execution_id))
+        return changes, ended, self._follow(begins, moved) if begins and not message else None
 
     def _decide(self, verdict: _Verdict, run_on: bool, now: datetime) -> tuple[dict[str, Any], dict[str, Any], _Json]:
         """What is to be written: to the workflow, to the execution, and of the one that follows, if any."""
@@ -2858,26 +2876,60 @@ def _move_on_postgresql(
     return _Moved(row[-2], row[:-2], row[-1]) if runs_on else _Moved(row[0]) if begins else _Moved(reserved_id=row[0])
 
 
-def _move_on_mysql(changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, _: Any) -> _Moved | None:
-    # One statement for the two updates. The tables are locked in the order in which they are joined.
-    one, two = Workflow._meta.table_name, StepExecution._meta.table_name
+def _move_on_mariadb(
+    changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, message: Any
+) -> _Moved | None:
+    # One block, the transaction of the plain form.
     moved = Workflow._built("update", changes, fence, _updating)
     ended = StepExecution._built("update", columns, ("id",), _updating)
-    new = [f"{one}.{name} = %s" for name in moved.names[: len(changes)]]
-    new += [f"{two}.{name} = %s" for name in ended.names[:-1]]
-    found = " and ".join([*(f"{one}.{name} = %s" for name in fence), f"{two}.id = %s"])
-    sql = f"update {one} straight_join {two} on {two}.workflow_id = {one}.id set {', '.join(new)} where {found}"
-    first, second = moved.filled({**changes, **_as_conditions(fence)}), ended.filled({**columns, "=id": execution_id})
-    parameters = first[: len(changes)] + second[:-1] + first[len(changes) :] + second[-1:]
-    if not _drive()._db.execute_sql(sql, parameters).rowcount:
-        return None
-    if begins is None:
-        return _Moved()
-    next_id = StepExecution._insert_row(begins)
-    return _Moved(next_id, Workflow._row_values(id=fence["id"]) if begins["state"] == IN_PROGRESS else ())
+    body, found = [ended.sql], "select null"
+    parameters = moved.filled({**changes, **_as_conditions(fence)}) + ended.filled({**columns, "=id": execution_id})
+    if begins:
+        new = {name: value for name, value in begins.items() if name != "id"}
+        begun = StepExecution._built("insert", new, (), _inserting)
+        body += [begun.sql, "set next_id = last_insert_id()"]
+        parameters, found = parameters + begun.filled(new), "select next_id"
+    if message:
+        halves = message.halves
+        if halves is None:
+            return None
+        queue, _, kept = message.parameters
+        body += [f"{_insertion(message.table)} values (%s, concat(%s, {STAND_IN_SQL.format('next_id')}, %s), %s)"]
+        parameters += [queue, *halves, kept]
+    elif begins and begins["state"] == IN_PROGRESS:
+        number_and_row = [SQL("next_id"), *Workflow._meta.sorted_fields]
+        row = Workflow._built(
+            "number and row", (), ("id",), lambda model, _, found: model.select(*number_and_row).where(*found)
+        )
+        found, parameters = row.sql, parameters + row.filled({"=id": fence["id"]})
+    values = _drive()._execute_block(
+        f"declare next_id bigint; start transaction; {moved.sql}; if row_count() = 0 then rollback; "
+        f"select null limit 0; else {'; '.join(body)}; {found}; commit; end if;",
+        parameters,
+    )
+    return values and _Moved(values[0], values[1:], STAND_IN)
 
 
-AT_ONCE = {"postgresql": _move_on_postgresql, "mysql": _move_on_mysql}
+def _take_on_postgresql(first: str, queue: str) -> bytes | None:
+    taken = f"delete from {TASK_TABLE} where id = (select id {first} for update skip locked) returning data"
+    row = _drive()._db.execute_sql(taken, (queue,)).fetchone()
+    return row and bytes(row[0])
+
+
+def _take_on_mariadb(first: str, queue: str) -> bytes | None:
+    row = _drive()._execute_block(
+        "declare found_id bigint; declare found longblob; "
+        f"repeat set found_id = null, found = null; select id, data into found_id, found {first}; "
+        f"delete from {TASK_TABLE} where id = found_id; until found_id is null or row_count() end repeat; "
+        "select found;",
+        (queue,),
+    )
+    return cast("bytes | None", row[0])
+
+
+#: By dialect: what makes a `_Move`, and what `_EmbeddedStorage.dequeue()` does. On MySQL itself it is the plain form.
+AT_ONCE = {"postgresql": _move_on_postgresql, "mysql": _move_on_mariadb}
+TAKE_AT_ONCE = {"postgresql": _take_on_postgresql, "mysql": _take_on_mariadb}
 
 
 # ==== Loops that can be resumed =======================================================================================
@@ -3156,7 +3208,7 @@ class GenevaDrive:
         self._statements: dict[Any, _Built] = {}
         self._looked_at: dict[str, int] = {}
         self._turn = threading.RLock()
-        self._sequences: dict[Database, str] = {}
+        self._answers: dict[tuple[Database, str], Any] = {}
         self.queues = self._checked_queues(huey, queues)
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (*MODELS, _SchemaVersion):
@@ -3219,11 +3271,45 @@ class GenevaDrive:
 
     def _next_execution_id(self) -> str:
         """PostgreSQL's expression for the next number of an execution; null if no sequence belongs to the column."""
-        if self._db not in self._sequences:
-            query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
-            ((name,),) = self._db.execute_sql(query).fetchall()
-            self._sequences[self._db] = f"nextval('{name}')" if name else "null::bigint"
-        return self._sequences[self._db]
+        query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
+        ((name,),) = self._ask(query, lambda: self._db.execute_sql(query).fetchall())
+        return f"nextval('{name}')" if name else "null::bigint"
+
+    def _has_fast_paths(self) -> bool:
+        return self._dialect in AT_ONCE and (self._dialect != "mysql" or self._takes_blocks())
+
+    def _takes_blocks(self) -> bool:
+        """Whether the server executes a block of statements as one, as MariaDB does, and the driver can have that."""
+
+        def answer() -> bool:
+            try:
+                return self._execute_block("select 1;", ()) == (1,)
+            except Exception as error:  # of the server's, for its syntax, or of the driver's
+                if self._is_connection_lost(error):
+                    raise
+                return False
+
+        return self._ask("blocks", answer)
+
+    def _ask(self, question: str, ask: Callable[[], T]) -> T:
+        """What is asked of each database once."""
+        if (self._db, question) not in self._answers:
+            self._answers[self._db, question] = ask()
+        return cast(T, self._answers[self._db, question])
+
+    def _execute_block(self, block: str, parameters: Sequence[Any]) -> Any:
+        """Have MariaDB execute statements as one; returns the row that they select, or None."""
+        try:
+            cursor = self._db.execute_sql(f"begin not atomic {block} end", parameters)
+            row = cursor.fetchone()
+            with peewee.__exception_wrapper__:
+                while cursor.nextset():  # what fails behind the row is told here
+                    pass
+            return row
+        except BaseException:  # a transaction that the block has begun is left open
+            with contextlib.suppress(peewee.PeeweeException):
+                self._db.rollback()
+            raise
 
     def _now(self) -> datetime:
         return self.clock()
@@ -3257,7 +3343,7 @@ class GenevaDrive:
                 if is_open and self._db.is_closed():  # where autoconnect is off, nobody else opens another
                     self._db.connect(reuse_if_open=True)
                 # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
-                result = at_once() if self._dialect in AT_ONCE else None
+                result = at_once() if self._has_fast_paths() else None
                 if result is None:
                     with self._begin():
                         result = work()
@@ -3556,7 +3642,7 @@ class GenevaDrive:
                 # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
                 (huey.enqueue if task.eta is None else huey.add_schedule)(task)
 
-        if isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db and not huey.immediate:
+        if self._commits_with(huey):
             send()
         else:
             self._after_commit(send)
@@ -3567,11 +3653,9 @@ class GenevaDrive:
         eta = due if due > self._now() else None
         return self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
 
-    def _message(self, execution: StepExecution, route: _Route) -> _Message | None:
-        """The message of an execution, for the statement that inserts both; None where there can be no such thing."""
-        huey = self.queues[route[0]]
-        is_embedded = isinstance(huey, _EmbeddedHuey) and not huey.immediate
-        return _Message(huey, self._task(execution, route)) if is_embedded else None
+    def _commits_with(self, huey: Huey) -> bool:
+        """Whether the messages of a queue are rows of the drive's own database, and part of its transactions."""
+        return isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db and not huey.immediate
 
     # -- performing -------------------------------------------------------------------------------------------------
 
@@ -4215,6 +4299,15 @@ class _EmbeddedTask(Task):
     revoke_id = property(lambda task: None, lambda task, value: None)
 
 
+TASK_TABLE = f"{QUEUE_TABLE_PREFIX}task"
+FIRST_MESSAGE = f"from {TASK_TABLE} where queue = {{}} order by priority desc, id limit 1"
+
+#: In a message, the number of an execution that MariaDB is still to find; it takes as many bytes, in the order of
+#: pickle's LONG1, as STAND_IN_SQL puts in their place.
+STAND_IN_BYTES = b"geneva!"
+STAND_IN = int.from_bytes(STAND_IN_BYTES, "little")
+STAND_IN_SQL = "reverse(unhex(lpad(hex({}), 14, '0')))"
+
 #: Of the tables of the queue: what is kept beside a message.
 MESSAGE_COLUMNS = {"task": "priority", "schedule": "timestamp"}
 
@@ -4241,8 +4334,20 @@ class _Message(NamedTuple):
         kept = (task.priority or 0) if task.eta is None else storage.Schedule.timestamp.db_value(task.eta)
         return [storage.name, data, kept]
 
-    def sent(self) -> None:
-        """Tell of it."""
+    @property
+    def halves(self) -> tuple[bytes, bytes] | None:
+        """The data before and behind STAND_IN; None if a serializer other than Huey's own hides it."""
+        data = self.parameters[1]
+        is_plain = type(self.huey.serializer) is Serializer and data.count(STAND_IN_BYTES) == 1
+        return data.split(STAND_IN_BYTES) if is_plain else None
+
+    def sent(self, execution_id: int) -> None:
+        """Do the rest, for a statement that has inserted the message and its execution."""
+        self.task.args = (execution_id,)
+        self.tell()
+        self.huey.storage.ring(self.table, 1)
+
+    def tell(self) -> None:
         self.huey._emit(SIGNAL_ENQUEUED if self.task.eta is None else SIGNAL_SCHEDULED, self.task)
 
 
@@ -4259,7 +4364,7 @@ class _EmbeddedHuey(Huey):
         for table in MESSAGE_COLUMNS:
             self.storage.put(table, [each.parameters for each in messages if each.table == table])
         for each in messages:
-            each.sent()
+            each.tell()
 
     def create_consumer(self, **options: Any) -> Consumer:
         return _EmbeddedConsumer(self, **options)
@@ -4269,29 +4374,31 @@ class _StopFlag:
     """Tells the threads of a consumer to stop, as an Event does, and those of its workers that wait of new messages."""
 
     def __init__(self) -> None:
-        self.condition, self.is_stopped, self.rings = threading.Condition(), False, 0
+        self.is_stopped, self.rings, lock = False, 0, threading.RLock()
+        self.stopped, self.bell = threading.Condition(lock), threading.Condition(lock)
 
     def set(self) -> None:
-        with self.condition:
+        with self.stopped:
             self.is_stopped = True
-            self.condition.notify_all()
+            self.stopped.notify_all()
+            self.bell.notify_all()
 
     def is_set(self) -> bool:
         return self.is_stopped
 
     def wait(self, timeout: float | None = None) -> bool:
-        with self.condition:
-            return self.condition.wait_for(self.is_set, timeout)
+        with self.stopped:
+            return self.stopped.wait_for(self.is_set, timeout)
 
     def ring(self, messages: int, workers: int) -> None:
         """Have a worker look into the queue for each message, of so many workers that there are."""
-        with self.condition:
+        with self.bell:
             self.rings = min(self.rings + messages, workers)
-            self.condition.notify_all()  # the scheduler, which is not meant, waits here too
+            self.bell.notify(messages)
 
     def wait_for_ring(self, timeout: float) -> None:
-        with self.condition:
-            self.condition.wait_for(lambda: self.is_stopped or self.rings, timeout)
+        with self.bell:
+            self.bell.wait_for(lambda: self.is_stopped or self.rings, timeout)
             self.rings = max(0, self.rings - 1)
 
 
@@ -4377,14 +4484,11 @@ class _EmbeddedStorage(SqlStorage):
         self.check_conn()
         if self.database.in_transaction():  # what it sees may be old: only locks tell what is there
             return super().dequeue()
-        task, param = QUEUE_TABLE_PREFIX + "task", self.database.param
-        first = f"from {task} where queue = {param} order by priority desc, id limit 1"
-        if self.drive._dialect == "postgresql":
-            taken = f"delete from {task} where id = (select id {first} for update skip locked) returning data"
-            row = self.database.execute_sql(taken, (self.name,)).fetchone()
-            return row and bytes(row[0])
+        first = FIRST_MESSAGE.format(self.database.param)
+        if self.drive._has_fast_paths():
+            return TAKE_AT_ONCE[self.drive._dialect](first, self.name)
         # With the data, for SQLite gives the id of a message that is gone to a new one.
-        delete = f"delete from {task} where id = {param} and data = {param}"
+        delete = f"delete from {TASK_TABLE} where id = {self.database.param} and data = {self.database.param}"
         while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
             if self.database.execute_sql(delete, row).rowcount:
                 return bytes(row[1])

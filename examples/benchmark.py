@@ -12,6 +12,8 @@ rounds of what a contender did to what the floor did in the same round:
 - Bare Huey: a task for each step, in a SqlHuey on the same database. It promises nothing after a crash.
 - GenevaDrive as it is, and with `run_on=0`, where each step goes through the queue.
 
+Of new workflows, create_many() makes ten times as many as the others make one by one: it is for many.
+
 Each is a process of its own, on new tables, with a backlog of workflows of three empty steps that was made before. The
 clock runs from the start of its threads to the last step; CPU is that of the process, not of a server. URL, or
 GENEVA_DRIVE_URL, is that of an empty database, and it is empty again in the end. The default is a SQLite file that is
@@ -326,7 +328,7 @@ def sample_latency(url, samples, **_):
     try:
         hero = app.Hero.create()
         create_one_each(app, hero)  # these find consumers that are still about to start
-        first_ones = wait_for_all(app)
+        last_of_first_ones = wait_for_all(app)
         for _ in range(samples):
             time.sleep(random.uniform(1, 1.6))  # the less there is to do, the less often a consumer looks
             create_one_each(app, hero)
@@ -334,7 +336,7 @@ def sample_latency(url, samples, **_):
     finally:
         over.set()
         consumer.join()
-    return latencies(app, first_ones)
+    return latencies(app, last_of_first_ones)
 
 
 def create_one_each(app, hero):
@@ -345,19 +347,19 @@ def create_one_each(app, hero):
 
 
 def wait_for_all(app):
-    """Wait until all workflows are finished; returns how many there are."""
+    """Wait until all workflows are finished; returns the id of the newest."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not app.drive.is_idle():
         assert time.monotonic() < deadline, "a workflow does not come to its end"
         time.sleep(0.1)
-    return app.Workflow.finished().count()
+    return app.Workflow.finished().order_by(app.Workflow.id.desc()).first().id
 
 
-def latencies(app, first_ones):
+def latencies(app, last_of_first_ones):
     found = {"near": [], "far": [], "waiting": []}
     newest = app.StepExecution.number == app.Workflow.execution_count
     query = app.StepExecution.select(app.StepExecution, app.Workflow).join(app.Workflow).where(newest)
-    for execution in query.where(app.Workflow.id > first_ones):
+    for execution in query.where(app.Workflow.id > last_of_first_ones):
         context, due = execution.workflow.context, execution.scheduled_for.timestamp()
         since = due if context["queue"] == "waiting" else context["since"]
         found[context["queue"]].append(1000 * (context["begun"] - since))
@@ -376,7 +378,7 @@ PERFORMING = {
 CREATING = {
     "the driver alone, one by one": (create_by_hand, {}),
     "create()": (create_workflows, {"at_once": False}),
-    "create_many()": (create_workflows, {"at_once": True}),
+    "create_many()": (create_workflows, {"at_once": True, "times": 10}),
 }
 LATENCIES = {
     "create() to step, same process": "near",
@@ -449,9 +451,10 @@ class Contest:
         return results
 
     def create(self, job, options):
-        self.prepare(self.args.creations)
-        results = self.child(job, heroes=self.args.creations, **options)
-        self.check("ready", self.args.creations, 1)
+        number = options.get("times", 1) * self.args.creations
+        self.prepare(number)
+        results = self.child(job, heroes=number, **options)
+        self.check("ready", number, 1)
         return results
 
     def latency(self):
@@ -678,7 +681,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Measure GenevaDrive beside the database's driver and bare Huey.")
     parser.add_argument("url", nargs="?", default=os.environ.get("GENEVA_DRIVE_URL"), help="of an empty database")
     parser.add_argument("--workflows", type=int, default=150, help="of three empty steps, for each contender")
-    parser.add_argument("--creations", type=int, default=500, help="workflows created, in each round and each way")
+    parser.add_argument("--creations", type=int, default=500, help="workflows created in each round one by one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=integers, default=[1, 2, 4], metavar="1,2,4", help="threads of a contender")
     parser.add_argument("--samples", type=int, default=25, help="of each latency")
