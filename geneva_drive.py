@@ -3386,14 +3386,16 @@ class GenevaDrive:
     def _connect_worker(self) -> None:
         """For threads that are ours: nobody else opens a connection for them where autoconnect is off."""
         self._drop_dead_connection()
+        self._open_connection()
+
+    def _open_connection(self) -> None:
         if not self._db.autoconnect:
             self._db.connect(reuse_if_open=True)
 
-    def _databases(self) -> list[Database]:
+    def _databases(self) -> set[Database]:
         """The drive's, if it is initialized, and those of the heroes."""
-        own = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
-        heroes = [model._meta.get_database_instance() for model in list(_hero_models.values())]
-        return [database for database in dict.fromkeys([own, *heroes]) if database is not None]
+        found = {self.database, *[model._meta.database for model in list(_hero_models.values())]}
+        return {each.obj if isinstance(each, peewee.Proxy) else each for each in found} - {None}
 
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
@@ -3661,7 +3663,7 @@ class GenevaDrive:
 
     def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE) -> None:
         """Run an execution that is due, and go on with the steps that follow at once."""
-        self._connect_worker()
+        self._open_connection()
         attempt = _Attempt.claim(self, execution_id, queue)
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
@@ -4539,7 +4541,8 @@ class _EmbeddedStorage(SqlStorage):
             raise
 
     def check_conn(self) -> None:
-        self.drive._connect_worker()  # never in a transaction: a silent reconnect would tear it in two
+        if not self.database.in_transaction():  # which a silent reconnect would tear in two
+            self.drive._connect_worker()
 
 
 # ==== The schema file =================================================================================================
