@@ -2890,10 +2890,11 @@ def _move_on_mariadb(
         body += [begun.sql, "set next_id = last_insert_id()"]
         parameters, found = parameters + begun.filled(new), "select next_id"
     if message:
-        halves = message.halves
-        if halves is None:
+        queue, data, kept = message.parameters
+        halves = data.split(STAND_IN_BYTES)
+        # Another serializer of the application's may sign or compress what is to be put in between.
+        if len(halves) != 2 or type(message.huey.serializer) is not Serializer:
             return None
-        queue, _, kept = message.parameters
         body += [f"{_insertion(message.table)} values (%s, concat(%s, {STAND_IN_SQL.format('next_id')}, %s), %s)"]
         parameters += [queue, *halves, kept]
     elif begins and begins["state"] == IN_PROGRESS:
@@ -4335,13 +4336,6 @@ class _Message(NamedTuple):
         data = storage.Task.data.db_value(self.huey.serialize_task(task))
         kept = (task.priority or 0) if task.eta is None else storage.Schedule.timestamp.db_value(task.eta)
         return [storage.name, data, kept]
-
-    @property
-    def halves(self) -> tuple[bytes, bytes] | None:
-        """The data before and behind STAND_IN; None if a serializer other than Huey's own hides it."""
-        data = self.parameters[1]
-        is_plain = type(self.huey.serializer) is Serializer and data.count(STAND_IN_BYTES) == 1
-        return data.split(STAND_IN_BYTES) if is_plain else None
 
     def sent(self, execution_id: int) -> None:
         """Do the rest, for a statement that has inserted the message and its execution."""
