@@ -2139,8 +2139,7 @@ class StepExecution(_Record):
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
         """The row, if it is one that may be claimed, and its workflow's in one statement; else None."""
-
-        names = [name for name in cls._columns() if name not in NULL_TO_CLAIM]
+        names = cls._columns_to_claim()
 
         def query() -> Any:
             columns = [cls._meta.fields[name] for name in names]
@@ -2156,6 +2155,11 @@ class StepExecution(_Record):
         execution.__data__.update(dict.fromkeys(NULL_TO_CLAIM))
         execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
         return execution
+
+    @classmethod
+    @functools.cache
+    def _columns_to_claim(cls) -> list[str]:
+        return [name for name in cls._columns() if name not in NULL_TO_CLAIM]
 
     @classmethod
     def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
@@ -2269,7 +2273,14 @@ _Recorded: TypeAlias = "tuple[dict[str, Any], dict[str, Any], _Attempt | None]"
 class _Attempt:
     """An execution that this process has claimed."""
 
-    def __init__(self, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, is_run_on: bool = False):
+    def __init__(
+        self,
+        drive: GenevaDrive,
+        workflow: Workflow,
+        execution: StepExecution,
+        is_run_on: bool = False,
+        reserved_id: int | None = None,
+    ):
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
         self.saved_context = _dump_object(workflow.context)
         self.signal: WorkflowSignal | None = None  # the one that the body is given
@@ -2278,7 +2289,8 @@ class _Attempt:
         self.is_draining: Callable[[], bool] = lambda: False
         self.depth = 0  # of the transactions that surround the body
         self.has_loop, self.has_checkpoint = False, False
-        self.reserved_id: int | None = None  # for the execution that follows, so that its message is known beforehand
+        # Of the execution that follows, for its message; on MariaDB, what stands there for it.
+        self.reserved_id = STAND_IN if drive._dialect == "mysql" else reserved_id
 
     @classmethod
     def claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None = None) -> _Attempt | None:
@@ -2329,15 +2341,15 @@ class _Attempt:
         if moved is None:
             return None
         execution.__data__.update(claim)
-        attempt = cls._begun(drive, workflow, execution)
-        attempt.reserved_id = moved.reserved_id
-        return attempt
+        return cls._begun(drive, workflow, execution, moved.reserved_id)
 
     @classmethod
-    def _begun(cls, drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> _Attempt:
+    def _begun(
+        cls, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, reserved_id: int | None = None
+    ) -> _Attempt:
         workflow.__data__["state"] = PERFORMING
         drive._announce(workflow, READY, PERFORMING)
-        return cls(drive, workflow, execution)
+        return cls(drive, workflow, execution, reserved_id=reserved_id)
 
     def run(
         self, may_run_on: Callable[[], bool] = lambda: False, is_draining: Callable[[], bool] = lambda: False
@@ -2773,9 +2785,7 @@ class _Attempt:
         """Queue the next execution, which is inserted, or go on with it."""
         execution = StepExecution._made(begins, cast(int, moved.execution_id))
         if execution.state == IN_PROGRESS:
-            following = _Attempt(self.drive, Workflow._from_columns(moved.workflow), execution, is_run_on=True)
-            following.reserved_id = moved.reserved_id
-            return following
+            return _Attempt(self.drive, Workflow._from_columns(moved.workflow), execution, True, moved.reserved_id)
         if execution.job_id:  # in a paused workflow, resume() will queue it
             self.drive._enqueue([execution], self.drive._route(self.workflow, execution.step_name))
         return None
@@ -2815,7 +2825,7 @@ class _Moved(NamedTuple):
 
     execution_id: int | None = None  # of the next one
     workflow: Sequence[Any] = ()  # its columns, if the next one is claimed
-    reserved_id: int | None = None  # for the one after that
+    reserved_id: int | None = None  # for the one after that, on PostgreSQL
 
 
 class _Move(NamedTuple):
@@ -2890,10 +2900,10 @@ def _move_on_mariadb(
         body += [begun.sql, "set next_id = last_insert_id()"]
         parameters, found = parameters + begun.filled(new), "select next_id"
     if message:
-        queue, data, kept = message.parameters
+        (queue, data, kept), serializer = message.parameters, message.huey.serializer
         halves = data.split(STAND_IN_BYTES)
-        # Another serializer of the application's may sign or compress what is to be put in between.
-        if len(halves) != 2 or type(message.huey.serializer) is not Serializer:
+        # Into what the application has had signed or compressed, nothing can be put.
+        if len(halves) != 2 or type(serializer) is not Serializer or serializer.comp:
             return None
         body += [f"{_insertion(message.table)} values (%s, concat(%s, {STAND_IN_SQL.format('next_id')}, %s), %s)"]
         parameters += [queue, *halves, kept]
@@ -2908,17 +2918,17 @@ def _move_on_mariadb(
         f"select null limit 0; else {'; '.join(body)}; {found}; commit; end if;",
         parameters,
     )
-    return values and _Moved(values[0], values[1:], STAND_IN)
+    return values and _Moved(values[0], values[1:])
 
 
-def _take_on_postgresql(first: str, queue: str) -> bytes | None:
+def _take_on_postgresql(drive: GenevaDrive, first: str, queue: str) -> bytes | None:
     taken = f"delete from {TASK_TABLE} where id = (select id {first} for update skip locked) returning data"
-    row = _drive()._db.execute_sql(taken, (queue,)).fetchone()
+    row = drive._db.execute_sql(taken, (queue,)).fetchone()
     return row and bytes(row[0])
 
 
-def _take_on_mariadb(first: str, queue: str) -> bytes | None:
-    row = _drive()._execute_block(
+def _take_on_mariadb(drive: GenevaDrive, first: str, queue: str) -> bytes | None:
+    row = drive._execute_block(
         "declare found_id bigint; declare found longblob; "
         f"repeat set found_id = null, found = null; select id, data into found_id, found {first}; "
         f"delete from {TASK_TABLE} where id = found_id; until found_id is null or row_count() end repeat; "
@@ -3286,8 +3296,9 @@ class GenevaDrive:
             try:
                 return self._execute_block("select 1;", ()) == (1,)
             except Exception as error:  # of the server's, for its syntax, or of the driver's
-                if self._is_connection_lost(error):
+                if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
                     raise
+                logger.debug("there are no blocks of statements here: %s", error)
                 return False
 
         return self._ask("blocks", answer)
@@ -3299,14 +3310,16 @@ class GenevaDrive:
         return cast(T, self._answers[self._db, question])
 
     def _execute_block(self, block: str, parameters: Sequence[Any]) -> Any:
-        """Have MariaDB execute statements as one; returns the row that they select, or None."""
+        """Have MariaDB execute statements as one; returns the row that is selected last, or None."""
+        row = None
         try:
             cursor = self._db.execute_sql(f"begin not atomic {block} end", parameters)
-            row = cursor.fetchone()
             with peewee.__exception_wrapper__:
-                while cursor.nextset():  # what fails behind the row is told here
-                    pass
-            return row
+                while True:  # what fails behind a row, a commit, is told by nextset()
+                    if cursor.description:
+                        row = cursor.fetchone()
+                    if not cursor.nextset():
+                        return row
         except BaseException:  # a transaction that the block has begun is left open
             with contextlib.suppress(peewee.PeeweeException):
                 self._db.rollback()
@@ -4306,10 +4319,10 @@ TASK_TABLE = f"{QUEUE_TABLE_PREFIX}task"
 FIRST_MESSAGE = f"from {TASK_TABLE} where queue = {{}} order by priority desc, id limit 1"
 
 #: In a message, the number of an execution that MariaDB is still to find; it takes as many bytes, in the order of
-#: pickle's LONG1, as STAND_IN_SQL puts in their place.
-STAND_IN_BYTES = b"geneva!"
+#: pickle's LONG1, as STAND_IN_SQL puts in their place: eight, for any BIGINT.
+STAND_IN_BYTES = b"geneva!!"
 STAND_IN = int.from_bytes(STAND_IN_BYTES, "little")
-STAND_IN_SQL = "reverse(unhex(lpad(hex({}), 14, '0')))"
+STAND_IN_SQL = "reverse(unhex(lpad(hex({}), 16, '0')))"
 
 #: Of the tables of the queue: what is kept beside a message.
 MESSAGE_COLUMNS = {"task": "priority", "schedule": "timestamp"}
@@ -4482,7 +4495,7 @@ class _EmbeddedStorage(SqlStorage):
             return super().dequeue()
         first = FIRST_MESSAGE.format(self.database.param)
         if self.drive._has_fast_paths():
-            return TAKE_AT_ONCE[self.drive._dialect](first, self.name)
+            return TAKE_AT_ONCE[self.drive._dialect](self.drive, first, self.name)
         # With the data, for SQLite gives the id of a message that is gone to a new one.
         delete = f"delete from {TASK_TABLE} where id = {self.database.param} and data = {self.database.param}"
         while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
@@ -4531,6 +4544,9 @@ class _EmbeddedStorage(SqlStorage):
         try:
             return self._dequeue()
         except peewee.PeeweeException:
+            if not self.database.in_transaction():
+                with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
+                    self.drive._close_own_connection()
             time.sleep(1)  # Huey logs a traceback each time, and polls often
             raise
 
