@@ -1182,13 +1182,9 @@ class _Record(Model):
     @classmethod
     def _row(cls, **where: Any) -> Any:
         """The row with these values, or None."""
-        values = cls._row_values(**where)
-        return values and cls._from_columns(values)
-
-    @classmethod
-    def _row_values(cls, **where: Any) -> Any:
         built = cls._built("select", (), where, lambda model, _, found: model.select().where(*found))
-        return built.execute(_as_conditions(where)).fetchone()
+        values = built.execute(_as_conditions(where)).fetchone()
+        return values and cls._from_columns(values)
 
     @classmethod
     def _from_columns(cls, values: Sequence[Any], names: Sequence[str] = ()) -> Any:
@@ -1939,6 +1935,9 @@ def _ongoing_rows() -> Any:
 
 Workflow._blueprint = _Blueprint(Workflow, frozenset())
 
+#: What others may write to while a step is performed, and the next one is to see. The rest of the row is known.
+OF_OTHERS: list[Any] = [Workflow.context, Workflow.options]
+
 # What a call from outside does; the workflow's row is locked, its active execution, if any, is `active`.
 
 
@@ -2138,13 +2137,12 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> Any:
-        """The row, if it is one that may be claimed, and its workflow's in one statement; else None."""
+        """The row and its workflow's in one statement; or None, also if it is in no state to be claimed from."""
         names = cls._columns_to_claim()
 
         def query() -> Any:
             columns = [cls._meta.fields[name] for name in names]
-            found = SQL(f"t1.state in {TO_CLAIM}") & (cls.id == _Blank.value(cast(Any, cls.id), "id"))
-            return cls.select(*columns, Workflow).join(Workflow).where(found)
+            return cls.select(*columns, Workflow).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
 
         cursor = _drive()._statement(cls._meta.database, "claim", query).execute({"id": execution_id})
         values = cursor.fetchone()
@@ -2152,6 +2150,8 @@ class StepExecution(_Record):
             return None
         width = len(names)
         execution = cls._from_columns(values[:width], names)
+        if execution.state not in TO_CLAIM:
+            return None
         execution.__data__.update(dict.fromkeys(NULL_TO_CLAIM))
         execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
         return execution
@@ -2638,7 +2638,7 @@ class _Attempt:
         _, _, then = EFFECTS[verdict.cause, verdict.action]
         if then in ("advance", "finish") and (self.signal or self.execution.waiting_for):
             WorkflowSignal._consume_given(self.workflow, self.execution.step_name, now)
-        return changes, ended, self._go_on(follows, changes["state"], now) if follows else None
+        return changes, ended, self._go_on(follows, changes, now) if follows else None
 
     def _conclude_at_once(self, verdict: _Verdict, run_on: bool) -> _Recorded | None:
         """What `_conclude()` does most of the time, with fewer statements; None if it is another time."""
@@ -2664,7 +2664,7 @@ class _Attempt:
             return None
         if message:
             message.sent(cast(int, moved.execution_id))
-        return changes, ended, self._follow(begins, moved) if begins and not message else None
+        return changes, ended, self._follow(changes, begins, moved) if begins and not message else None
 
     def _decide(self, verdict: _Verdict, run_on: bool, now: datetime) -> tuple[dict[str, Any], dict[str, Any], _Json]:
         """What is to be written: to the workflow, to the execution, and of the one that follows, if any."""
@@ -2762,13 +2762,17 @@ class _Attempt:
         waits = definition is not None and definition.wait_for is not None
         return not waits and follows["due"] <= now and route(follows["step_name"]) == route(self.execution.step_name)
 
-    def _go_on(self, follows: dict[str, Any], state: str, now: datetime) -> _Attempt | None:
+    def _go_on(self, follows: dict[str, Any], changes: dict[str, Any], now: datetime) -> _Attempt | None:
         """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
+        state = changes["state"]
         begins = self._next_values(follows, state, now)
-        next_id = StepExecution._insert_row(begins)
-        return self._follow(
-            begins, _Moved(next_id, Workflow._row_values(id=self.workflow.id) if state == PERFORMING else ())
-        )
+        next_id, fresh = StepExecution._insert_row(begins), ()
+        if state == PERFORMING:
+            built = Workflow._built(
+                "fresh", (), ("id",), lambda model, _, found: model.select(*OF_OTHERS).where(*found)
+            )
+            fresh = built.execute({"=id": self.workflow.id}).fetchone()
+        return self._follow(changes, begins, _Moved(next_id, fresh))
 
     def _next_values(self, follows: dict[str, Any], state: str, now: datetime) -> dict[str, Any]:
         """The columns of the next execution, in a workflow of this state."""
@@ -2781,11 +2785,14 @@ class _Attempt:
             values.update(StepExecution._queued(values))
         return values
 
-    def _follow(self, begins: dict[str, Any], moved: _Moved) -> _Attempt | None:
+    def _follow(self, changes: dict[str, Any], begins: dict[str, Any], moved: _Moved) -> _Attempt | None:
         """Queue the next execution, which is inserted, or go on with it."""
         execution = StepExecution._made(begins, cast(int, moved.execution_id))
         if execution.state == IN_PROGRESS:
-            return _Attempt(self.drive, Workflow._from_columns(moved.workflow), execution, True, moved.reserved_id)
+            fresh = {field.name: field.python_value(value) for field, value in zip(OF_OTHERS, moved.fresh)}
+            row = {**self.workflow.__data__, **changes, **fresh}
+            workflow = type(self.workflow)._made(row, self.workflow.id)
+            return _Attempt(self.drive, workflow, execution, True, moved.reserved_id)
         if execution.job_id:  # in a paused workflow, resume() will queue it
             self.drive._enqueue([execution], self.drive._route(self.workflow, execution.step_name))
         return None
@@ -2824,7 +2831,7 @@ class _Moved(NamedTuple):
     """What came of the move of a workflow to another execution, or of one to another state."""
 
     execution_id: int | None = None  # of the next one
-    workflow: Sequence[Any] = ()  # its columns, if the next one is claimed
+    fresh: Sequence[Any] = ()  # what is in the workflow's columns that others write to, if the next one is claimed
     reserved_id: int | None = None  # for the one after that, on PostgreSQL
 
 
@@ -2851,7 +2858,7 @@ def _move_on_postgresql(
 ) -> _Moved | None:
     # One statement. Each part waits for what the one before it returns: this is their order.
     is_moved, runs_on = SQL("exists (select 1 from moved)"), begins and begins["state"] == IN_PROGRESS
-    returned = Workflow._meta.sorted_fields if runs_on else [Workflow.id]
+    returned = OF_OTHERS if runs_on else [Workflow.id]
     moved = Workflow._built(
         "move and return" if runs_on else "move",
         changes,
@@ -2908,11 +2915,13 @@ def _move_on_mariadb(
         body += [f"{_insertion(message.table)} values (%s, concat(%s, {STAND_IN_SQL.format('next_id')}, %s), %s)"]
         parameters += [queue, *halves, kept]
     elif begins and begins["state"] == IN_PROGRESS:
-        number_and_row = [SQL("next_id"), *Workflow._meta.sorted_fields]
-        row = Workflow._built(
-            "number and row", (), ("id",), lambda model, _, found: model.select(*number_and_row).where(*found)
+        fresh = Workflow._built(
+            "number and fresh",
+            (),
+            ("id",),
+            lambda model, _, found: model.select(SQL("next_id"), *OF_OTHERS).where(*found),
         )
-        found, parameters = row.sql, parameters + row.filled({"=id": fence["id"]})
+        found, parameters = fresh.sql, parameters + fresh.filled({"=id": fence["id"]})
     values = _drive()._execute_block(
         f"declare next_id bigint; start transaction; {moved.sql}; if row_count() = 0 then rollback; "
         f"select null limit 0; else {'; '.join(body)}; {found}; commit; end if;",

@@ -1177,6 +1177,30 @@ def test_a_fast_path_leaves_what_the_plain_form_leaves(drive, monkeypatch, turn,
     assert quick == left()
 
 
+@pytest.mark.parametrize("fast_paths", [gd.AT_ONCE, {}], ids=["fast", "plain"])
+def test_a_step_that_runs_on_sees_what_others_saved_during_the_one_before_it(drive, hero, monkeypatch, fast_paths):
+    class Watched(Workflow):
+        @step
+        def one(self):
+            other = reload(self)
+            other.context["outside"] = [1]
+            other.save()
+            Workflow.update(options={"priority": 7}).where(Workflow.id == self.id).execute()
+
+        @step
+        def two(self):
+            did(f"{self.context} {self.options} {self.state} {self.current_step_name} {type(self).__name__}")
+            assert self.__data__ == reload(self).__data__
+            assert self.hero == hero
+
+    monkeypatch.setattr(gd, "AT_ONCE", fast_paths)
+    drive.run_on = 60
+    workflow = Watched.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == ["{'outside': [1]} {'priority': 7} performing two Watched"]
+    assert history(workflow) == [("one", "completed", "success"), ("two", "completed", "success")]
+
+
 def test_a_message_that_is_not_to_be_performed_is_left_alone_by_fast_paths_too(drive, clock, hero, monkeypatch):
     def left():
         drive.huey.flush()
@@ -1432,13 +1456,13 @@ def test_sql_that_is_built_once_is_what_peewee_builds_of_the_values(drive, clock
     work_off(drive)
     Plain.create_many([User.create(), User.create()])
     assert effects() == ["confirm {'b': 2}", "deliver None"]
-    verbs = {*itertools.product(("insert", "insert many", "update"), (Workflow, StepExecution)), ("select", Workflow)}
+    verbs = {*itertools.product(("insert", "insert many", "update"), (Workflow, StepExecution)), ("fresh", Workflow)}
     of_one_dialect = {
         ("move", Workflow),
         ("move and return", Workflow),
         ("end", StepExecution),
         ("begin", StepExecution),
-        ("number and row", Workflow),
+        ("number and fresh", Workflow),
     }
     assert {*sent} - of_one_dialect == verbs - of_one_dialect
 
