@@ -3300,17 +3300,16 @@ class GenevaDrive:
 
     def _takes_blocks(self) -> bool:
         """Whether the server executes a block of statements as one, as MariaDB does, and the driver can have that."""
+        return self._ask("blocks", self._try_block)
 
-        def answer() -> bool:
-            try:
-                return self._execute_block("select 1;", ()) == (1,)
-            except Exception as error:  # of the server's, for its syntax, or of the driver's
-                if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
-                    raise
-                logger.debug("there are no blocks of statements here: %s", error)
-                return False
-
-        return self._ask("blocks", answer)
+    def _try_block(self) -> bool:
+        try:
+            return self._execute_block("select 1;", ()) == (1,)
+        except Exception as error:  # of the server's, for its syntax, or of the driver's
+            if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
+                raise
+            logger.debug("there are no blocks of statements here: %s", error)
+            return False
 
     def _ask(self, question: str, ask: Callable[[], T]) -> T:
         """What is asked of each database once."""
