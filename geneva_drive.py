@@ -2381,17 +2381,20 @@ class _Attempt:
             self.workflow._attempt = None
             _heartbeat.beating.discard(self)
         if recorded:
-            step_finished.send(self.workflow, execution=self.execution)
-            try:
-                self.workflow.after_step_execution(self.execution)
-            except Exception:
-                self.workflow.logger.exception("after_step_execution failed")
+            self._tell_of_end()
         if verdict.error is not None and verdict.surfaces:
             if hasattr(verdict.error, "add_note"):  # Python 3.11: error trackers show it with the traceback
                 step_name, state = self.execution.step_name, self.workflow.state
                 verdict.error.add_note(f"in the step {step_name} of {self.workflow._label}, which is {state} now")
             raise verdict.error
         return following
+
+    def _tell_of_end(self) -> None:
+        step_finished.send(self.workflow, execution=self.execution)
+        try:
+            self.workflow.after_step_execution(self.execution)
+        except Exception:
+            self.workflow.logger.exception("after_step_execution failed")
 
     def _overtaken(self) -> _Verdict | None:
         """What was decided about the workflow between the claim and now, in a run-on, where there was time for it.

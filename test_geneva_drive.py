@@ -1283,9 +1283,8 @@ def test_messages_that_the_application_signs_or_compresses_are_whole(drive, hero
 @pytest.mark.parametrize("database", ["mysql"], indirect=True)
 @pytest.mark.parametrize("run_on", [0, 60])
 def test_inserts_that_return_a_row_of_their_own_do_not_disturb_a_block(database, db, drive, hero, monkeypatch, run_on):
-    if not drive._has_fast_paths():
-        pytest.skip("this is MySQL, where there is nothing to be disturbed")
-    monkeypatch.setattr(db, "returning_clause", True)  # as Peewee's database for MariaDB's own driver has it
+    # As Peewee's database for MariaDB's own driver has it; MySQL knows no such inserts.
+    monkeypatch.setattr(db, "returning_clause", drive._has_fast_paths())
     drive.run_on = run_on
     workflow = Quick.create(hero=hero)
     work_off(drive)
@@ -6199,7 +6198,9 @@ def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(
         if not dies_at(moment, db, lambda: _message(drive)):
             break
         assert drive.doctor() == []
-    assert moment >= (5 if drive._has_fast_paths() else 8)  # which claim, and end, with one statement
+    # These claim, and end, with one statement; PostgreSQL asks for the name of its sequence besides.
+    least = {"postgresql": 6, "mysql": 5} if drive._has_fast_paths() else {}
+    assert moment >= least.get(drive._dialect, 8)
     for _ in range(3):
         clock.forward(minutes=10)
         drive.housekeeping()
@@ -7793,8 +7794,7 @@ SCANS = {
     "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
     "mysql": r"'type': '(ALL|index)', (?!.*'rows': None)",
 }
-#: Of what it takes for less than a batch, PostgreSQL may think that sorting it is the shorter way.
-SORTS = {"sqlite": r"TEMP B-TREE FOR (ORDER|LAST)", "postgresql": r"(^|-> +)Sort .*rows=\d{4,}", "mysql": r"filesort"}
+SORTS = {"sqlite": r"TEMP B-TREE FOR (ORDER|LAST)", "postgresql": r"(^|-> +)Sort ", "mysql": r"filesort"}
 
 
 def test_no_statement_reads_or_sorts_a_large_table(db, drive, clock, monkeypatch):
@@ -7876,6 +7876,9 @@ def test_no_statement_reads_or_sorts_a_large_table(db, drive, clock, monkeypatch
         # Sorted may be: one hero's workflows, the processes at work, what a deploy left waiting and is to be woken.
         waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT|.step_name. IN ", sql) else 2]
         wasteful = [line for kind in waste for line in lines if re.search(kind[drive._dialect], line)]
+        if '."step_name" = %s) AND ("t1"."id" > %s)' in sql:
+            # Where PostgreSQL takes what waits there for less than a batch, it may think it shorter to sort that.
+            wasteful = [line for line in wasteful if not re.search(r"Sort .* rows=\d{1,3} ", line)]
         assert not wasteful, f"{sql[:500]}: {lines}"
 
 
