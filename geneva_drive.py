@@ -3747,13 +3747,16 @@ class GenevaDrive:
 
         Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
         """
-        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at.
-        timed = f"state = '{WAITING}' and t1.times_out_at is not null"
-        for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed):
-            busy = SQL(f"t1.{active}") & Workflow.state.in_((READY, PERFORMING))
-            if StepExecution.select().join(Workflow).where(busy).exists():
-                return False
-        return True
+        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
+        # statement, or between two of them a workflow might move from what is asked last to what was asked first.
+        timed = f"state = '{WAITING}' and e.times_out_at is not null"
+        busy = (
+            "exists (select 1 from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id"
+            f" where e.{active} and w.state in {(READY, PERFORMING)})"
+            for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed)
+        )
+        ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()
+        return not is_busy
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 

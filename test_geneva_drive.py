@@ -7759,6 +7759,19 @@ def test_stats_count_what_there_is(drive, clock, helpers):
     Workflow.delete().execute()
 
 
+def test_a_workflow_that_moves_on_while_one_asks_is_not_idle(drive, hero, monkeypatch):
+    attempt = gd._Attempt.claim(drive, scheduled(Plain.create(hero=hero)).id)
+
+    def move_on(event):
+        monkeypatch.undo()
+        attempt.run()
+
+    monkeypatch.setattr(drive._db, "query_hooks", [move_on])
+    assert not drive.is_idle()
+    assert attempt.execution.state == "completed"
+    assert not drive.is_idle()
+
+
 def test_a_drive_is_idle_when_nothing_is_ready_or_performing(drive, hero, helpers):
     assert drive.is_idle()
     workflow = Plain.create(hero=hero)
@@ -8606,14 +8619,12 @@ def test_a_schedule_in_memory_that_dies_with_its_process_is_made_up_for(servers,
 
 def stop(app, process):
     """Stop a process group, but not while it holds SQLite's one write lock: everybody would wait for it."""
-    os.killpg(process.pid, signal.SIGSTOP)
-    if app.env["APP_URL"].startswith("sqlite"):
-        with contextlib.closing(sqlite3.connect(app.db.database, timeout=0.05)) as writer:
-            try:
-                writer.execute("begin immediate")
-            except sqlite3.OperationalError:
-                os.killpg(process.pid, signal.SIGCONT)
-                stop(app, process)
+    with contextlib.ExitStack() as lock:
+        if app.env["APP_URL"].startswith("sqlite"):
+            writer = lock.enter_context(contextlib.closing(sqlite3.connect(app.db.database, timeout=30)))
+            writer.execute("begin immediate")
+        os.killpg(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # it goes on for a moment
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
