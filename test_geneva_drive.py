@@ -1522,6 +1522,22 @@ def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
     assert StepExecution._with_workflow(0) is Workflow._row(id=0) is None
 
 
+@pytest.mark.parametrize("hero_id", ["ä😀\u2028", "\x01\x1f\x7f", "\n\t\r/", '"a\\"\\u0041', " b "])
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)
+def test_a_row_that_mariadb_hands_over_as_json_is_the_row(database, drive, hero_id):
+    context = {'"\\ \n': ["😀", 1.5, None, True, 2**70, "\0"]}
+    workflow = Plain.create(hero=Country.create(code=hero_id), context=context, options={"queue": "default"})
+    whole = {"cursor": "😀\n", "signal_id": 2**62 + 1, "times_out_at": START, "job_id": "'%s"}
+    scheduled(workflow)._write(**whole)
+    execution = StepExecution._with_workflow(scheduled(workflow).id, drive._has_fast_paths())
+    assert (execution.__data__, execution.workflow.__data__) == (
+        scheduled(workflow).__data__,
+        reload(workflow).__data__,
+    )
+    assert execution.workflow.hero_id == hero_id
+    assert StepExecution._with_workflow(0, drive._has_fast_paths()) is None
+
+
 def test_the_embedded_queue_reads_its_schedule_as_huey_storage_does(drive, db):
     storage, plain, start = drive.huey.storage, gd.SqlStorage, datetime(2026, 3, 1)
     others = gd._EmbeddedStorage("others", drive)
