@@ -116,8 +116,8 @@ READY, PERFORMING, PAUSED, FINISHED, CANCELED = "ready", "performing", "paused",
 SCHEDULED, WAITING, IN_PROGRESS = "scheduled", "waiting", "in_progress"
 COMPLETED, FAILED, SKIPPED = "completed", "failed", "skipped"
 
-ONGOING = (READY, PERFORMING, PAUSED)
-WORKFLOW_STATES = (*ONGOING, FINISHED, CANCELED)
+ONGOING, OVER = (READY, PERFORMING, PAUSED), (FINISHED, CANCELED)
+WORKFLOW_STATES = (*ONGOING, *OVER)
 TO_CLAIM = (SCHEDULED, WAITING)
 ACTIVE = (*TO_CLAIM, IN_PROGRESS)
 
@@ -1236,12 +1236,17 @@ class _Record(Model):
 
     @classmethod
     def _lock(cls, *where: Any, skip_locked: bool = False) -> Any:
-        """The row, or None, locked until the transaction ends: a plain read could be served from an old snapshot."""
-        query, database = cls._meta.model.select().where(*where), cls._meta.database
+        """The row, or None, locked until the transaction ends."""
+        return cls._locking(cls._meta.model.select().where(*where), skip_locked).get_or_none()
+
+    @classmethod
+    def _locking(cls, query: Any, skip_locked: bool = False) -> Any:
+        """A query that locks its rows: a plain one could be served from an old snapshot."""
+        database = cls._meta.database
         # SQLite's transactions hold the one write lock anyway; outside of one there is neither snapshot nor lock.
-        if database.for_update and database.in_transaction():
-            query = query.for_update(_drive()._skip_locked if skip_locked else True)
-        return query.get_or_none()
+        if not database.for_update or not database.in_transaction():
+            return query
+        return query.for_update(_drive()._skip_locked if skip_locked else True)
 
 
 def _in_state(state: str, doc: str) -> _StateQuery:
@@ -1561,7 +1566,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             before = query.join(WorkflowSignal).where((WorkflowSignal.name == name) & key)
             if before.exists():
                 return False
-        ongoing = _locked(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id))
+        ongoing = list(cls._locking(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id)))
         about = f"{cls.__name__}.signal_hero({_hero_label(*_hero_key(hero))})"
         if len(ongoing) > 1:
             ids = ", ".join(str(each.id) for each in ongoing)
@@ -1863,74 +1868,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return super().save(only=[Workflow.context])
 
 
-class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        about = cast("dict[str, Any]", self.extra)
-        kwargs["extra"] = {**about, **kwargs.get("extra", {})}
-        step_name = f" step {about['step_name']}" if about["step_name"] else ""
-        execution = f" execution {about['execution_id']}" if about["execution_id"] else ""
-        prefix = f"{about['workflow_type']} {about['workflow_id']} of {about['hero']}{step_name}{execution}"
-        return f"[{prefix.replace('%', '%%')}] {msg}", kwargs
-
-
-def _locked(query: Any) -> list[Any]:
-    """The rows of a query, in spite of the old snapshot that a caller's transaction may see on MySQL."""
-    db = Workflow._meta.database
-    return list(query.for_update() if db.for_update and db.in_transaction() else query)
-
-
-def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
-    return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
-
-
-#: Of durations, the largest first, in milliseconds.
-UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
-
-
-def _span(duration: timedelta, parts: int | None = None) -> str:
-    """A duration for people, "2 d 3 h"; of it, the so many largest parts, or the nearest one."""
-    left, words = abs(duration) // timedelta(milliseconds=1), []
-    if parts == 1:  # two days that have just begun are not one
-        size = next((size for size in UNITS.values() if left >= size), 1)
-        left = round(left / size) * size
-    for unit, size in UNITS.items():
-        number, left = divmod(left, size)
-        words += [f"{number} {unit}"] if number else []
-    return " ".join(words[:parts]) or "0 ms"
-
-
-def _name_of(function: Any) -> str:
-    """How a condition or a handler is called; a lambda has no name to speak of."""
-    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
-    return name.replace("<lambda>", "…")
-
-
-def _signal_note(definition: StepDefinition) -> str:
-    limit = "" if definition.timeout is None else f", after {_span(definition.timeout)} {definition.on_timeout}"
-    return f"wait for {definition.wait_for}{limit}"
-
-
-def _policy_note(policy: ExceptionPolicy) -> str:
-    kinds = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in policy.matching or ()) or "error"
-    if isinstance(policy, _HandlerPolicy):
-        return f"on {kinds}: {_name_of(policy.handler)}"
-    limit = "" if policy.max_reattempts is None else f" {policy.max_reattempts} times, then {policy.terminal_action}"
-    return f"on {kinds}: {policy.action}{limit if policy.action == 'reattempt' else ''}"
-
-
-def _mermaid_node(node: str, shape: str, *lines: str) -> str:
-    # Names may hold anything printable: what could be Mermaid's, HTML's or Markdown's goes by its number.
-    def by_number(found: re.Match[str]) -> str:
-        return "".join(f"#{ord(each)};" for each in found[0])
-
-    safe = [re.sub(r"[^\w ,:…]|\b_+|_+\b", by_number, line) for line in lines]
-    return f"    {node}" + shape.format(f'"{"<br/>".join(safe)}"')
-
-
 def _ongoing_rows() -> Any:
     """The rows that the unique index of ongoing workflows holds; literals, or SQLite would not see that it applies."""
-    states = ", ".join(f"'{state}'" for state in ONGOING)
-    return SQL(f"state in ({states}) and not allow_multiple")
+    return SQL(f"state in {ONGOING} and not allow_multiple")
 
 
 Workflow._blueprint = _Blueprint(Workflow, frozenset())
@@ -1938,7 +1878,9 @@ Workflow._blueprint = _Blueprint(Workflow, frozenset())
 #: What others may write to while a step is performed, and the next one is to see. The rest of the row is known.
 OF_OTHERS: list[Any] = [Workflow.context, Workflow.options]
 
-# What a call from outside does; the workflow's row is locked, its active execution, if any, is `active`.
+# ==== Calls from outside of a step ====================================================================================
+
+# The workflow's row is locked; its active execution, if any, is `active`.
 
 
 def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) -> bool:
@@ -2231,15 +2173,6 @@ class WorkflowSignal(_Record):
 MODELS = (Workflow, StepExecution, WorkflowSignal)
 
 
-class _SchemaVersion(Model):
-    """A row for each version of the schema that `create_tables()` has brought the database to; the highest counts."""
-
-    version: peewee.Field[int] = peewee.IntegerField(primary_key=True)
-
-    class Meta:
-        table_name = "geneva_drive_schema"
-
-
 # ==== The executor: one attempt, from claim to record =================================================================
 
 
@@ -2519,10 +2452,9 @@ class _Attempt:
 
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
-        if not isinstance(error, (Exception, SystemExit, asyncio.CancelledError)) or self.drive._is_connection_lost(
-            error
-        ):
-            # KeyboardInterrupt and its like are about the process, a lost connection about the server: not the step.
+        # KeyboardInterrupt and its like are about the process, a lost connection about the server: not the step.
+        is_of_step = isinstance(error, (Exception, SystemExit, asyncio.CancelledError))
+        if not is_of_step or self.drive._is_connection_lost(error):
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
@@ -2530,9 +2462,9 @@ class _Attempt:
         action = decision.action
         if action == "reattempt" and policy.max_reattempts is not None and reattempts >= policy.max_reattempts:
             action = policy.terminal_action
-        surfaces = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
         self.workflow.logger.info("%s: %s after %s reattempts", type(error).__name__, action, reattempts)
-        surfaces = surfaces or isinstance(error, SystemExit)
+        is_reported = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
+        surfaces = is_reported or isinstance(error, SystemExit)
         return _Verdict("error", action, decision.wait, error, surfaces, rewind=decision.rewind)
 
     def _policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
@@ -2639,8 +2571,7 @@ class _Attempt:
             return None
         now = self.drive._now()
         changes, ended, follows = self._decide(verdict, run_on, now)
-        definition = follows and self.workflow._find(follows["step_name"])
-        if definition and definition.wait_for is not None:  # whether its signal came is known under the lock alone
+        if follows and self._waits(follows):  # whether its signal came is known under the lock alone
             return None
         begins, message = follows and self._next_values(follows, changes["state"], now), None
         if begins and begins["state"] == SCHEDULED:
@@ -2747,13 +2678,16 @@ class _Attempt:
 
     def _runs_on(self, follows: dict[str, Any], now: datetime) -> bool:
         """Whether the next execution is due now, on the queue and with the priority that we are on."""
-        route, definition = (
-            functools.partial(self.drive._route, self.workflow),
-            self.workflow._find(follows["step_name"]),
-        )
         # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
-        waits = definition is not None and definition.wait_for is not None
-        return not waits and follows["due"] <= now and route(follows["step_name"]) == route(self.execution.step_name)
+        if follows["due"] > now or self._waits(follows):
+            return False
+        route = functools.partial(self.drive._route, self.workflow)
+        return route(follows["step_name"]) == route(self.execution.step_name)
+
+    def _waits(self, follows: dict[str, Any]) -> bool:
+        """Whether the step that follows is one that waits for a signal."""
+        definition = self.workflow._find(follows["step_name"])
+        return definition is not None and definition.wait_for is not None
 
     def _go_on(self, follows: dict[str, Any], changes: dict[str, Any], now: datetime) -> _Attempt | None:
         """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
@@ -3456,92 +3390,14 @@ class GenevaDrive:
         :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
         :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
         """
-        has_queue = any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.queues.values())
-        parts = list(self._schema_parts(has_queue))
-        # Always looked at, however new the version: a queue may have come to the drive, or an index been dropped. The
-        # first look takes no lock; SQLite has its own, and many that open a new file at once lock each other out.
-        if not self._transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
-            return
-        if self._dialect == "mysql" and self._db.in_transaction():
-            problem = "create_tables() has tables to change, which commits the transaction around it"
-            raise GenevaDriveError(f"{problem}: call it outside of transactions")
-        for part in parts:  # each by itself: who locked two tables at once would deadlock with those at work
-            self._transact(functools.partial(self._complete, part), SCHEMA_PATIENCE_SECONDS)
-
-    def _schema_parts(self, has_queue: bool) -> Iterator[Callable[[], list[str]]]:
-        """What the schema is made of, in the order of making it: each part returns the statements that it lacks."""
-        sections = ["every database", self._dialect, *["embedded queue"] * has_queue]
-        models: list[Any] = [*MODELS, _SchemaVersion, *(self._embedded_models if has_queue else ())]
-        for model in models:
-            yield functools.partial(self._lacking_columns, model)
-        for section in sections:
-            for statement in _schema_statements(section):
-                yield functools.partial(self._lacking_statement, statement)
-        yield self._lacking_version
-
-    def _complete(self, part: Callable[[], list[str]]) -> None:
-        """Execute what a part lacks, one process at a time."""
-        lock, unlock = SCHEMA_LOCKS[self._dialect]
-        for statement in lock:
-            self._db.execute_sql(statement)
-        try:
-            for statement in part():
-                self._db.execute_sql(statement)
-        finally:
-            with contextlib.suppress(peewee.PeeweeException):  # after a failure, the rollback undoes the lock too
-                for statement in unlock:
-                    self._db.execute_sql(statement)
-
-    def _lacking_columns(self, model: Any) -> list[str]:
-        if not model.table_exists():
-            return [model._schema._create_table().query()[0]]
-        known = {column.name for column in self._db.get_columns(model._meta.table_name)}
-        return [_add_column(model, each) for each in model._meta.sorted_fields if each.column_name not in known]
-
-    def _lacking_statement(self, statement: str) -> list[str]:
-        return [] if self._is_applied(statement) else [statement]
-
-    def _lacking_version(self) -> list[str]:
-        # A newer version stays: what it needs is there, and what this code needs is there too.
-        is_older = self._schema_version() < SCHEMA_VERSION
-        return [f"insert into {_SchemaVersion._meta.table_name} (version) values ({SCHEMA_VERSION})"] * is_older
-
-    def _is_applied(self, statement: str) -> bool:
-        index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
-        if index:
-            return any(each.name == index[1] for each in self._db.get_indexes(index[2]))
-        trigger = re.match(r"create trigger (\w+)", statement)
-        if trigger:
-            query = "select 1 from sqlite_master where type = 'trigger' and name = ?"
-            return self._db.execute_sql(query, (trigger[1],)).fetchone() is not None
-        column = re.match(r"alter table (\w+) add column (\w+)", statement)
-        if column:
-            return any(each.name == column[2] for each in self._db.get_columns(column[1]))
-        raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
-
-    def _schema_version(self) -> int:
-        """The version that the database is at; 0 where there are no tables."""
-        if not Workflow.table_exists():
-            return 0
-        newest = _SchemaVersion.select(peewee.fn.MAX(_SchemaVersion.version))
-        return (_SchemaVersion.table_exists() and newest.scalar()) or 1  # the first release recorded none
-
-    def _schema_problem(self) -> str | None:
-        """Why this code cannot work on the database, if it cannot: the tables are missing, or older than the code."""
-        version, database = self._schema_version(), f"the database {self._db.database!r}"
-        if not version:
-            return f"{database} has no tables of GenevaDrive: call drive.create_tables() once, if it is the right one"
-        if version < SCHEMA_VERSION:
-            needed = f"this version of GenevaDrive needs version {SCHEMA_VERSION}"
-            return f"the schema of {database} is at version {version}, {needed}: call drive.create_tables()"
-        return None
+        _Schema(self).complete()
 
     def _start_consumer(self, start: Callable[[], None]) -> None:
         """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
         was_closed = self._db.is_closed()
         try:
             self._connect_worker()
-            problem = self._schema_problem()
+            problem = _Schema(self).problem()
         except peewee.PeeweeException as error:  # a consumer outlives that its database is away
             logger.warning("the version of the schema cannot be read: %s", error)
             problem = None
@@ -3777,13 +3633,13 @@ class GenevaDrive:
 
         :returns: the violations, a sentence each; empty when all is sound.
         """
-        if problem := self._schema_problem():
+        if problem := _Schema(self).problem():
             return [problem]
         found = []
         for sentence, query in VIOLATIONS.items():
             rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
             found += [sentence.format(*map(_as_text, row)) for row in rows]
-        missing = [statement for part in self._schema_parts(has_queue=False) for statement in part()]
+        missing = [statement for part in _Schema(self).parts(has_queue=False) for statement in part()]
         return found + [f"the schema lacks: {statement}" for statement in missing]
 
     def stats(self) -> list[Metric]:
@@ -3828,37 +3684,36 @@ class GenevaDrive:
     def _clean_up(self) -> dict[str, int]:
         if self.delete_completed_workflows_after is None:
             return {}
-        moment = self._now() - self.delete_completed_workflows_after
-        expired = SQL(f"state in ('{FINISHED}', '{CANCELED}')") & (Workflow.transitioned_at < moment)
+        moment, deleted = self._now() - self.delete_completed_workflows_after, []
         # MySQL has no index over both states, and would sort what is in them for each batch.
-        parts = [expired & (Workflow.state == state) for state in (FINISHED, CANCELED)]
-        queries = [
-            Workflow.select(Workflow.id).where(part) for part in (parts if self._dialect == "mysql" else [expired])
-        ]
-
-        def delete(ids: list[int]) -> tuple[int, int]:
-            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
-            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
-            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
-
-        deleted = []
-        batches = (self._batches(query, Workflow.transitioned_at) for query in queries)
-        for workflows in itertools.chain.from_iterable(batches):
-            ids, began = [workflow.id for workflow in workflows], time.monotonic()
-            try:
-                deleted.append(self._transact(functools.partial(delete, ids)))
-            except peewee.IntegrityError:  # rows of the application's refer to one of them
-                for each in ids:
-                    try:
-                        deleted.append(self._transact(functools.partial(delete, [each])))
-                    except peewee.IntegrityError as error:
-                        logger.warning("workflow %s cannot be deleted: %s", each, error)
-            # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
-            time.sleep(min(1, time.monotonic() - began))
+        each_state = [f"state = '{state}'" for state in OVER]
+        for condition in each_state if self._dialect == "mysql" else [f"state in {OVER}"]:
+            expired = SQL(condition) & (Workflow.transitioned_at < moment)
+            for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
+                began = time.monotonic()
+                deleted += self._delete([each.id for each in workflows], expired)
+                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
+                time.sleep(min(1, time.monotonic() - began))
         return {
             "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
             "step_executions_cleaned_up": sum(executions for _, executions in deleted),
         }
+
+    def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
+        """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
+
+        def delete() -> tuple[int, int]:
+            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
+            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
+            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
+
+        try:
+            return [self._transact(delete)]
+        except peewee.IntegrityError as error:  # rows of the application's refer to one of them
+            if len(ids) > 1:
+                return [pair for each in ids for pair in self._delete([each], expired)]
+            logger.warning("workflow %s cannot be deleted: %s", ids[0], error)
+            return []
 
     def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
         """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
@@ -3995,7 +3850,7 @@ class GenevaDrive:
 
     def _requeue(self, query: Any, route: _Route) -> int:
         # The lock makes a second sweep wait, and then see that these are queued.
-        executions = list(query.for_update() if self._db.for_update else query)
+        executions = list(StepExecution._locking(query))
         changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
         StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in executions])).execute()
         for execution in executions:
@@ -4043,6 +3898,60 @@ def _job_id(moment: datetime) -> str:
 
 def _queued_at(job_id: str) -> datetime:
     return datetime.fromtimestamp(int(job_id.partition("-")[0]) / 1_000_000, timezone.utc)
+
+
+def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
+    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain those that started."""
+    started: list[Consumer] = []
+    with _stop_signals() as stop:
+        try:
+            for consumer in consumers:
+                consumer._set_signal_handlers = lambda: None  # ours stop all of them
+                consumer.start()
+                started.append(consumer)
+            checked = time.monotonic()
+            while not stop.wait(0.1) and not (until and until()):
+                if time.monotonic() - checked > 10:
+                    checked = time.monotonic()
+                    for consumer in consumers:
+                        consumer.check_worker_health()
+        finally:
+            _drain(started, drain_seconds)
+
+
+def _drain(consumers: list[Consumer], seconds: float | None) -> None:
+    """Stop consumers all at once, and wait for the steps under way, together not longer than that."""
+    logger.info("draining: the steps under way are ended, the next ones wait in the tables")
+    began = time.monotonic()
+    for consumer in consumers:
+        consumer.stop_flag.set()
+    with contextlib.suppress(KeyboardInterrupt):  # Huey's own stop() would suppress it too, and the next one wait again
+        for consumer in consumers:
+            if seconds is not None:
+                consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
+            consumer._join_workers()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, the second one interrupting; in the main thread, where signals arrive."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    here = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# ==== Drivers: what an error or a connection tells ====================================================================
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -4108,6 +4017,8 @@ class _InTurn:
             self.turn.release()
 
 
+# ==== Processes, and the heartbeat of each ============================================================================
+
 _inherited_connections: list[Any] = []
 
 
@@ -4168,57 +4079,6 @@ def _is_process_gone(name: str | None) -> bool:
         return False
 
 
-def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
-    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain those that started."""
-    started: list[Consumer] = []
-    with _stop_signals() as stop:
-        try:
-            for consumer in consumers:
-                consumer._set_signal_handlers = lambda: None  # ours stop all of them
-                consumer.start()
-                started.append(consumer)
-            checked = time.monotonic()
-            while not stop.wait(0.1) and not (until and until()):
-                if time.monotonic() - checked > 10:
-                    checked = time.monotonic()
-                    for consumer in consumers:
-                        consumer.check_worker_health()
-        finally:
-            _drain(started, drain_seconds)
-
-
-def _drain(consumers: list[Consumer], seconds: float | None) -> None:
-    """Stop consumers all at once, and wait for the steps under way, together not longer than that."""
-    logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-    began = time.monotonic()
-    for consumer in consumers:
-        consumer.stop_flag.set()
-    with contextlib.suppress(KeyboardInterrupt):  # Huey's own stop() would suppress it too, and the next one wait again
-        for consumer in consumers:
-            if seconds is not None:
-                consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
-            consumer._join_workers()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, the second one interrupting; in the main thread, where signals arrive."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    here = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 class _Heartbeat:
     """Renews the heartbeat of the executions that this process performs, from one background thread."""
 
@@ -4272,7 +4132,7 @@ class _Heartbeat:
                     ids = [each.execution.id for each in list(self.beating)]
                     mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
                     # What a checkpoint in a body's transaction has locked must not keep the others waiting.
-                    free = StepExecution.select(StepExecution.id).where(mine).for_update(drive._skip_locked)
+                    free = StepExecution._locking(StepExecution.select(StepExecution.id).where(mine), skip_locked=True)
                     beating = [each.id for each in free]
                     now = drive._now() - self._ahead()
                     StepExecution.update(heartbeat_at=now).where(StepExecution.id.in_(beating)).execute()
@@ -4559,7 +4419,7 @@ class _EmbeddedStorage(SqlStorage):
             self.drive._connect_worker()
 
 
-# ==== The schema file =================================================================================================
+# ==== The schema ======================================================================================================
 
 SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 
@@ -4596,6 +4456,104 @@ SCHEMA_LOCKS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+class _SchemaVersion(Model):
+    """A row for each version of the schema that `create_tables()` has brought the database to; the highest counts."""
+
+    version: peewee.Field[int] = peewee.IntegerField(primary_key=True)
+
+    class Meta:
+        table_name = "geneva_drive_schema"
+
+
+class _Schema:
+    """The tables of a drive, and what they lack."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive, self.db = drive, drive._db
+
+    def complete(self) -> None:
+        """See :meth:`GenevaDrive.create_tables`."""
+        has_queue = any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.drive.queues.values())
+        parts = list(self.parts(has_queue))
+        # Always looked at, however new the version: a queue may have come to the drive, or an index been dropped. The
+        # first look takes no lock; SQLite has its own, and many that open a new file at once lock each other out.
+        if not self.drive._transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
+            return
+        if self.drive._dialect == "mysql" and self.db.in_transaction():
+            problem = "create_tables() has tables to change, which commits the transaction around it"
+            raise GenevaDriveError(f"{problem}: call it outside of transactions")
+        for part in parts:  # each by itself: who locked two tables at once would deadlock with those at work
+            self.drive._transact(functools.partial(self._add, part), SCHEMA_PATIENCE_SECONDS)
+
+    def parts(self, has_queue: bool) -> Iterator[Callable[[], list[str]]]:
+        """What the schema is made of, in the order of making it: each part returns the statements that it lacks."""
+        sections = ["every database", self.drive._dialect, *["embedded queue"] * has_queue]
+        models: list[Any] = [*MODELS, _SchemaVersion, *(self.drive._embedded_models if has_queue else ())]
+        for model in models:
+            yield functools.partial(self._lacking_columns, model)
+        for section in sections:
+            for statement in _schema_statements(section):
+                yield functools.partial(self._lacking_statement, statement)
+        yield self._lacking_version
+
+    def _add(self, part: Callable[[], list[str]]) -> None:
+        """Execute what a part lacks, one process at a time."""
+        lock, unlock = SCHEMA_LOCKS[self.drive._dialect]
+        for statement in lock:
+            self.db.execute_sql(statement)
+        try:
+            for statement in part():
+                self.db.execute_sql(statement)
+        finally:
+            with contextlib.suppress(peewee.PeeweeException):  # after a failure, the rollback undoes the lock too
+                for statement in unlock:
+                    self.db.execute_sql(statement)
+
+    def _lacking_columns(self, model: Any) -> list[str]:
+        if not model.table_exists():
+            return [model._schema._create_table().query()[0]]
+        known = {column.name for column in self.db.get_columns(model._meta.table_name)}
+        return [_add_column(model, each) for each in model._meta.sorted_fields if each.column_name not in known]
+
+    def _lacking_statement(self, statement: str) -> list[str]:
+        return [] if self._is_applied(statement) else [statement]
+
+    def _lacking_version(self) -> list[str]:
+        # A newer version stays: what it needs is there, and what this code needs is there too.
+        is_older = self.version() < SCHEMA_VERSION
+        return [f"insert into {_SchemaVersion._meta.table_name} (version) values ({SCHEMA_VERSION})"] * is_older
+
+    def _is_applied(self, statement: str) -> bool:
+        index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
+        if index:
+            return any(each.name == index[1] for each in self.db.get_indexes(index[2]))
+        trigger = re.match(r"create trigger (\w+)", statement)
+        if trigger:
+            query = "select 1 from sqlite_master where type = 'trigger' and name = ?"
+            return self.db.execute_sql(query, (trigger[1],)).fetchone() is not None
+        column = re.match(r"alter table (\w+) add column (\w+)", statement)
+        if column:
+            return any(each.name == column[2] for each in self.db.get_columns(column[1]))
+        raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
+
+    def version(self) -> int:
+        """The version that the database is at; 0 where there are no tables."""
+        if not Workflow.table_exists():
+            return 0
+        newest = _SchemaVersion.select(peewee.fn.MAX(_SchemaVersion.version))
+        return (_SchemaVersion.table_exists() and newest.scalar()) or 1  # the first release recorded none
+
+    def problem(self) -> str | None:
+        """Why this code cannot work on the database, if it cannot: the tables are missing, or older than the code."""
+        version, database = self.version(), f"the database {self.db.database!r}"
+        if not version:
+            return f"{database} has no tables of GenevaDrive: call drive.create_tables() once, if it is the right one"
+        if version < SCHEMA_VERSION:
+            needed = f"this version of GenevaDrive needs version {SCHEMA_VERSION}"
+            return f"the schema of {database} is at version {version}, {needed}: call drive.create_tables()"
+        return None
+
+
 def _schema_statements(section: str) -> list[str]:
     """The statements of one section of the schema file, comments removed."""
     try:
@@ -4613,6 +4571,67 @@ def _schema_statements(section: str) -> list[str]:
 def _add_column(model: Any, column: peewee.Field) -> str:
     ctx = model._schema._create_context()
     return cast(str, ctx.literal("alter table ").sql(model).literal(" add column ").sql(column.ddl(ctx)).query()[0])
+
+
+# ==== Words for people: logs, labels, charts ==========================================================================
+
+
+class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        about = cast("dict[str, Any]", self.extra)
+        kwargs["extra"] = {**about, **kwargs.get("extra", {})}
+        step_name = f" step {about['step_name']}" if about["step_name"] else ""
+        execution = f" execution {about['execution_id']}" if about["execution_id"] else ""
+        prefix = f"{about['workflow_type']} {about['workflow_id']} of {about['hero']}{step_name}{execution}"
+        return f"[{prefix.replace('%', '%%')}] {msg}", kwargs
+
+
+def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
+    return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
+
+
+#: Of durations, the largest first, in milliseconds.
+UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
+
+
+def _span(duration: timedelta, parts: int | None = None) -> str:
+    """A duration for people, "2 d 3 h"; of it, the so many largest parts, or the nearest one."""
+    left, words = abs(duration) // timedelta(milliseconds=1), []
+    if parts == 1:  # two days that have just begun are not one
+        size = next((size for size in UNITS.values() if left >= size), 1)
+        left = round(left / size) * size
+    for unit, size in UNITS.items():
+        number, left = divmod(left, size)
+        words += [f"{number} {unit}"] if number else []
+    return " ".join(words[:parts]) or "0 ms"
+
+
+def _name_of(function: Any) -> str:
+    """How a condition or a handler is called; a lambda has no name to speak of."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
+    return name.replace("<lambda>", "…")
+
+
+def _signal_note(definition: StepDefinition) -> str:
+    limit = "" if definition.timeout is None else f", after {_span(definition.timeout)} {definition.on_timeout}"
+    return f"wait for {definition.wait_for}{limit}"
+
+
+def _policy_note(policy: ExceptionPolicy) -> str:
+    kinds = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in policy.matching or ()) or "error"
+    if isinstance(policy, _HandlerPolicy):
+        return f"on {kinds}: {_name_of(policy.handler)}"
+    limit = "" if policy.max_reattempts is None else f" {policy.max_reattempts} times, then {policy.terminal_action}"
+    return f"on {kinds}: {policy.action}{limit if policy.action == 'reattempt' else ''}"
+
+
+def _mermaid_node(node: str, shape: str, *lines: str) -> str:
+    # Names may hold anything printable: what could be Mermaid's, HTML's or Markdown's goes by its number.
+    def by_number(found: re.Match[str]) -> str:
+        return "".join(f"#{ord(each)};" for each in found[0])
+
+    safe = [re.sub(r"[^\w ,:…]|\b_+|_+\b", by_number, line) for line in lines]
+    return f"    {node}" + shape.format(f'"{"<br/>".join(safe)}"')
 
 
 # ==== Help for tests ==================================================================================================
@@ -4869,7 +4888,7 @@ class _CommandLine:
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
         if command != "graph":
             self.drive._connect_worker()
-            if problem := self.drive._schema_problem():
+            if problem := _Schema(self.drive).problem():
                 raise GenevaDriveError(problem)
         return cast(int, getattr(self, f"_{command}", self._control)())
 
