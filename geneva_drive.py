@@ -1523,6 +1523,31 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """
         self._control("resume_at", functools.partial(_moved, step_name=step_name))
 
+    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
+        """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
+        if self._attempt is not None and ("step", call) in EFFECTS:
+            raise _FlowControl(call, wait, rewind)
+        drive = _drive()
+
+        def locked_change() -> Workflow:
+            row, active = Workflow._lock_with_active(self.id)
+            if row is None:
+                raise Workflow.DoesNotExist(f"{self._label} was deleted; {call}() came too late")
+            if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
+                raise InvalidStateError(row, call)
+            before = row.state
+            change(drive, row, active)
+            drive._announce(row, before, row.state)
+            return row
+
+        self._take_over(drive._transact(locked_change))
+
+    @classmethod
+    def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
+        """The row and its active execution, each or None, in the order in which everything locks them."""
+        row = Workflow._lock(Workflow.id == workflow_id)
+        return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
+
     # -- signals ----------------------------------------------------------------------------------------------------
 
     #: In the body of a step with `wait_for`: the payload of the signal that it was given; None after a timeout.
@@ -1584,31 +1609,6 @@ class Workflow(_Record, metaclass=_WorkflowType):
             raise TypeError(f"the idempotency_key of the signal {name!r} must be text, not {key!r}")
         if key is not None and not _is_name(key):
             raise ValueError(f"the idempotency_key of the signal {name!r} must have 1 to 255 printable characters")
-
-    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
-        """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
-        if self._attempt is not None and ("step", call) in EFFECTS:
-            raise _FlowControl(call, wait, rewind)
-        drive = _drive()
-
-        def locked_change() -> Workflow:
-            row, active = Workflow._lock_with_active(self.id)
-            if row is None:
-                raise Workflow.DoesNotExist(f"{self._label} was deleted; {call}() came too late")
-            if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
-                raise InvalidStateError(row, call)
-            before = row.state
-            change(drive, row, active)
-            drive._announce(row, before, row.state)
-            return row
-
-        self._take_over(drive._transact(locked_change))
-
-    @classmethod
-    def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
-        """The row and its active execution, each or None, in the order in which everything locks them."""
-        row = Workflow._lock(Workflow.id == workflow_id)
-        return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
 
     # -- resumable steps --------------------------------------------------------------------------------------------
 
@@ -3059,58 +3059,6 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
 QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
-#: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
-VIOLATIONS = {
-    "workflow {0} has {1} active executions": """
-        select workflow_id, count(*) from geneva_drive_step_executions where state in {active}
-        group by workflow_id having count(*) > 1""",
-    "{1} {0} has {3} ongoing workflows of the type {2}": """
-        select hero_id, hero_type, type, count(*) from geneva_drive_workflows
-        where state in {ongoing} and not allow_multiple and hero_id is not null
-        group by hero_id, hero_type, type having count(*) > 1""",
-    "workflow {0} is {1}, but its execution {2} is {3}": """
-        select w.id, w.state, e.id, e.state from geneva_drive_workflows w
-        join geneva_drive_step_executions e on e.workflow_id = w.id where e.state in {active} and not (
-            w.state = 'performing' and e.state = 'in_progress' or w.state = 'canceled' and e.state = 'in_progress'
-            or w.state in ('ready', 'paused') and e.state in ('scheduled', 'waiting'))""",
-    "workflow {0} is {1}, but no execution of it is active": """
-        select w.id, w.state from geneva_drive_workflows w where w.state in ('ready', 'performing') and not exists (
-            select 1 from geneva_drive_step_executions e where e.workflow_id = w.id and e.state in {active})""",
-    "workflow {0} counts {1} executions, but its newest is number {2}": """
-        select w.id, w.execution_count, max(e.number) from geneva_drive_workflows w
-        left join geneva_drive_step_executions e on e.workflow_id = w.id
-        group by w.id, w.execution_count having max(e.number) is null or max(e.number) <> w.execution_count""",
-    "workflow {0} is {1}, but stands at the step {2}": """
-        select id, state, current_step_name from geneva_drive_workflows
-        where (state in {ongoing}) = (current_step_name is null)""",
-    "execution {0} is {1}, but the outcome {2} and the end {3} do not fit": """
-        select id, state, outcome, finished_at from geneva_drive_step_executions
-        where (state in {active}) = (outcome is not null) or (state in {active}) = (finished_at is not null)""",
-    "execution {0} belongs to the workflow {1}, which is gone": """
-        select e.id, e.workflow_id from geneva_drive_step_executions e
-        where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
-    "execution {0} waits for the signal {1}, which is there": """
-        select e.id, e.waiting_for from geneva_drive_step_executions e
-        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
-        where e.state = 'waiting' and exists (
-            select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
-            and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
-    "execution {0} waits for no signal": """
-        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
-    "signal {0} belongs to the workflow {1}, which is gone": """
-        select s.id, s.workflow_id from geneva_drive_signals s
-        where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
-}
-
-
-class Metric(NamedTuple):
-    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
-
-
 _current_drive: GenevaDrive | None = None
 
 
@@ -3183,6 +3131,18 @@ class GenevaDrive:
         """The default queue, for `huey_consumer app.huey`."""
         return self.queues[DEFAULT_QUEUE]
 
+    def create_tables(self) -> None:
+        """Create the tables, columns and indexes that are missing, and record the version of the schema.
+
+        Safe to call at every start, by many processes at once and while others work, those with the code of an earlier
+        or later version included: nothing is taken away or made narrower. A call that was cut off is completed by the
+        next one.
+
+        :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
+        :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
+        """
+        _Schema(self).complete()
+
     # -- the database -----------------------------------------------------------------------------------------------
 
     @property
@@ -3195,70 +3155,6 @@ class GenevaDrive:
     @property
     def _dialect(self) -> str:
         return _dialect(self._db)
-
-    @property
-    def _skip_locked(self) -> str | None:
-        """The clause that locks rows and passes over those that are locked; None where there are no such locks."""
-        if not self._db.for_update:
-            return None
-        self._db.connection()  # only a connected database knows its server's version
-        version = self._db.server_version
-        if self._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
-            return "FOR UPDATE"
-        return "FOR UPDATE SKIP LOCKED"
-
-    def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
-        """The statement that a query makes on a database, made when it is first asked for."""
-        if isinstance(database, peewee.Proxy):
-            database = database.obj or self._db
-        found = self._statements.get((database, key))
-        if found is None:
-            found = self._statements[database, key] = _Built(database, query())
-        return found
-
-    def _next_execution_id(self) -> str:
-        """PostgreSQL's expression for the next number of an execution; null if no sequence belongs to the column."""
-        query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
-        ((name,),) = self._ask(query, lambda: self._db.execute_sql(query).fetchall())
-        return f"nextval('{name}')" if name else "null::bigint"
-
-    def _has_fast_paths(self) -> bool:
-        return self._dialect in AT_ONCE and (self._dialect != "mysql" or self._takes_blocks())
-
-    def _takes_blocks(self) -> bool:
-        """Whether the server executes a block of statements as one, as MariaDB does, and the driver can have that."""
-        return self._ask("blocks", self._try_block)
-
-    def _try_block(self) -> bool:
-        try:
-            return self._execute_block("select 1;", ()) == (1,)
-        except Exception as error:  # of the server's, for its syntax, or of the driver's
-            if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
-                raise
-            logger.debug("there are no blocks of statements here: %s", error)
-            return False
-
-    def _ask(self, question: str, ask: Callable[[], T]) -> T:
-        """What is asked of each database once."""
-        if (self._db, question) not in self._answers:
-            self._answers[self._db, question] = ask()
-        return cast(T, self._answers[self._db, question])
-
-    def _execute_block(self, block: str, parameters: Sequence[Any]) -> Any:
-        """Have MariaDB execute statements as one; returns the row that is selected last, or None."""
-        row = None
-        try:
-            cursor = self._db.execute_sql(f"begin not atomic {block} end", parameters)
-            with peewee.__exception_wrapper__:
-                while True:  # what fails behind a row, a commit, is told by nextset()
-                    if cursor.description:
-                        row = cursor.fetchone()
-                    if not cursor.nextset():
-                        return row
-        except BaseException:  # a transaction that the block has begun is left open
-            with contextlib.suppress(peewee.PeeweeException):
-                self._db.rollback()
-            raise
 
     def _now(self) -> datetime:
         return self.clock()
@@ -3317,6 +3213,16 @@ class GenevaDrive:
                 logger.exception("failed after a commit; housekeeping makes up for it")
 
         self._db.after_commit(guarded)
+
+    def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
+        """Tell of a transition once it is committed."""
+        if old == new:
+            return
+        logger.info("%s: %s -> %s", workflow._label, old or "new", new)
+        if workflow_transitioned._receiver_list:
+            self._after_commit(lambda: workflow_transitioned.send(workflow, old, new))
+
+    # -- connections ------------------------------------------------------------------------------------------------
 
     def _roll_back_to(self, depth: int) -> bool:
         """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
@@ -3380,37 +3286,75 @@ class GenevaDrive:
                     database._pool_available = threading.Condition(database._pool_lock)
                 database.dispose()
 
-    def create_tables(self) -> None:
-        """Create the tables, columns and indexes that are missing, and record the version of the schema.
+    # -- statements -------------------------------------------------------------------------------------------------
 
-        Safe to call at every start, by many processes at once and while others work, those with the code of an earlier
-        or later version included: nothing is taken away or made narrower. A call that was cut off is completed by the
-        next one.
+    def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
+        """The statement that a query makes on a database, made when it is first asked for."""
+        if isinstance(database, peewee.Proxy):
+            database = database.obj or self._db
+        found = self._statements.get((database, key))
+        if found is None:
+            found = self._statements[database, key] = _Built(database, query())
+        return found
 
-        :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
-        :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
-        """
-        _Schema(self).complete()
+    def _next_execution_id(self) -> str:
+        """PostgreSQL's expression for the next number of an execution; null if no sequence belongs to the column."""
+        query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
+        ((name,),) = self._ask(query, lambda: self._db.execute_sql(query).fetchall())
+        return f"nextval('{name}')" if name else "null::bigint"
 
-    def _start_consumer(self, start: Callable[[], None]) -> None:
-        """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
-        was_closed = self._db.is_closed()
+    def _ask(self, question: str, ask: Callable[[], T]) -> T:
+        """What is asked of each database once."""
+        if (self._db, question) not in self._answers:
+            self._answers[self._db, question] = ask()
+        return cast(T, self._answers[self._db, question])
+
+    @property
+    def _skip_locked(self) -> str | None:
+        """The clause that locks rows and passes over those that are locked; None where there are no such locks."""
+        if not self._db.for_update:
+            return None
+        self._db.connection()  # only a connected database knows its server's version
+        version = self._db.server_version
+        if self._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
+            return "FOR UPDATE"
+        return "FOR UPDATE SKIP LOCKED"
+
+    def _has_fast_paths(self) -> bool:
+        return self._dialect in AT_ONCE and (self._dialect != "mysql" or self._takes_blocks())
+
+    def _takes_blocks(self) -> bool:
+        """Whether the server executes a block of statements as one, as MariaDB does, and the driver can have that."""
+        return self._ask("blocks", self._try_block)
+
+    def _try_block(self) -> bool:
         try:
-            self._connect_worker()
-            problem = _Schema(self).problem()
-        except peewee.PeeweeException as error:  # a consumer outlives that its database is away
-            logger.warning("the version of the schema cannot be read: %s", error)
-            problem = None
-        finally:
-            if was_closed:
-                self._close_own_connection()
-        if problem:
-            raise GenevaDriveError(problem)
-        start()
+            return self._execute_block("select 1;", ()) == (1,)
+        except Exception as error:  # of the server's, for its syntax, or of the driver's
+            if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
+                raise
+            logger.debug("there are no blocks of statements here: %s", error)
+            return False
 
-    _embedded_models = functools.cached_property(lambda self: _embedded_models(self.database))
+    def _execute_block(self, block: str, parameters: Sequence[Any]) -> Any:
+        """Have MariaDB execute statements as one; returns the row that is selected last, or None."""
+        row = None
+        try:
+            cursor = self._db.execute_sql(f"begin not atomic {block} end", parameters)
+            with peewee.__exception_wrapper__:
+                while True:  # what fails behind a row, a commit, is told by nextset()
+                    if cursor.description:
+                        row = cursor.fetchone()
+                    if not cursor.nextset():
+                        return row
+        except BaseException:  # a transaction that the block has begun is left open
+            with contextlib.suppress(peewee.PeeweeException):
+                self._db.rollback()
+            raise
 
     # -- the queues -------------------------------------------------------------------------------------------------
+
+    _embedded_models = functools.cached_property(lambda self: _embedded_models(self.database))
 
     def _checked_queues(self, huey: Any, queues: Any) -> dict[str, Huey]:
         embedded = functools.partial(_EmbeddedHuey, results=False, storage_class=_EmbeddedStorage, drive=self)
@@ -3447,6 +3391,22 @@ class GenevaDrive:
 
         huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
         return perform
+
+    def _start_consumer(self, start: Callable[[], None]) -> None:
+        """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
+        was_closed = self._db.is_closed()
+        try:
+            self._connect_worker()
+            problem = _Schema(self).problem()
+        except peewee.PeeweeException as error:  # a consumer outlives that its database is away
+            logger.warning("the version of the schema cannot be read: %s", error)
+            problem = None
+        finally:
+            if was_closed:
+                self._close_own_connection()
+        if problem:
+            raise GenevaDriveError(problem)
+        start()
 
     def _sweep_at_start(self, queue: str) -> None:
         """Housekeeping by the first worker of a consumer that starts."""
@@ -3588,22 +3548,6 @@ class GenevaDrive:
                 if self._consumers.get(name) is consumer:  # what is performed here from now on is none of its steps
                     del self._consumers[name]
 
-    def is_idle(self) -> bool:
-        """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
-
-        Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
-        """
-        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
-        # statement, or between two of them a workflow might move from what is asked last to what was asked first.
-        timed = f"state = '{WAITING}' and e.times_out_at is not null"
-        busy = (
-            "exists (select 1 from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id"
-            f" where e.{active} and w.state in {(READY, PERFORMING)})"
-            for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed)
-        )
-        ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()
-        return not is_busy
-
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
     def housekeeping(self) -> dict[str, int]:
@@ -3627,109 +3571,6 @@ class GenevaDrive:
         if failures:
             raise failures[0]
         return counts
-
-    def doctor(self) -> list[str]:
-        """Check over the tables what must always hold, while others write. Reads all rows: not for every minute.
-
-        :returns: the violations, a sentence each; empty when all is sound.
-        """
-        if problem := _Schema(self).problem():
-            return [problem]
-        found = []
-        for sentence, query in VIOLATIONS.items():
-            rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
-            found += [sentence.format(*map(_as_text, row)) for row in rows]
-        missing = [statement for part in _Schema(self).parts(has_queue=False) for statement in part()]
-        return found + [f"the schema lacks: {statement}" for statement in missing]
-
-    def stats(self) -> list[Metric]:
-        """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
-
-        :returns: sorted by name: how many workflows there are by type and state, and what part of the ongoing ones is
-            paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal; how
-            many attempts, of the workflows that are kept, ended with their process.
-        """
-        now, count, kinds = self._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
-        late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
-        first = peewee.fn.MIN(StepExecution.scheduled_for)
-        ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
-        died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
-        recovered = dict(died.group_by(Workflow.type).tuples())
-        states: dict[str, dict[str, int]] = {}
-        for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
-            states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
-        metrics = []
-
-        def add(name: str, value: float, **labels: str) -> None:
-            metrics.append(Metric(f"geneva_drive_{name}", labels, value))
-
-        for name, counts in sorted(states.items()):
-            for state, number in counts.items():
-                add("workflows", number, type=name, state=state)
-            add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
-            add("recovered_steps", recovered.get(name, 0), type=name)
-        for (name, signal_name), number in sorted(self._count_waiting().items()):
-            add("waiting_steps", number, type=name, signal=signal_name)
-        add("overdue_steps", overdue)
-        add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
-        return sorted(metrics, key=lambda metric: metric.name)
-
-    def _count_waiting(self) -> dict[tuple[str, str], int]:
-        """How many executions wait, by the type of their workflow and the name of the signal."""
-        kinds = (Workflow.type, StepExecution.waiting_for)
-        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
-        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
-        return {(name, signal_name): number for name, signal_name, number in rows}
-
-    def _clean_up(self) -> dict[str, int]:
-        if self.delete_completed_workflows_after is None:
-            return {}
-        moment, deleted = self._now() - self.delete_completed_workflows_after, []
-        # MySQL has no index over both states, and would sort what is in them for each batch.
-        each_state = [f"state = '{state}'" for state in OVER]
-        for condition in each_state if self._dialect == "mysql" else [f"state in {OVER}"]:
-            expired = SQL(condition) & (Workflow.transitioned_at < moment)
-            for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
-                began = time.monotonic()
-                deleted += self._delete([each.id for each in workflows], expired)
-                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
-                time.sleep(min(1, time.monotonic() - began))
-        return {
-            "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
-            "step_executions_cleaned_up": sum(executions for _, executions in deleted),
-        }
-
-    def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
-        """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
-
-        def delete() -> tuple[int, int]:
-            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
-            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
-            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
-
-        try:
-            return [self._transact(delete)]
-        except peewee.IntegrityError as error:  # rows of the application's refer to one of them
-            if len(ids) > 1:
-                return [pair for each in ids for pair in self._delete([each], expired)]
-            logger.warning("workflow %s cannot be deleted: %s", ids[0], error)
-            return []
-
-    def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
-        """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
-
-        :param moment: the column to go by; with the id, it is in an index over these rows.
-        """
-        key = moment.model.id
-        query = query.select_extend(moment).order_by(moment, key).limit(self.housekeeping_batch_size)
-        page = query
-        while rows := self._transact(functools.partial(list[Any], page)):
-            yield rows
-            last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
-            if self._dialect == "mysql":  # which uses no index to compare pairs
-                page = query.where((moment > last) | ((moment == last) & (key > last_id)))
-            else:
-                page = query.where(peewee.Tuple(moment, key) > (moment.db_value(last), last_id))
 
     def _recover_in_progress(self) -> dict[str, int]:
         """Recover what a process performs that fell silent, or that is known to be gone."""
@@ -3799,6 +3640,40 @@ class GenevaDrive:
                 recovered += self._transact(functools.partial(self._requeue, these, route))
         return recovered
 
+    def _requeue(self, query: Any, route: _Route) -> int:
+        # The lock makes a second sweep wait, and then see that these are queued.
+        executions = list(StepExecution._locking(query))
+        changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
+        StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in executions])).execute()
+        for execution in executions:
+            execution.__data__.update(changes)
+        self._enqueue(executions, route)
+        return len(executions)
+
+    def _progress(self, route: _Route) -> datetime:
+        """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
+
+        That is the moment for which its first message of the priority was queued; now, if there is none. In a backlog
+        of hours all is overdue, and queuing it again each minute would make it longer and longer.
+        """
+        huey, reached, priority = self.queues[route[0]], self._now(), route[1] or 0
+        ours = self._tasks[route[0]].task_class
+        try:
+            pending = [task for task in huey.pending(limit=100) if isinstance(task, ours)]
+            first = next((task for task in pending if (task.priority or 0) <= priority), None)
+            if first is None and len(pending) == 100:
+                return EPOCH  # higher priorities are before it, and nobody knows what is behind those
+            if first and (first.priority or 0) < priority:
+                first = None
+            waiting = next((task for task in huey.scheduled(limit=100) if isinstance(task, ours)), None)
+            for task in filter(None, (first, waiting)):
+                due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
+                reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
+        except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
+            logger.exception("the queue %s cannot be read and is taken to be empty", route[0])
+            return self._now()
+        return reached
+
     def _wake_needless(self) -> int:
         """Wake what waits for a signal at a step that, since a deploy, does not wait any more.
 
@@ -3848,47 +3723,178 @@ class GenevaDrive:
         _wake(self, row, active)
         return True
 
-    def _requeue(self, query: Any, route: _Route) -> int:
-        # The lock makes a second sweep wait, and then see that these are queued.
-        executions = list(StepExecution._locking(query))
-        changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
-        StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in executions])).execute()
-        for execution in executions:
-            execution.__data__.update(changes)
-        self._enqueue(executions, route)
-        return len(executions)
+    def _clean_up(self) -> dict[str, int]:
+        if self.delete_completed_workflows_after is None:
+            return {}
+        moment, deleted = self._now() - self.delete_completed_workflows_after, []
+        # MySQL has no index over both states, and would sort what is in them for each batch.
+        each_state = [f"state = '{state}'" for state in OVER]
+        for condition in each_state if self._dialect == "mysql" else [f"state in {OVER}"]:
+            expired = SQL(condition) & (Workflow.transitioned_at < moment)
+            for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
+                began = time.monotonic()
+                deleted += self._delete([each.id for each in workflows], expired)
+                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
+                time.sleep(min(1, time.monotonic() - began))
+        return {
+            "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
+            "step_executions_cleaned_up": sum(executions for _, executions in deleted),
+        }
 
-    def _progress(self, route: _Route) -> datetime:
-        """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
+    def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
+        """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
 
-        That is the moment for which its first message of the priority was queued; now, if there is none. In a backlog
-        of hours all is overdue, and queuing it again each minute would make it longer and longer.
-        """
-        huey, reached, priority = self.queues[route[0]], self._now(), route[1] or 0
-        ours = self._tasks[route[0]].task_class
+        def delete() -> tuple[int, int]:
+            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
+            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
+            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
+
         try:
-            pending = [task for task in huey.pending(limit=100) if isinstance(task, ours)]
-            first = next((task for task in pending if (task.priority or 0) <= priority), None)
-            if first is None and len(pending) == 100:
-                return EPOCH  # higher priorities are before it, and nobody knows what is behind those
-            if first and (first.priority or 0) < priority:
-                first = None
-            waiting = next((task for task in huey.scheduled(limit=100) if isinstance(task, ours)), None)
-            for task in filter(None, (first, waiting)):
-                due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
-                reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
-        except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
-            logger.exception("the queue %s cannot be read and is taken to be empty", route[0])
-            return self._now()
-        return reached
+            return [self._transact(delete)]
+        except peewee.IntegrityError as error:  # rows of the application's refer to one of them
+            if len(ids) > 1:
+                return [pair for each in ids for pair in self._delete([each], expired)]
+            logger.warning("workflow %s cannot be deleted: %s", ids[0], error)
+            return []
 
-    def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
-        """Tell of a transition once it is committed."""
-        if old == new:
-            return
-        logger.info("%s: %s -> %s", workflow._label, old or "new", new)
-        if workflow_transitioned._receiver_list:
-            self._after_commit(lambda: workflow_transitioned.send(workflow, old, new))
+    def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
+        """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
+
+        :param moment: the column to go by; with the id, it is in an index over these rows.
+        """
+        key = moment.model.id
+        query = query.select_extend(moment).order_by(moment, key).limit(self.housekeeping_batch_size)
+        page = query
+        while rows := self._transact(functools.partial(list[Any], page)):
+            yield rows
+            last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
+            if self._dialect == "mysql":  # which uses no index to compare pairs
+                page = query.where((moment > last) | ((moment == last) & (key > last_id)))
+            else:
+                page = query.where(peewee.Tuple(moment, key) > (moment.db_value(last), last_id))
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def is_idle(self) -> bool:
+        """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
+
+        Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
+        """
+        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
+        # statement, or between two of them a workflow might move from what is asked last to what was asked first.
+        timed = f"state = '{WAITING}' and e.times_out_at is not null"
+        busy = (
+            "exists (select 1 from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id"
+            f" where e.{active} and w.state in {(READY, PERFORMING)})"
+            for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed)
+        )
+        ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()
+        return not is_busy
+
+    def doctor(self) -> list[str]:
+        """Check over the tables what must always hold, while others write. Reads all rows: not for every minute.
+
+        :returns: the violations, a sentence each; empty when all is sound.
+        """
+        if problem := _Schema(self).problem():
+            return [problem]
+        found = []
+        for sentence, query in VIOLATIONS.items():
+            rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
+            found += [sentence.format(*map(_as_text, row)) for row in rows]
+        missing = [statement for part in _Schema(self).parts(has_queue=False) for statement in part()]
+        return found + [f"the schema lacks: {statement}" for statement in missing]
+
+    def stats(self) -> list[Metric]:
+        """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
+
+        :returns: sorted by name: how many workflows there are by type and state, and what part of the ongoing ones is
+            paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal; how
+            many attempts, of the workflows that are kept, ended with their process.
+        """
+        now, count, kinds = self._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
+        late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
+        first = peewee.fn.MIN(StepExecution.scheduled_for)
+        ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
+        died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
+        recovered = dict(died.group_by(Workflow.type).tuples())
+        states: dict[str, dict[str, int]] = {}
+        for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
+            states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
+        metrics = []
+
+        def add(name: str, value: float, **labels: str) -> None:
+            metrics.append(Metric(f"geneva_drive_{name}", labels, value))
+
+        for name, counts in sorted(states.items()):
+            for state, number in counts.items():
+                add("workflows", number, type=name, state=state)
+            add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
+            add("recovered_steps", recovered.get(name, 0), type=name)
+        for (name, signal_name), number in sorted(self._count_waiting().items()):
+            add("waiting_steps", number, type=name, signal=signal_name)
+        add("overdue_steps", overdue)
+        add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
+        return sorted(metrics, key=lambda metric: metric.name)
+
+    def _count_waiting(self) -> dict[tuple[str, str], int]:
+        """How many executions wait, by the type of their workflow and the name of the signal."""
+        kinds = (Workflow.type, StepExecution.waiting_for)
+        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
+        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
+        return {(name, signal_name): number for name, signal_name, number in rows}
+
+
+#: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
+VIOLATIONS = {
+    "workflow {0} has {1} active executions": """
+        select workflow_id, count(*) from geneva_drive_step_executions where state in {active}
+        group by workflow_id having count(*) > 1""",
+    "{1} {0} has {3} ongoing workflows of the type {2}": """
+        select hero_id, hero_type, type, count(*) from geneva_drive_workflows
+        where state in {ongoing} and not allow_multiple and hero_id is not null
+        group by hero_id, hero_type, type having count(*) > 1""",
+    "workflow {0} is {1}, but its execution {2} is {3}": """
+        select w.id, w.state, e.id, e.state from geneva_drive_workflows w
+        join geneva_drive_step_executions e on e.workflow_id = w.id where e.state in {active} and not (
+            w.state = 'performing' and e.state = 'in_progress' or w.state = 'canceled' and e.state = 'in_progress'
+            or w.state in ('ready', 'paused') and e.state in ('scheduled', 'waiting'))""",
+    "workflow {0} is {1}, but no execution of it is active": """
+        select w.id, w.state from geneva_drive_workflows w where w.state in ('ready', 'performing') and not exists (
+            select 1 from geneva_drive_step_executions e where e.workflow_id = w.id and e.state in {active})""",
+    "workflow {0} counts {1} executions, but its newest is number {2}": """
+        select w.id, w.execution_count, max(e.number) from geneva_drive_workflows w
+        left join geneva_drive_step_executions e on e.workflow_id = w.id
+        group by w.id, w.execution_count having max(e.number) is null or max(e.number) <> w.execution_count""",
+    "workflow {0} is {1}, but stands at the step {2}": """
+        select id, state, current_step_name from geneva_drive_workflows
+        where (state in {ongoing}) = (current_step_name is null)""",
+    "execution {0} is {1}, but the outcome {2} and the end {3} do not fit": """
+        select id, state, outcome, finished_at from geneva_drive_step_executions
+        where (state in {active}) = (outcome is not null) or (state in {active}) = (finished_at is not null)""",
+    "execution {0} belongs to the workflow {1}, which is gone": """
+        select e.id, e.workflow_id from geneva_drive_step_executions e
+        where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
+    "execution {0} waits for the signal {1}, which is there": """
+        select e.id, e.waiting_for from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
+        where e.state = 'waiting' and exists (
+            select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
+            and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
+    "execution {0} waits for no signal": """
+        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
+    "signal {0} belongs to the workflow {1}, which is gone": """
+        select s.id, s.workflow_id from geneva_drive_signals s
+        where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
+}
+
+
+class Metric(NamedTuple):
+    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
 
 
 def _job_id(moment: datetime) -> str:
@@ -4353,6 +4359,16 @@ class _EmbeddedStorage(SqlStorage):
         if consumer and messages and table == "task":
             self.drive._after_commit(functools.partial(consumer.ring, messages))
 
+    def dequeue(self) -> Any:
+        try:
+            return self._dequeue()
+        except peewee.PeeweeException:
+            if not self.database.in_transaction():
+                with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
+                    self.drive._close_own_connection()
+            time.sleep(1)  # Huey logs a traceback each time, and polls often
+            raise
+
     def _dequeue(self) -> Any:
         self.check_conn()
         if self.database.in_transaction():  # what it sees may be old: only locks tell what is there
@@ -4403,16 +4419,6 @@ class _EmbeddedStorage(SqlStorage):
                 if not _is_transient(error) or tries == TRANSACTION_TRIES:
                     raise
         return [found[each] for each in ids if each in found]
-
-    def dequeue(self) -> Any:
-        try:
-            return self._dequeue()
-        except peewee.PeeweeException:
-            if not self.database.in_transaction():
-                with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
-                    self.drive._close_own_connection()
-            time.sleep(1)  # Huey logs a traceback each time, and polls often
-            raise
 
     def check_conn(self) -> None:
         if not self.database.in_transaction():  # which a silent reconnect would tear in two
