@@ -2301,7 +2301,7 @@ class _Attempt:
             self.workflow._attempt = None
             _heartbeat.beating.discard(self)
         if recorded:
-            self._tell_of_end()
+            self._tell_of_end(following)
         if verdict.error is not None and verdict.surfaces:
             if hasattr(verdict.error, "add_note"):  # Python 3.11: error trackers show it with the traceback
                 step_name, state = self.execution.step_name, self.workflow.state
@@ -2309,12 +2309,16 @@ class _Attempt:
             raise verdict.error
         return following
 
-    def _tell_of_end(self) -> None:
-        step_finished.send(self.workflow, execution=self.execution)
+    def _tell_of_end(self, following: _Attempt | None) -> None:
         try:
+            step_finished.send(self.workflow, execution=self.execution)
             self.workflow.after_step_execution(self.execution)
         except Exception:
             self.workflow.logger.exception("after_step_execution failed")
+        except BaseException:
+            if following:  # which nobody performs now: let it fall silent, to be recovered
+                _heartbeat.beating.discard(following)
+            raise
 
     def _overtaken(self) -> _Verdict | None:
         """What was decided about the workflow between the claim and now, in a run-on, where there was time for it.
@@ -4099,9 +4103,11 @@ class _Heartbeat:
 
     def add(self, attempt: _Attempt) -> None:
         """Keep an attempt alive, until it is discarded from `beating`."""
-        self.beating.add(attempt)
-        if _is_private(_drive()._db):
-            return
+        if not _is_private(_drive()._db):
+            self._see_to_thread()
+        self.beating.add(attempt)  # last: what is in there without being performed would never be recovered
+
+    def _see_to_thread(self) -> None:
         with self.lock:
             if self.thread is None:
                 self.interval = self._interval()  # before the thread sets it: or who comes next would hurry it

@@ -648,6 +648,23 @@ def test_a_claim_that_was_recovered_during_the_hooks_of_a_run_on_is_not_performe
     assert history(workflow)[1:] == [("two", "failed", "recovered"), ("two", "scheduled", None)]
 
 
+def test_a_run_on_that_a_hook_breaks_off_is_recovered_like_a_death(drive, clock, hero):
+    class Exits(Quick):
+        def after_step_execution(self, execution):
+            if execution.number == 1:
+                raise SystemExit
+
+    workflow = Exits.create(hero=hero)
+    with pytest.raises(SystemExit):
+        drive._perform(scheduled(workflow).id)
+    assert history(workflow) == [("one", "completed", "success"), ("two", "in_progress", None)]
+    clock.forward(minutes=3)
+    assert gd._heartbeat._beat() is None
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+
+
 def test_the_heartbeat_covers_the_hooks_between_two_steps_of_a_run_on(drive, hero):
     beating = []
 
