@@ -1543,20 +1543,73 @@ def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
     assert StepExecution._with_workflow(0) is Workflow._row(id=0) is None
 
 
-@pytest.mark.parametrize("hero_id", ["ä😀\u2028", "\x01\x1f\x7f", "\n\t\r/", '"a\\"\\u0041', " b "])
+ODD_TEXTS = ["größe", "Ã¤", "ł😀\u2028", "\x01\x1f\x7f", "\n\t\r/", '"a\\"\\u0041', " b ", "%s'"]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
 @pytest.mark.parametrize("database", ["mysql"], indirect=True)
-def test_a_row_that_mariadb_hands_over_as_json_is_the_row(database, drive, hero_id):
-    context = {'"\\ \n': ["😀", 1.5, None, True, 2**70, "\0"]}
-    workflow = Plain.create(hero=Country.create(code=hero_id), context=context, options={"queue": "default"})
-    whole = {"cursor": "😀\n", "signal_id": 2**62 + 1, "times_out_at": START, "job_id": "'%s"}
-    scheduled(workflow)._write(**whole)
+def test_a_row_that_mariadb_hands_over_as_json_is_the_row(database, drive, text):
+    hero, context = Country.create(code=text), {text: [text, 1.5, None, True, 2**70, "\0"]}
+    workflow = Plain.create(hero=hero, context=context, options={"queue": "default"})
+    texts = ("step_name", "outcome", "performed_by", "error_class_name", "error_message", "error_backtrace", "job_id")
+    whole = {"cursor": text, "signal_id": 2**62 + 1, "times_out_at": START, "waiting_for": text}
+    scheduled(workflow)._write(**dict.fromkeys(texts, text), **whole)
+    workflow._write(current_step_name=text)
     execution = StepExecution._with_workflow(scheduled(workflow).id, drive._has_fast_paths())
     assert (execution.__data__, execution.workflow.__data__) == (
         scheduled(workflow).__data__,
         reload(workflow).__data__,
     )
-    assert execution.workflow.hero_id == hero_id
+    assert (execution.step_name, execution.workflow.hero_id) == (text, text)
     assert StepExecution._with_workflow(0, drive._has_fast_paths()) is None
+    Workflow.delete().execute()
+
+
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)
+def test_a_row_that_is_too_long_for_mariadb_to_hand_over_as_json_is_claimed(database, db, drive, hero):
+    workflow = Quick.create(hero=hero, context={"long": '"' * 60_000})
+    scheduled(workflow)._write(cursor='"' * 60_000)
+    ((limit,),) = db.execute_sql("select @@global.max_allowed_packet").fetchall()
+    db.execute_sql(f"set global max_allowed_packet = {400 * 1024}")
+    try:
+        db.close()
+        db.connect()
+        is_too_long = StepExecution._with_workflow(scheduled(workflow).id, drive._has_fast_paths()) is None
+        assert is_too_long == drive._has_fast_paths()
+        assert scheduled(workflow).execute()
+    finally:
+        db.execute_sql(f"set global max_allowed_packet = {limit}")
+        db.close()
+        db.connect()
+
+
+def test_names_and_errors_may_be_of_any_language(drive, hero):
+    class Größen(Workflow):
+        @step
+        def größe(self):
+            did("größe")
+
+        @step(name="вес 😀", on_exception="skip")
+        def weight(self):
+            raise OddError("Zahlung für Ä fehlt 😀")
+
+        @step(wait_for="für 😀")
+        def paid(self):
+            did(self.signal_payload)
+
+    workflow = Größen.create(hero=hero)
+    work_off(drive)
+    workflow.signal("für 😀", "€")
+    work_off(drive)
+    assert [each[:2] for each in history(workflow)] == [
+        ("größe", "completed"),
+        ("вес 😀", "skipped"),
+        ("paid", "completed"),
+    ]
+    assert effects() == ["größe", "€"]
+    for each in workflow.execution_history:
+        assert not each.execute()
+        assert gd._Attempt.claim(drive, each.id, "default") is None
 
 
 def test_the_embedded_queue_reads_its_schedule_as_huey_storage_does(drive, db):
