@@ -52,7 +52,7 @@ app.add_hook("after_request", db.close)
 @app.post("/signups")
 def sign_up():
     email = bottle.request.forms.email or bottle.abort(400, "there is no email in the form")
-    with db.atomic():  # user and workflow, or neither
+    with db.atomic("IMMEDIATE"):  # user and workflow, or neither; for the write lock, before it reads anything
         user, _ = User.get_or_create(email=email)
         signup, is_new = Signup.get_or_create(hero=user)
     bottle.response.status = 201 if is_new else 200
