@@ -3792,10 +3792,10 @@ class GenevaDrive:
         """
         # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
         # statement, or between two of them a workflow might move from what is asked last to what was asked first.
-        timed = f"state = '{WAITING}' and e.times_out_at is not null"
+        timed = f"state = '{WAITING}' and t1.times_out_at is not null"
         busy = (
-            "exists (select 1 from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id"
-            f" where e.{active} and w.state in {(READY, PERFORMING)})"
+            "exists (select 1 from geneva_drive_step_executions t1 join geneva_drive_workflows t2"
+            f" on t2.id = t1.workflow_id where t1.{active} and t2.state in {(READY, PERFORMING)})"
             for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed)
         )
         ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()

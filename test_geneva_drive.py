@@ -7893,7 +7893,7 @@ def plan(db, sql, params):
 #: How a plan tells that it reads a whole table. Not meant are partial indexes, which hold what a statement is about,
 #: what is inserted, and the signals, of which there are few here.
 SCANS = {
-    "sqlite": r"SCAN (?!\d* ?CONSTANT|(t1|e) USING INDEX geneva_drive_(silent|overdue|expired|timeout|waiting))",
+    "sqlite": r"SCAN (?!\d* ?CONSTANT|t1 USING INDEX geneva_drive_(silent|overdue|expired|timeout|waiting))",
     "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
     "mysql": r"'type': '(ALL|index)', (?!.*'rows': None)",
 }
