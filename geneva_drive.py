@@ -66,7 +66,7 @@ import traceback
 import types
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -869,6 +869,85 @@ class _JsonObjectField(_JsonField):
         return None if value is None else _dump_object(value)
 
 
+class _Context(dict[str, Any]):
+    """The context as it was read, and what was changed in it since; what is not JSON is refused on its way in.
+
+    Who writes it writes the keys that this instance changed, onto what the row holds by then.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(json.loads(text))
+        self.read = text
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"the context must have text keys, as a JSON object has, not {key!r}")
+        _encode({key: value}, "the context")
+        super().__setitem__(key, value)
+
+    # The dict's own would pass by the check.
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def is_changed(self) -> bool:
+        try:
+            return _encode_json(self) != self.read
+        except (TypeError, ValueError, RecursionError):
+            return True
+
+    def onto(self, text: str) -> tuple[_Context, list[str]]:
+        """What another context becomes by the changes in this one; and the keys that cannot be kept, left as they were.
+
+        Which is what is not JSON, having been put into a value later, and what makes it too long.
+        """
+        read, merged, misfits = json.loads(self.read), _Context(text), []
+        for key in read.keys() - self.keys():
+            merged.pop(key, None)
+        for key, value in self.items():
+            try:
+                if key not in read or _encode_json(value) != _encode_json(read[key]):
+                    _dump_json({**merged, key: value}, "the context")
+                    merged[key] = value
+            except (TypeError, ValueError):
+                misfits.append(key)
+        return _Context(_encode_json(merged)), misfits
+
+    def follow(self, other: _Context) -> None:
+        """Become another one, into which this one was written; values that are the same stay the same objects."""
+        for key in self.keys() - other.keys():
+            del self[key]
+        for key in other:
+            if key not in self or _encode_json(self[key]) != _encode_json(other[key]):
+                self[key] = other[key]
+        self.read = other.read
+
+    def replaced(self, value: Any) -> _Context:
+        """The same as read, and this in its place."""
+        _dump_object(value)
+        new = _Context(self.read)
+        new.clear()
+        new.update(value)
+        return new
+
+
+class _ContextField(_JsonObjectField):
+    mysql_type = f"{_LongTextField.mysql_type} COLLATE utf8mb4_bin"  # it is compared with what was read
+
+    class accessor_class(peewee.FieldAccessor):
+        def __set__(self, instance: Workflow, value: Any) -> None:
+            old = instance.__data__.get(self.name)
+            super().__set__(instance, old.replaced(value) if isinstance(old, _Context) and value is not old else value)
+
+    def db_value(self, value: Any) -> str | None:
+        return value if isinstance(value, str) else super().db_value(value)
+
+    def python_value(self, value: Any) -> Any:
+        return None if value is None else _Context(value)
+
+
 class _UtcField(_DialectField, peewee.DateTimeField):
     """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is taken for UTC."""
 
@@ -892,13 +971,30 @@ def _dump_object(value: Any) -> str:
 _encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
-def _dump_json(value: Any, what: str) -> str:
-    """Any JSON value as text; else a TypeError or a ValueError says what is wrong with `what`."""
+def _encode(value: Any, what: str) -> str:
+    """Any JSON value as text; else a TypeError or a ValueError says where in `what` something is not JSON."""
     try:
-        text = _encode_json(value)
+        return _encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{what} is not JSON: {error}; keep ids, numbers and text in it") from error
+        where = f"{what}{_way_to_misfit(value)}"
+        raise kind(f"{where} is not JSON: {error}; keep ids, numbers and text in it") from error
+
+
+def _way_to_misfit(value: Any, depth: int = 20) -> str:
+    """The way to the first part of a value that is not JSON: `["lines"][3]["at"]`."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, part in parts if depth else ():
+        try:
+            _encode_json(part)
+        except (TypeError, ValueError, RecursionError):
+            return f"[{json.dumps(key, default=repr)}]{_way_to_misfit(part, depth - 1)}"
+    return ""
+
+
+def _dump_json(value: Any, what: str) -> str:
+    """Any JSON value as text; else a TypeError or a ValueError says what is wrong with `what`."""
+    text = _encode(value, what)
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{what} takes {len(text)} bytes, over {MAX_JSON_BYTES}: keep large things in own rows")
     return text
@@ -1273,7 +1369,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     state: peewee.Field[str] = _NameField(default=READY)
     current_step_name: peewee.Field[str | None] = _NameField(null=True)
     allow_multiple: peewee.Field[bool] = peewee.BooleanField(default=False)
-    context: peewee.Field[dict[str, Any]] = _JsonObjectField()
+    context: peewee.Field[dict[str, Any]] = _ContextField()
     options: peewee.Field[_Json] = _JsonObjectField(null=True)
     #: How many executions it has had: the number of the newest one, and the fence around every change.
     execution_count: peewee.Field[int] = peewee.IntegerField(default=1)
@@ -1413,7 +1509,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             "hero_id": key[1],
             "current_step_name": cls.steps[0].name,
             "allow_multiple": allow_multiple,
-            "context": {} if context is None else context,
+            "context": _Context("{}" if context is None else _dump_object(context)),
             "options": options,
             "token": uuid.uuid4().hex,
             "created_at": drive._now(),
@@ -1855,9 +1951,13 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return query.where(Workflow.type.in_(sorted(names)))
 
     def save(self, force_insert: bool = False, only: Any = None) -> int:
-        """Save the context. The rest is the engine's: a stale instance must not turn back what moved on.
+        """Save what this instance changed in the context, key by key, onto the context as others left it.
 
-        :raises TypeError: if another column was assigned to.
+        The rest is the engine's: a stale instance must not turn back what moved on.
+
+        :returns: 1, or 0 if the workflow was deleted.
+        :raises TypeError: if another column was assigned to, or a value was put into the context that is not JSON.
+        :raises ValueError: if the context has become too long.
         """
         touched = self._dirty - {"context"}
         if touched or force_insert or self.id is None:
@@ -1865,7 +1965,33 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 f"{self._label}: save() keeps the context only, not {', '.join(sorted(touched)) or 'new rows'}: use "
                 "create(), cancel(), pause(), skip(), resume(), or Workflow.update() if you know better"
             )
-        return super().save(only=[Workflow.context])
+        _dump_object(self.context)
+        drive = _drive()
+        may_be_undone = drive._db.in_transaction()
+
+        def merge() -> _Context | None:
+            row = Workflow._lock(Workflow.id == self.id)
+            if row is None:
+                return None
+            merged, misfits = self.context.onto(row.context.read)
+            if misfits:
+                problem = f"takes over {MAX_JSON_BYTES} bytes with what others saved meanwhile"
+                raise ValueError(f"{self._label}: the context {problem}: keep large things in own rows")
+            row._write(context=merged)
+            return merged
+
+        merged = drive._transact(merge)
+        if merged is not None and not may_be_undone:  # else the changes are to be written again
+            self.context.follow(merged)
+        self._dirty.discard("context")
+        return int(merged is not None)
+
+    def _take_over(self, other: _Record) -> None:
+        mine = self.context
+        super()._take_over(other)
+        if mine is not None and mine.is_changed():  # and not saved: it must not get lost
+            self.__data__["context"], _ = mine.onto(self.context.read)
+            self.context.read = other.context.read
 
 
 def _ongoing_rows() -> Any:
@@ -2183,7 +2309,6 @@ class _Verdict:
     wait: timedelta = NO_WAIT
     error: BaseException | None = None
     surfaces: bool = False  # whether the error is raised once the outcome is committed
-    context: dict[str, Any] | None = None  # to be saved with it, if the body changed it
     rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
 
 
@@ -2203,7 +2328,6 @@ class _Attempt:
         reserved_id: int | None = None,
     ):
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
-        self.saved_context = _dump_object(workflow.context)
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.has_looked = execution.signal_id is not None  # at signals that were not for it, before this attempt
         self.claimed = time.monotonic()
@@ -2359,6 +2483,8 @@ class _Attempt:
                 if is_ours and tries < TRANSACTION_TRIES and _is_transient(error):
                     self._start_over()
                     continue
+                if definition.transactional:  # the context is rolled back with the body's other writes
+                    self.workflow.__data__["context"] = _Context(self.workflow.context.read)
                 verdict = self._judge(definition, error)
             break
         return verdict, self._record(verdict, may_run_on)
@@ -2399,8 +2525,8 @@ class _Attempt:
         if left_open:
             problem = "left a transaction open; it was rolled back: use db.atomic()"
             raise TransactionLeftOpenError(f"the step {self.execution.step_name} {problem}")
-        if _dump_object(self.workflow.context) != self.saved_context:
-            verdict = replace(verdict, context=self.workflow.context)
+        if self.workflow.context.is_changed():
+            _dump_object(self.workflow.context)  # an error of the step, if something cannot be kept
         return verdict
 
     def _flow(self, definition: StepDefinition) -> _Verdict:
@@ -2558,8 +2684,7 @@ class _Attempt:
         if verdict.action == "wait":
             return *self._wait_on(now), None
         changes, ended, follows = self._decide(verdict, run_on, now)
-        fence = _fence(self.workflow, self.execution, PERFORMING)
-        if not Workflow._update_row(changes, **fence, pause_requested=False):
+        if not Workflow._update_row(changes, **self._own_fence(changes)):
             follows = self._interrupted(changes, follows, now)
         StepExecution._update_row(ended, id=self.execution.id)
         _, _, then = EFFECTS[verdict.cause, verdict.action]
@@ -2584,8 +2709,7 @@ class _Attempt:
                     return None
                 begins["id"] = self.reserved_id
                 message = _Message(huey, self.drive._task(StepExecution._made(begins, self.reserved_id), route))
-        fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
-        moved = _Move(changes, fence, ended, self.execution.id, begins, message).at_once()
+        moved = _Move(changes, self._own_fence(changes), ended, self.execution.id, begins, message).at_once()
         if moved is None:
             return None
         if message:
@@ -2609,9 +2733,21 @@ class _Attempt:
         }
         if then == "pause":
             changes["current_step_name"] = self.execution.step_name
-        if verdict.context is not None:
-            changes["context"] = verdict.context
+        if self.workflow.context.is_changed():
+            changes["context"] = self._merged_context(self.workflow.context.read)
         return changes, ended, follows
+
+    def _merged_context(self, text: str) -> _Context:
+        """A context, by the changes that the attempt made in its own."""
+        merged, misfits = self.workflow.context.onto(text)
+        if misfits:
+            self.workflow.logger.warning("of the context, what is not JSON or too long was not kept: %s", misfits)
+        return merged
+
+    def _own_fence(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """What finds the workflow's row, unless others said something about it, or wrote the context, meanwhile."""
+        fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
+        return {**fence, "context": self.workflow.context.read} if "context" in changes else fence
 
     def _wait_on(self, now: datetime) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""
@@ -2622,8 +2758,7 @@ class _Attempt:
         columns: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
         columns.update(signal_id=execution.signal_id, started_at=None, heartbeat_at=None, performed_by=None)
         changes: dict[str, Any] = {"state": READY}
-        fence = _fence(self.workflow, execution, PERFORMING)
-        if not Workflow._update_row(changes, **fence, pause_requested=False):
+        if not Workflow._update_row(changes, **self._own_fence(changes)):
             self._interrupted(changes, columns, now)
         if changes["state"] == CANCELED:
             columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now, "signal_id": None}
@@ -2643,7 +2778,7 @@ class _Attempt:
     def _interrupted(
         self, changes: dict[str, Any], follows: dict[str, Any] | None, now: datetime
     ) -> dict[str, Any] | None:
-        """Someone paused or canceled the workflow while the step ran, or took the claim: amend `changes` to that."""
+        """Others paused or canceled the workflow, wrote its context or took the claim: amend `changes` to that."""
         row = Workflow._lock(Workflow.id == self.workflow.id)
         execution = StepExecution._lock(StepExecution.id == self.execution.id)
         newest = row is not None and row.execution_count == self.execution.number
@@ -2654,10 +2789,12 @@ class _Attempt:
             for column in ("state", "current_step_name", "execution_count", "transitioned_at"):
                 changes[column] = row.__data__[column]
             follows = None
-        else:
+        elif row.pause_requested:
             changes["pause_requested"] = False
             if follows:
                 changes.update(state=PAUSED, transitioned_at=now)
+        if "context" in changes:
+            changes["context"] = self._merged_context(row.context.read)
         row._write(**changes)
         return follows
 

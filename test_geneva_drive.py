@@ -1096,6 +1096,13 @@ def _meanwhile(call):
     return lambda self: getattr(reload(self), call)()
 
 
+def _note(workflow, **values):
+    """Change a workflow's context from outside."""
+    outside = reload(workflow)
+    outside.context.update(values)
+    assert outside.save() == 1
+
+
 def _recovered(self):
     _drive = gd._drive()
     _drive.clock.forward(hours=1)
@@ -1113,6 +1120,7 @@ def _fails(error):
 TURNS = {
     "returns": lambda self: None,
     "changes its context": lambda self: self.context.update(seen=True),
+    "changes its context as others do": lambda self: (_note(self, by="others"), self.context.update(seen=True)),
     "has a context that cannot be kept": lambda self: self.context.update(seen=object()),
     "is reattempted": lambda self: self.reattempt(),
     "is reattempted later": lambda self: self.reattempt(wait=30),
@@ -2418,7 +2426,7 @@ def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
     assert workflow.execution_history.get().error_class_name == "SystemExit"
 
 
-def test_the_context_is_saved_with_the_outcome_and_discarded_with_an_error(drive, hero, helpers):
+def test_the_context_is_saved_with_the_outcome(drive, hero, helpers):
     class Remembers(Workflow):
         @step
         def one(self):
@@ -2427,10 +2435,11 @@ def test_the_context_is_saved_with_the_outcome_and_discarded_with_an_error(drive
 
         @step(on_exception="reattempt")
         def two(self):
-            assert self.context == {"seen": ["é", None, 1.5], "by": {"step": "one"}}
-            self.context["two"] = True
             if self.execution_history.count() == 2:
+                assert self.context == {"seen": ["é", None, 1.5], "by": {"step": "one"}}
+                self.context["two"] = True
                 raise ConnectionError
+            assert self.context["two"] is True
 
         @step
         def three(self):
@@ -2441,6 +2450,233 @@ def test_the_context_is_saved_with_the_outcome_and_discarded_with_an_error(drive
     helpers.speedrun_workflow(workflow)
     assert [outcome for _, _, outcome in history(workflow)] == ["success", "reattempted", "success", "canceled"]
     assert reload(workflow).context == {"replaced": True}
+
+
+def _charges(self):
+    self.context["receipt"] = "r-1"
+    self.context.setdefault("lines", []).append(7)
+    del self.context["offer"]
+
+
+#: How a body that has charged may end; and whether the context is kept.
+ENDS_OF_CHARGES = {
+    "success": (lambda self: None, True),
+    "error": (_fails(OSError("no")), True),
+    "error that is reattempted": (_fails(KeyError("no")), True),
+    "interruption": (_fails(KeyboardInterrupt()), True),
+    "cancel": (lambda self: self.cancel(), True),
+    "pause from outside": (_meanwhile("pause"), True),
+    "cancel from outside": (_meanwhile("cancel"), True),
+    "value that is not JSON": (lambda self: self.context.update(at=object()), True),
+    "value that is no JSON later": (lambda self: self.context["lines"].append(object()), True),
+    "recovery": (_recovered, False),
+}
+
+
+@pytest.mark.parametrize("is_edited", [False, True], ids=["alone", "edited"])
+@pytest.mark.parametrize("end", ENDS_OF_CHARGES)
+def test_what_a_body_changed_in_the_context_is_kept_however_it_ends_and_takes_nobodys_changes_away(
+    drive, clock, hero, end, is_edited
+):
+    class Charges(Workflow):
+        exception_policies = [ExceptionPolicy("reattempt", matching=KeyError)]
+
+        @step
+        def charge(self):
+            _charges(self)
+            if is_edited:
+                _note(self, by="ada", lines="theirs", offer=None)
+            ENDS_OF_CHARGES[end][0](self)
+
+    workflow = Charges.create(hero=hero, context={"channel": "web", "offer": 1})
+    with contextlib.suppress(OSError, TypeError, KeyboardInterrupt):
+        scheduled(workflow).execute()
+    kept, edits = {"channel": "web", "offer": 1}, {"by": "ada", "lines": "theirs", "offer": None}
+    kept |= edits if is_edited else {}
+    if ENDS_OF_CHARGES[end][1]:
+        kept |= {"receipt": "r-1", "lines": [7]}
+        del kept["offer"]
+    if end == "value that is no JSON later":  # its key alone is as others left it
+        kept |= {"lines": "theirs"}
+        if not is_edited:
+            del kept["lines"]
+    assert reload(workflow).context == kept
+
+
+@pytest.mark.parametrize("end", ["error", "success", "cancel", "error that a handler tells of"])
+def test_the_context_of_a_transactional_step_has_the_fate_of_its_other_writes(drive, hero, end):
+    class Books(Workflow):
+        @on_exception(ValueError)
+        def tell(self, error):
+            self.context["told"] = str(error)
+
+        @step(transactional=True)
+        def book(self):
+            did("booked")
+            self.context["booked"] = True
+            self.save()
+            self.context["more"] = True
+            if end == "cancel":
+                self.cancel()
+            if end != "success":
+                raise ValueError("no") if "handler" in end else OSError("no")
+
+    workflow = Books.create(hero=hero)
+    with contextlib.suppress(OSError, ValueError):
+        scheduled(workflow).execute()
+    is_kept = end in ("success", "cancel")
+    told = {"told": "no"} if "handler" in end else {}
+    assert effects() == ["booked"] * is_kept
+    assert reload(workflow).context == ({"booked": True, "more": True} if is_kept else told)
+
+
+def test_of_two_who_change_a_key_the_later_commit_wins_and_only_what_was_changed_is_written(drive, hero):
+    workflow = Plain.create(hero=hero, context={"mine": 1, "theirs": [1], "gone": 1})
+    stale = reload(workflow)
+    workflow.context.update(theirs=[2], new={"a": 1})
+    del workflow.context["gone"]
+    assert workflow.save() == 1
+    stale.context["mine"] = 2
+    assert stale.save() == 1
+    assert stale.context == reload(workflow).context == {"mine": 2, "theirs": [2], "new": {"a": 1}}
+    workflow.context["mine"] = 3
+    lines = workflow.context.setdefault("new", {})
+    workflow.save()
+    lines["b"] = 2  # what one holds of it is part of it still
+    workflow.save()
+    stale.save()  # has changed nothing since
+    assert reload(workflow).context == {"mine": 3, "theirs": [2], "new": {"a": 1, "b": 2}}
+    workflow.context = {"all": "new"}
+    _note(workflow, late=True)
+    workflow.save()
+    assert reload(workflow).context == {"all": "new", "late": True}
+
+
+def test_what_was_saved_in_a_transaction_that_is_rolled_back_is_written_by_the_next_save(db, drive, hero):
+    workflow = Plain.create(hero=hero)
+    workflow.context["note"] = "called"
+    with db.atomic() as transaction:
+        workflow.save()
+        transaction.rollback()
+    assert reload(workflow).context == {}
+    workflow.save()
+    assert reload(workflow).context == {"note": "called"}
+
+
+def test_a_call_on_an_instance_keeps_what_was_not_saved_yet(drive, hero):
+    workflow = Plain.create(hero=hero)
+    workflow.context["note"] = "called"
+    _note(workflow, by="ada")
+    workflow.pause()
+    assert workflow.context == {"by": "ada", "note": "called"}
+    assert reload(workflow).context == {"by": "ada"}
+    workflow.save()
+    assert reload(workflow).context == {"by": "ada", "note": "called"}
+
+
+def test_many_who_save_at_once_lose_nothing(db, drive, hero):
+    workflow, failures = Plain.create(hero=hero), []
+
+    def save(name):
+        try:
+            for number in range(20):
+                mine = reload(workflow)
+                mine.context[f"{name} {number}"] = number
+                mine.save()
+        except Exception as error:
+            failures.append(error)
+        finally:
+            db.close()
+
+    threads = [threading.Thread(target=save, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert reload(workflow).context == {f"{name} {number}": number for name in "abcd" for number in range(20)}
+
+
+#: How something comes into a context, with what an error says of it; and whether it is noticed at once.
+NOT_JSON = {
+    "item": (lambda it: it.__setitem__("at", {1}), TypeError, r'context\["at"\] is not JSON.*set', True),
+    "update": (lambda it: it.update(lines=[0, {"at": b""}]), TypeError, r'context\["lines"\]\[1\]\["at"\] ', True),
+    "setdefault": (lambda it: it.setdefault("at", object), TypeError, r'context\["at"\]', True),
+    "union": (lambda it: it.__ior__({"at": object}), TypeError, r'context\["at"\]', True),
+    "NaN": (lambda it: it.update(a={"b": (1, float("nan"))}), ValueError, r'context\["a"\]\["b"\]\[1\] is not', True),
+    "key": (lambda it: it.__setitem__(7, 7), TypeError, r"text keys.*7", True),
+    "inner key": (lambda it: it.update(a={"b": {(1, 2): 3}}), TypeError, r'context\["a"\]\["b"\] is not JSON', True),
+    "circle": (
+        lambda it: it.update(a=(lambda one: (one.append(one), one)[1])([])),
+        ValueError,
+        r'context\["a"\]',
+        True,
+    ),
+    "later": (lambda it: it["list"].append(object()), TypeError, r'context\["list"\]\[0\] is not JSON', False),
+    "length": (lambda it: it.update(long="x" * 140_000), ValueError, r"context takes 1400\d\d bytes", False),
+}
+
+
+@pytest.mark.parametrize("name", NOT_JSON)
+def test_what_no_context_can_hold_is_told_of_by_the_way_to_it_and_the_rest_is_kept(drive, hero, name):
+    put, error, problem, is_at_once = NOT_JSON[name]
+
+    class Odd(Workflow):
+        @step
+        def one(self):
+            self.context["receipt"] = "r-1"
+            put(self.context)
+            did("went on")
+
+    workflow = Odd.create(hero=hero, context={"list": []})
+    with pytest.raises(error, match=problem):
+        scheduled(workflow).execute()
+    assert effects() == [] if is_at_once else ["went on"]
+    assert reload(workflow).context == {"list": [], "receipt": "r-1"}
+    outside = reload(workflow)
+    with pytest.raises(error, match=problem):
+        put(outside.context)
+        outside.save()
+    with pytest.raises(TypeError, match="the context must be a dict"):
+        outside.context = [1]
+    assert reload(workflow).context == {"list": [], "receipt": "r-1"}
+
+
+def test_a_context_that_grows_too_long_by_others_is_refused_to_who_saves_and_keeps_the_outcome_of_a_step(
+    drive, hero, caplog
+):
+    class Long(Workflow):
+        @step
+        def one(self):
+            self.context["receipt"] = "r-1"
+            self.context["long"] = "x" * 70_000
+            _note(self, theirs="y" * 70_000)
+
+    workflow = Long.create(hero=hero)
+    scheduled(workflow).execute()
+    assert (reload(workflow).state, reload(workflow).context) == (
+        "finished",
+        {"theirs": "y" * 70_000, "receipt": "r-1"},
+    )
+    assert "not kept: ['long']" in caplog.text
+    workflow.context["long"] = "x" * 70_000
+    with pytest.raises(ValueError, match="with what others saved meanwhile"):
+        workflow.save()
+
+
+def test_the_context_of_a_deleted_workflow_is_saved_nowhere(drive, hero):
+    workflow = Plain.create(hero=hero)
+    Workflow.delete().execute()
+    workflow.context["note"] = 1
+    assert workflow.save() == 0
+    assert Workflow.select().count() == 0
+
+
+def test_a_context_may_be_copied_and_pickled(drive, hero):
+    context = Plain.create(hero=hero, context={"a": [1]}).context
+    for each in (copy.deepcopy(context), pickle.loads(pickle.dumps(context)), copy.copy(context)):
+        assert each == context == {"a": [1]}
+        assert not each.is_changed()
 
 
 def test_flow_control_does_not_fall_to_except_exception(drive, hero, helpers):
@@ -3972,7 +4208,7 @@ class Turn(typing.NamedTuple):
     end: str | type[BaseException] = "return"
     during: tuple = ()
     after: tuple = ()
-    context: bool = False
+    context: str | None = None
     checkpoint: bool = False
 
 
@@ -4016,8 +4252,7 @@ class Scripted(Workflow):
         self.playing.happen_here(self, self.turn.during)
         if self.turn.checkpoint and self.current_step_name not in BANKED:
             self.checkpoint([number])
-        if self.turn.context:
-            self.context["number"] = number
+        change(self.context, self.turn.context, number)
         if self.turn.end is gd.TransactionLeftOpenError:
             self.playing.db.session_start()
         elif isinstance(self.turn.end, type):
@@ -4037,6 +4272,14 @@ class Scripted(Workflow):
     def after_step_execution(self, execution):
         if self.turn:
             self.playing.happen_here(self, self.turn.after)
+
+
+def change(context, key, value):
+    """What turns and notes do to a context: set a key, or take it away."""
+    if key and key.startswith("-"):
+        context.pop(key[1:], None)
+    elif key:
+        context[key] = value
 
 
 # -- the model --
@@ -4199,6 +4442,22 @@ class Imagined:
         self.commit()
         return "ok"
 
+    def note(self, place, key, value):
+        workflow = self.find(place)
+        if workflow is None:
+            return None
+        change(workflow.context, key, value)
+        self.commit()
+        return "ok"
+
+    def write(self, workflow, read, changed):
+        """The keys that were changed in what was read, onto what others left."""
+        for key in {*read, *changed}:
+            if key not in changed:
+                workflow.context.pop(key, None)
+            elif key not in read or read[key] != changed[key]:
+                workflow.context[key] = changed[key]
+
     def housekeeping(self, seconds):
         self.forward(seconds)
         silent = [
@@ -4253,7 +4512,8 @@ class Imagined:
         if workflow.hero not in self.present_heroes:
             self.record(workflow, execution, "hero gone")
             return None, None
-        turn, context = self.turns.pop(0) if self.turns else Turn(), dict(workflow.context)
+        turn = self.turns.pop(0) if self.turns else Turn()
+        read, changed = dict(workflow.context), dict(workflow.context)
         if turn.end not in ("cancel_if", "skip_if"):
             if not is_banked:
                 workflow.effects.append(number)
@@ -4262,8 +4522,7 @@ class Imagined:
                 self.happen_here(workflow, turn.during)
             if turn.checkpoint and not is_banked:
                 turn = self.checkpoint(workflow, execution, turn)
-            if turn.context:
-                context["number"] = number
+            change(changed, turn.context, number)
         error = turn.end if isinstance(turn.end, type) else None
         if error is KeyboardInterrupt:
             end, raised = self.death(execution), error
@@ -4278,10 +4537,10 @@ class Imagined:
         if is_ours:
             if error:
                 execution.error = error.__name__
-            else:
-                workflow.context = context
-                if is_banked and end not in ("cancel_if", "skip_if"):
-                    workflow.effects.append(number)
+            elif is_banked and end not in ("cancel_if", "skip_if"):
+                workflow.effects.append(number)
+            if not (error and is_banked):
+                self.write(workflow, read, changed)
             may_run_on = how == "task" and self.run_on and not raised
             following = self.record(workflow, execution, end, error, may_run_on)
             self.happen_here(workflow, turn.after)
@@ -4530,6 +4789,14 @@ class Actual:
             return "refused"
         return "ok"
 
+    def note(self, place, key, value):
+        workflow = self.find(place)
+        if workflow is None:
+            return None
+        change(workflow.context, key, value)
+        workflow.save()
+        return "ok"
+
     def housekeeping(self, seconds):
         self.forward(seconds)
         counts = self.drive.housekeeping()
@@ -4716,6 +4983,7 @@ class Sequence:
 # -- the sequences --
 
 HEROES = st.integers(0, 2)
+KEYS = st.sampled_from(["a", "b", "-a", "-b"])  # of a context; or away with it
 SECONDS = st.sampled_from([0, 30, 61, 2 * 3600, 2 * 3600, 31 * 86400])
 USUAL_CALLS = ["pause", "pause", "pause", "resume", "resume", "skip", "skip", "cancel", "reattempt", "finish"]
 
@@ -4734,7 +5002,8 @@ def events_about(*places):
     creating_many = st.tuples(
         st.just("create_many"), st.sets(HEROES).map(sorted).map(tuple), st.sampled_from(["raise", "ignore"])
     )
-    transacting = st.lists(calls | moving | creating, min_size=1, max_size=3).map(tuple)
+    noting = st.tuples(st.just("note"), place, KEYS, st.integers(0, 9))
+    transacting = st.lists(calls | moving | creating | noting, min_size=1, max_size=3).map(tuple)
     return calls, st.one_of(
         calls,
         calls,
@@ -4742,6 +5011,7 @@ def events_about(*places):
         moving,
         creating,
         creating_many,
+        noting,
         st.tuples(st.just("transact"), st.booleans(), transacting),
         st.tuples(
             st.just("perform"), place, st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from(["task", "execute", "claim"])
@@ -4769,7 +5039,7 @@ TURNS = st.builds(
     ),
     during=SOME_EVENTS_HERE,
     after=SOME_EVENTS_HERE,
-    context=st.booleans(),
+    context=st.none() | KEYS,
     checkpoint=st.booleans(),
 )
 # Often enough in a row for attempts, or recoveries, to be exhausted.
@@ -4817,7 +5087,12 @@ def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(db
 DEADLY = [
     [Move("create", (0, False))],
     [Move("create", (0, False)), Move("create_many", ((0, 1, 2), "ignore"))],
-    [Move("create", (0, False)), Move("work", (0,), (Turn(context=True), Turn(), Turn("reattempt later")))],
+    [Move("create", (0, False)), Move("work", (0,), (Turn(context="a"), Turn(), Turn("reattempt later")))],
+    [
+        Move("create", (0, False)),
+        Move("work", (0,), (Turn(OddError, during=(("note", THIS, "b", 1), ("note", THIS, "a", 1)), context="a"),)),
+    ],
+    [Move("create", (0, False)), Move("note", (0, "a", 1))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(during=(("call", THIS, "pause"),)),))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(during=(("call", THIS, "cancel"),)),))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(after=(("call", THIS, "cancel"),)),))],
