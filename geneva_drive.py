@@ -66,6 +66,7 @@ import traceback
 import types
 import unicodedata
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -934,7 +935,12 @@ class _Context(dict[str, Any]):
 
 
 class _ContextField(_JsonObjectField):
-    mysql_type = f"{_LongTextField.mysql_type} COLLATE utf8mb4_bin"  # it is compared with what was read
+    __hash__ = peewee.Field.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        # It is compared with what was read: byte by byte, where a collation would take "Ada" for "ADA".
+        is_mysql = _dialect(self.model._meta.get_database_instance()) == "mysql"
+        return peewee.Expression(self.cast("binary") if is_mysql else self, peewee.OP.EQ, other)
 
     class accessor_class(peewee.FieldAccessor):
         def __set__(self, instance: Workflow, value: Any) -> None:
@@ -1168,6 +1174,10 @@ def _hero_key(hero: Any) -> tuple[str, str]:
         raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
     if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
         raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
+    database, ours = _actual(meta.database), _actual(_drive().database)
+    if database is not ours and database in _earlier_databases:
+        problem = f"{model.__name__} is in {_place(database)}, whose GenevaDrive was replaced by one on {_place(ours)}"
+        raise ConfigurationError(f"{problem}, which would keep the workflow: make one drive for each process")
     hero_type = _hero_type(model)
     if _hero_models.get(hero_type) is not model:
         _find_hero_model(hero_type)  # for the error, if there are others of the name
@@ -3175,9 +3185,9 @@ def _require_fit(is_fit: bool, where: str, cursor: Any) -> None:
 # ==== The drive: database, queues, housekeeping =======================================================================
 
 
-def perform_step(execution_id: int, queue: str) -> None:
-    """The Huey task behind every step; each queue has its own, which knows its name."""
-    _drive()._perform(execution_id, queue)
+def perform_step(execution_id: int, drive: GenevaDrive, queue: str) -> None:
+    """The Huey task behind every step; each queue has its own, which knows its drive and its name."""
+    drive._perform(execution_id, queue)
 
 
 def housekeeping() -> None:
@@ -3207,6 +3217,7 @@ QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
 _current_drive: GenevaDrive | None = None
+_earlier_databases: weakref.WeakSet[Database] = weakref.WeakSet()  # of drives that were replaced
 
 
 def _drive() -> GenevaDrive:
@@ -3256,6 +3267,8 @@ class GenevaDrive:
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
+        if _current_drive is not None and (earlier := _actual(_current_drive.database)) is not None:
+            _earlier_databases.add(earlier)
         _current_drive = self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -3294,7 +3307,12 @@ class GenevaDrive:
 
     @property
     def _db(self) -> Database:
-        database = self.database.obj if isinstance(self.database, peewee.Proxy) else self.database
+        if self is not _current_drive:
+            problem = f"this GenevaDrive, on {_place(self.database)}, was replaced by a later one"
+            raise ConfigurationError(
+                f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
+            )
+        database = _actual(self.database)
         if database is None:
             raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
         return database
@@ -3397,7 +3415,7 @@ class GenevaDrive:
     def _databases(self) -> set[Database]:
         """The drive's, if it is initialized, and those of the heroes."""
         found = {self.database, *[model._meta.database for model in list(_hero_models.values())]}
-        return {each.obj if isinstance(each, peewee.Proxy) else each for each in found} - {None}
+        return {each for each in map(_actual, found) if each is not None}
 
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
@@ -3437,8 +3455,7 @@ class GenevaDrive:
 
     def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
         """The statement that a query makes on a database, made when it is first asked for."""
-        if isinstance(database, peewee.Proxy):
-            database = database.obj or self._db
+        database = _actual(database) or self._db
         found = self._statements.get((database, key))
         if found is None:
             found = self._statements[database, key] = _Built(database, query())
@@ -3516,13 +3533,17 @@ class GenevaDrive:
             found[name] = queues[name] if isinstance(queues, Mapping) else embedded(name)
             if not isinstance(found[name], Huey):
                 raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
+        for name, each in found.items():
+            if isinstance(each, _EmbeddedHuey) and each.storage.drive is not self:
+                problem = f"the Huey of the queue {name!r} is one that another GenevaDrive made for itself"
+                raise ConfigurationError(f"{problem}: leave it out, and this one makes its own")
         return found
 
     def _register(self, name: str, huey: Huey) -> Any:
         """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
         for task in getattr(huey, "_geneva_drive_tasks", ()):
             task.unregister()
-        here = functools.partial(perform_step, queue=name)
+        here = functools.partial(perform_step, drive=self, queue=name)
         kind = _EmbeddedTask if isinstance(huey, _EmbeddedHuey) else Task
         perform = huey.task(task_base=kind)(functools.update_wrapper(here, perform_step))
         periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
@@ -4134,6 +4155,17 @@ def _is_dead(connection: Any) -> bool:
     return bool(getattr(connection, "closed", False)) or getattr(connection, "open", True) is False
 
 
+def _actual(database: Any) -> Database | None:
+    """What a DatabaseProxy stands for, if it does already; any other database is itself."""
+    return database.obj if isinstance(database, peewee.Proxy) else database
+
+
+def _place(database: Any) -> str:
+    """How to call a database in a message."""
+    actual = _actual(database)
+    return f"the database {str(actual.database)!r}" if actual else "a database that is not initialized"
+
+
 def _is_private(database: Database) -> bool:
     """Whether a connection of another thread would be another database, or this very connection."""
     in_memory = isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
@@ -4700,7 +4732,7 @@ class _Schema:
 
     def problem(self) -> str | None:
         """Why this code cannot work on the database, if it cannot: the tables are missing, or older than the code."""
-        version, database = self.version(), f"the database {self.db.database!r}"
+        version, database = self.version(), _place(self.db)
         if not version:
             return f"{database} has no tables of GenevaDrive: call drive.create_tables() once, if it is the right one"
         if version < SCHEMA_VERSION:

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import enum
 import fcntl
+import functools
 import gzip
 import html
 import importlib.util
@@ -1361,18 +1362,6 @@ def test_a_question_for_blocks_that_is_broken_off_is_asked_again(database, db, d
     assert drive._has_fast_paths() == expected
 
 
-def test_a_queue_takes_its_messages_from_the_database_of_its_own_drive(database, servers, drive):
-    kind = drive._dialect
-    with contextlib.closing(open_database(servers.empty(kind))) as other:
-        second = GenevaDrive(other)
-        second.create_tables()
-        drive.huey.storage.enqueue(b"of the first")
-        second.huey.storage.enqueue(b"of the second")
-        assert drive.huey.storage.dequeue() == b"of the first"
-        assert second.huey.storage.dequeue() == b"of the second"
-    GenevaDrive(drive.database)
-
-
 #: Whose connection it is, who waits for the lock of a row, and how to break off what a connection is at.
 STATEMENTS_UNDER_WAY = {
     "postgresql": (
@@ -2485,13 +2474,14 @@ def test_what_a_body_changed_in_the_context_is_kept_however_it_ends_and_takes_no
         def charge(self):
             _charges(self)
             if is_edited:
-                _note(self, by="ada", lines="theirs", offer=None)
+                _note(self, by="ada", lines="theirs", offer=None, channel="WEB")
             ENDS_OF_CHARGES[end][0](self)
 
     workflow = Charges.create(hero=hero, context={"channel": "web", "offer": 1})
     with contextlib.suppress(OSError, TypeError, KeyboardInterrupt):
         scheduled(workflow).execute()
-    kept, edits = {"channel": "web", "offer": 1}, {"by": "ada", "lines": "theirs", "offer": None}
+    kept = {"channel": "web", "offer": 1}
+    edits = {"by": "ada", "lines": "theirs", "offer": None, "channel": "WEB"}
     kept |= edits if is_edited else {}
     if ENDS_OF_CHARGES[end][1]:
         kept |= {"receipt": "r-1", "lines": [7]}
@@ -2528,6 +2518,18 @@ def test_the_context_of_a_transactional_step_has_the_fate_of_its_other_writes(dr
     told = {"told": "no"} if "handler" in end else {}
     assert effects() == ["booked"] * is_kept
     assert reload(workflow).context == ({"booked": True, "more": True} if is_kept else told)
+
+
+def test_an_edit_that_a_collation_does_not_see_is_kept(drive, hero):
+    class Charges(Workflow):
+        @step
+        def charge(self):
+            self.context["receipt"] = "r-1"
+            _note(self, by="ADA")
+
+    workflow = Charges.create(hero=hero, context={"by": "Ada"})
+    scheduled(workflow).execute()
+    assert reload(workflow).context == {"by": "ADA", "receipt": "r-1"}
 
 
 def test_of_two_who_change_a_key_the_later_commit_wins_and_only_what_was_changed_is_written(drive, hero):
@@ -8603,6 +8605,61 @@ def test_each_queue_has_the_periodic_housekeeping(db, drive):
     for huey in drive.queues.values():
         assert [type(task).__name__ for task in huey.read_periodic(datetime(2026, 1, 1, 1, 7))] == ["housekeeping"]
         assert huey.read_periodic(datetime(2026, 1, 1, 1, 8)) == []
+
+
+class Tenant(Model):
+    class Meta:
+        table_name = "test_tenants"
+
+
+def test_a_drive_that_was_replaced_says_so_and_has_no_part_in_the_work_of_the_later_one(tmp_path, db, drive, hero):
+    old_db = SqliteDatabase(tmp_path / "old.db")
+    old = GenevaDrive(old_db)
+    old.create_tables()
+    with Tenant.bind_ctx(old_db):
+        Tenant.create_table()
+        tenant = Tenant.create()
+        theirs = scheduled(Quick.create(hero=tenant))
+        drive = GenevaDrive(db, queues=["more"])
+        ours = scheduled(Quick.create(hero=hero))
+        calls = (old.run, old.is_idle, old.housekeeping, old.doctor, old.create_tables, old.huey.dequeue)
+        for call in (
+            *calls,
+            functools.partial(old._perform, theirs.id),
+            functools.partial(old._tasks["default"], ours.id),
+        ):
+            with pytest.raises(
+                gd.ConfigurationError, match=r"on the database .*old.db', was replaced by a later one, on"
+            ):
+                call()
+        for call in (
+            lambda: Plain.create(hero=tenant),
+            lambda: Plain.get_or_create(hero=tenant),
+            lambda: Plain.create_many([tenant]),
+            lambda: Plain.for_hero(tenant),
+        ):
+            with pytest.raises(gd.ConfigurationError, match=r"Tenant is in the database .*old.db', whose GenevaDrive"):
+                call()
+    assert Workflow.select().count() == 1
+    assert history(reload(ours.workflow)) == [("one", "scheduled", None)]
+    assert drive.is_idle() is False
+    old_db.close()
+
+
+def test_a_huey_that_a_drive_made_for_itself_is_none_for_another(db, drive):
+    for options in ({"huey": drive.huey}, {"queues": {"more": drive.huey}}):
+        with pytest.raises(gd.ConfigurationError, match="one that another GenevaDrive made for itself: leave it out"):
+            GenevaDrive(db, **options)
+    assert drive.is_idle() is True  # it was not replaced
+
+
+def test_a_drive_on_the_same_database_goes_on_with_what_the_earlier_one_left(db, drive, hero):
+    workflow = Quick.create(hero=hero)
+    later = GenevaDrive(db)
+    Quick.create(hero=User.create())
+    work_off(later)
+    assert reload(workflow).state == "finished"
+    assert effects() == ["one", "two", "three"] * 2
 
 
 def test_a_second_drive_on_the_same_outside_queue_takes_its_tasks_over(db, drive, hero):
