@@ -4151,6 +4151,7 @@ WHAT_FOLLOWS = {
     "error, policy skip": ("skipped", "skipped", "advance"),
     "error, policy cancel": ("failed", "canceled", "cancel"),
     "error, policy finish": ("failed", "failed", "finish"),
+    "timeout, skip": ("skipped", "skipped", "advance"),
     "death, reattempt": ("failed", "recovered", "repeat"),
     "death, pause": ("failed", "recovered", "pause"),
     "death, cancel": ("failed", "recovered", "cancel"),
@@ -4197,7 +4198,8 @@ THIS = "this one"  # in place of a workflow's place: the one that is being perfo
 LATER = 60  # seconds, for reattempt(wait=...)
 SILENCE, OVERDUE, KEPT = timedelta(hours=1), timedelta(minutes=1), timedelta(days=30)
 MAX_RECOVERIES = 2
-SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "last": 0}  # their waits in seconds
+SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "awaits": 0, "last": 0}  # their waits in seconds
+LIMIT = timedelta(minutes=5)  # of the one that awaits a signal
 BANKED = ("banked", "last")  # transactional; the others are resumable
 
 
@@ -4269,6 +4271,7 @@ class Scripted(Workflow):
     plain = step("body", skip_if="is_superfluous", resumable=True)
     banked = step("body", skip_if="is_superfluous", transactional=True)
     later = step("body", skip_if="is_superfluous", wait=SCRIPTED_STEPS["later"], resumable=True)
+    awaits = step("body", skip_if="is_superfluous", resumable=True, wait_for="go", timeout=LIMIT, on_timeout="skip")
     last = step("body", skip_if="is_superfluous", transactional=True)
 
     def after_step_execution(self, execution):
@@ -4300,6 +4303,8 @@ class ImaginedExecution:
     heard_of: datetime | None = None
     finished: datetime | None = None
     cursor: list | None = None
+    limit: datetime | None = None  # of the wait for a signal
+    signal: int | None = None  # the place of the one that it was given
 
 
 @dataclasses.dataclass
@@ -4313,6 +4318,12 @@ class ImaginedWorkflow:
     transitioned: datetime | None = None
     executions: list = dataclasses.field(default_factory=list)
     effects: list = dataclasses.field(default_factory=list)  # the numbers of the executions that left one, for good
+    signals: list = dataclasses.field(default_factory=list)  # what each says, and when it was consumed
+
+    @property
+    def pending(self):
+        """The place of the first signal that is there to be given, or None."""
+        return next((place for place, (_, consumed) in enumerate(self.signals) if consumed is None), None)
 
     @property
     def is_over(self):
@@ -4321,7 +4332,7 @@ class ImaginedWorkflow:
     @property
     def active(self):
         newest = self.executions[-1]
-        return newest if newest.state in ("scheduled", "in_progress") else None
+        return newest if newest.state in ("scheduled", "waiting", "in_progress") else None
 
 
 class Imagined:
@@ -4391,12 +4402,26 @@ class Imagined:
         return any(each.hero == hero and not each.is_over and not each.allow_multiple for each in self.workflows)
 
     def schedule(self, workflow, step_name, due, **values):
-        workflow.executions.append(ImaginedExecution(next(self.serials), step_name, due, **values))
+        execution = ImaginedExecution(next(self.serials), step_name, due, **values)
+        workflow.executions.append(execution)
+        if step_name == "awaits":
+            execution.limit = execution.limit or due + LIMIT
+            execution.state = "waiting" if execution.limit > due and workflow.pending is None else "scheduled"
 
-    def enter(self, workflow, step_name, wait=0, cursor=None):
+    def enter(self, workflow, step_name, wait=0, **carried):
         """Go on with a step after a call from outside."""
         workflow.state, workflow.step, workflow.transitioned = "ready", step_name, None
-        self.schedule(workflow, step_name, self.now + timedelta(seconds=wait), cursor=cursor)
+        self.schedule(workflow, step_name, self.now + timedelta(seconds=wait), **carried)
+
+    def wake(self, execution):
+        execution.state, execution.due = "scheduled", max(execution.due, self.now)
+
+    def consume(self, workflow, step_name):
+        """What was given to the attempts at a step is used up with it."""
+        for each in workflow.executions:
+            if each.step == step_name and each.finished and each.signal is not None:
+                says, consumed = workflow.signals[each.signal]
+                workflow.signals[each.signal] = says, consumed or self.now
 
     def end(self, execution, state, outcome):
         execution.state, execution.outcome, execution.finished = state, outcome, self.now
@@ -4413,7 +4438,7 @@ class Imagined:
             return None
         state, active = workflow.state, workflow.active
         if call == "cancel" and not workflow.is_over:
-            if active and active.state == "scheduled":
+            if active and active.state != "in_progress":
                 self.end(active, "canceled", "canceled")
             workflow.state, workflow.step, workflow.pause_requested = "canceled", None, False
             workflow.transitioned = self.now
@@ -4424,7 +4449,9 @@ class Imagined:
         elif call == "skip" and state in ("ready", "paused"):
             if active is None:
                 self.schedule(workflow, workflow.step, self.now)
+                workflow.executions[-1].limit = None
             self.end(workflow.executions[-1], "skipped", "skipped")
+            self.consume(workflow, workflow.step)
             following = step_behind(workflow.step)
             if following:
                 self.enter(workflow, following, SCRIPTED_STEPS[following])
@@ -4433,8 +4460,12 @@ class Imagined:
         elif call == "resume" and state == "paused" and active:
             workflow.state, workflow.transitioned = "ready", None
             active.reattempts = active.recoveries = 0
+            if active.state == "waiting" and workflow.pending is not None:
+                self.wake(active)
         elif call == "resume" and state == "paused":
-            self.enter(workflow, workflow.step, cursor=workflow.executions[-1].cursor)
+            newest = workflow.executions[-1]
+            limit = None if newest.cursor is None else newest.limit  # it goes on, and does not wait anew
+            self.enter(workflow, workflow.step, cursor=newest.cursor, limit=limit)
         elif call == "resume_at" and state == "paused":
             if active:
                 self.end(active, "canceled", "canceled")
@@ -4449,6 +4480,16 @@ class Imagined:
         if workflow is None:
             return None
         change(workflow.context, key, value)
+        self.commit()
+        return "ok"
+
+    def signal(self, place, says):
+        workflow = self.find(place)
+        if workflow is None or workflow.is_over:
+            return workflow and "refused"
+        workflow.signals.append((says, None))
+        if workflow.state == "ready" and workflow.active.state == "waiting":
+            self.wake(workflow.active)
         self.commit()
         return "ok"
 
@@ -4488,8 +4529,9 @@ class Imagined:
         if workflow is None:
             return None
         execution = workflow.executions[-1 - number % len(workflow.executions)]
-        too_early = how == "task" and execution.due > self.now
-        if execution.state != "scheduled" or workflow.state != "ready" or too_early:
+        is_there = execution.state == "scheduled" and (how != "task" or execution.due <= self.now)
+        is_late = execution.state == "waiting" and execution.limit <= self.now
+        if not (is_there or is_late) or workflow.state != "ready":
             return False if how != "task" else None
         self.claim(workflow, execution)
         self.commit()
@@ -4516,6 +4558,13 @@ class Imagined:
             return None, None
         turn = self.turns.pop(0) if self.turns else Turn()
         read, changed = dict(workflow.context), dict(workflow.context)
+        given = workflow.pending if execution.step == "awaits" and turn.end not in ("cancel_if", "skip_if") else None
+        if execution.step == "awaits" and given is None and turn.end not in ("cancel_if", "skip_if"):
+            assert execution.limit <= self.now  # there is neither a signal nor was it late
+            execution.error = "SignalTimeoutError"
+            following = self.record(workflow, execution, "timeout, skip", may_run_on=how == "task" and self.run_on)
+            self.happen_here(workflow, turn.after)
+            return following, None
         if turn.end not in ("cancel_if", "skip_if"):
             if not is_banked:
                 workflow.effects.append(number)
@@ -4537,6 +4586,7 @@ class Imagined:
             end, raised = turn.end, None
         is_ours, following = self.is_ours(workflow, execution), None
         if is_ours:
+            execution.signal = given
             if error:
                 execution.error = error.__name__
             elif is_banked and end not in ("cancel_if", "skip_if"):
@@ -4565,6 +4615,8 @@ class Imagined:
     def record(self, workflow, execution, end, error=None, may_run_on=False):
         state, outcome, then = WHAT_FOLLOWS[end]
         self.end(execution, state, outcome)
+        if then in ("advance", "finish"):
+            self.consume(workflow, execution.step)
         following = None
         if workflow.state != "canceled":
             is_pausing, workflow.pause_requested = workflow.pause_requested, False
@@ -4573,15 +4625,16 @@ class Imagined:
                 reattempts = execution.reattempts + end.startswith("error")
                 recoveries = execution.recoveries + end.startswith("death")
                 due, cursor = self.now + timedelta(seconds=wait), None if end == "rewind" else execution.cursor
-                counts = {"reattempts": reattempts, "recoveries": recoveries}
-                self.schedule(workflow, execution.step, due, cursor=cursor, **counts)
+                carried = {"reattempts": reattempts, "recoveries": recoveries, "limit": execution.limit}
+                self.schedule(workflow, execution.step, due, cursor=cursor, **carried)
             elif then == "advance" and step_behind(execution.step):
                 name = step_behind(execution.step)
                 self.schedule(workflow, name, self.now + timedelta(seconds=SCRIPTED_STEPS[name]))
             if workflow.active:
                 workflow.state = "paused" if is_pausing else "ready"
                 workflow.step = workflow.active.step
-                if may_run_on and not is_pausing and workflow.active.due <= self.now:
+                is_next = workflow.active.due <= self.now and workflow.active.step != "awaits"
+                if may_run_on and not is_pausing and is_next:
                     following = workflow.active
                     self.claim(workflow, following)
             else:
@@ -4611,10 +4664,11 @@ def picture(workflows, heroes):
             "executions": [
                 (
                     *(one.step, one.state, one.outcome, one.due, one.reattempts, one.recoveries),
-                    *(one.error, one.finished, one.cursor),
+                    *(one.error, one.finished, one.cursor, one.limit, one.signal),
                 )
                 for one in each.executions
             ],
+            "signals": each.signals,
             "effects": sorted(each.effects),
         }
         for each in workflows
@@ -4693,7 +4747,7 @@ class Actual:
             delete_completed_workflows_after=KEPT,
         )
         self.clock, self.huey, self.one_writer = self.drive.clock, self.drive.huey, isinstance(db, SqliteDatabase)
-        for model in [*self.drive._embedded_models, StepExecution, Workflow, *MODELS]:
+        for model in [*self.drive._embedded_models, *reversed(gd.MODELS), *MODELS]:
             model.delete().execute()
         self.heroes = [User.create().id for _ in range(3)]
         self.observed, self.turns, self.performed = [], [], []
@@ -4799,6 +4853,16 @@ class Actual:
         workflow.save()
         return "ok"
 
+    def signal(self, place, says):
+        workflow = self.find(place)
+        if workflow is None:
+            return None
+        try:
+            assert workflow.signal("go", says) is True
+        except gd.InvalidStateError:
+            return "refused"
+        return "ok"
+
     def housekeeping(self, seconds):
         self.forward(seconds)
         counts = self.drive.housekeeping()
@@ -4862,6 +4926,8 @@ class Actual:
             StepExecution.error_class_name,
             StepExecution.finished_at,
             StepExecution.cursor,
+            StepExecution.times_out_at,
+            StepExecution.signal_id,
         )
         self.known, self.owed = set(), set()
         for workflow_id, *row in StepExecution.select(*columns).order_by(*columns[0:3:2]).tuples():
@@ -4871,7 +4937,9 @@ class Actual:
         for each in Workflow.select().order_by(Workflow.id):
             attempts = executions.get(each.id, [])
             if each.state == "ready":
-                self.owed |= {row[0] for row in attempts if row[3] == "scheduled"}
+                self.owed |= {row[0] for row in attempts if row[3] in ("scheduled", "waiting")}
+            signals = list(each.signals.order_by(gd.WorkflowSignal.id))
+            places = {None: None, **{one.id: place for place, one in enumerate(signals)}}
             found.append(
                 {
                     "hero": int(each.hero_id),
@@ -4881,7 +4949,11 @@ class Actual:
                     "pause_requested": each.pause_requested,
                     "context": each.context,
                     "transitioned": each.transitioned_at,
-                    "executions": [(*row[2:8], row[8] and row[8].rpartition(".")[2], *row[9:]) for row in attempts],
+                    "executions": [
+                        (*row[2:8], row[8] and row[8].rpartition(".")[2], *row[9:-1], places[row[-1]])
+                        for row in attempts
+                    ],
+                    "signals": [(one.payload, one.consumed_at) for one in signals],
                     "effects": [row[1] for row in attempts for _ in range(counts[f"{each.token} {row[1]}"])],
                 }
             )
@@ -5005,7 +5077,8 @@ def events_about(*places):
         st.just("create_many"), st.sets(HEROES).map(sorted).map(tuple), st.sampled_from(["raise", "ignore"])
     )
     noting = st.tuples(st.just("note"), place, KEYS, st.integers(0, 9))
-    transacting = st.lists(calls | moving | creating | noting, min_size=1, max_size=3).map(tuple)
+    signaling = st.tuples(st.just("signal"), place, st.integers(0, 9))
+    transacting = st.lists(calls | moving | creating | noting | signaling, min_size=1, max_size=3).map(tuple)
     return calls, st.one_of(
         calls,
         calls,
@@ -5014,6 +5087,8 @@ def events_about(*places):
         creating,
         creating_many,
         noting,
+        signaling,
+        signaling,
         st.tuples(st.just("transact"), st.booleans(), transacting),
         st.tuples(
             st.just("perform"), place, st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from(["task", "execute", "claim"])
@@ -5085,6 +5160,7 @@ def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(db
     play()
 
 
+AWAITING = [Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume_at", "awaits"))]
 # The last of each is the move in which the process dies: at every statement and after every commit that it has.
 DEADLY = [
     [Move("create", (0, False))],
@@ -5095,6 +5171,11 @@ DEADLY = [
         Move("work", (0,), (Turn(OddError, during=(("note", THIS, "b", 1), ("note", THIS, "a", 1)), context="a"),)),
     ],
     [Move("create", (0, False)), Move("note", (0, "a", 1))],
+    [*AWAITING, Move("signal", (0, 7))],
+    [*AWAITING, Move("signal", (0, 7)), Move("work", (0,), (Turn(Flaky), Turn("rewind"), Turn(), Turn()))],
+    [*AWAITING, Move("forward", (301,)), Move("work", (0,), (Turn(during=(("signal", THIS, 7),)),))],
+    [*AWAITING, Move("call", (0, "pause")), Move("signal", (0, 7)), Move("call", (0, "resume"))],
+    [*AWAITING, Move("signal", (0, 7)), Move("work", (0,), (Turn("pause"),)), Move("call", (0, "skip"))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(during=(("call", THIS, "pause"),)),))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(during=(("call", THIS, "cancel"),)),))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(after=(("call", THIS, "cancel"),)),))],
@@ -5152,7 +5233,7 @@ def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(db, ca
                 assert all(sequence.make(each) for each in before)
                 if sequence.make(move._replace(dies=(cause, moment))):
                     break
-            assert moment > (3 if cause == "statement" else 0)
+            assert moment > (2 if cause == "statement" else 0)
         sequence.come_to_an_end()
         assert sequence.actual.drive.doctor() == []
 
