@@ -1134,8 +1134,13 @@ def _find_hero_model(hero_type: str) -> type[Model] | None:
 
 
 def _hero_row(model: type[Model], key: Any) -> Model | None:
-    database, field = model._meta.get_database_instance(), model._meta.primary_key
-    built = _drive()._statement(database, model, lambda: model.select().where(field == _Blank.value(field, "key")))
+    meta, field = model._meta, model._meta.primary_key
+    database = meta.get_database_instance()
+    # What a select() of the model's own adds (a tenant, a soft delete) may be another condition each time.
+    if database is None or getattr(model.select, "__func__", None) is not cast(Any, Model.select).__func__:
+        return cast("Model | None", model.select().where(field == key).get_or_none())
+    read_from = (model, meta.schema, meta.table_name, *meta.sorted_field_names)
+    built = _drive()._statement(database, read_from, lambda: model.select().where(field == _Blank.value(field, "key")))
     return cast("Model | None", built.first({"key": key}))
 
 
@@ -1771,7 +1776,12 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @property
     def hero(self) -> Any:
-        """The row that the workflow is about, read once per instance; None if it is gone or there is none."""
+        """The row that the workflow is about, read once per instance; None if it is gone or there is none.
+
+        It is read with its model's `select()`. Where that one adds a condition, let it add none in a worker, which has
+        neither a request nor a tenant: a row that it leaves out is gone, and its workflow canceled. If it raises
+        instead, that is the step's error. From outside, whoever may not see the row is told that it is gone.
+        """
         if "_hero" not in self.__dict__:
             model = self.hero_type and _hero_model(self.hero_type)
             self._hero = None

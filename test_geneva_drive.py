@@ -5,6 +5,7 @@ Crashes, races and duplicates come first. The servers are started by conftest.py
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import csv
 import dataclasses
@@ -2007,6 +2008,73 @@ def test_binary_uuids_and_foreign_keys_make_heroes_too(db, drive, helpers, with_
     helpers.speedrun_workflow(workflow)
     assert workflow.state == "finished"
     db.drop_tables([Badge, Guard])
+
+
+def test_a_hero_is_read_with_the_condition_that_its_model_adds_at_that_moment(db, drive, helpers):
+    tenant = contextvars.ContextVar("tenant", default=None)
+
+    class Tenanted(Model):
+        @classmethod
+        def select(cls, *fields):
+            query = super().select(*fields)
+            return query.where(cls.tenant == tenant.get()) if tenant.get() else query
+
+        class Meta:
+            database = db
+
+    class Account(Tenanted):
+        tenant = CharField()
+
+        class Meta:
+            table_name = "test_accounts"
+
+    db.drop_tables([Account])
+    db.create_tables([Account])
+    workflows = {name: Quick.create(hero=Account.create(tenant=name)) for name in ("red", "blue")}
+    for asking, name in itertools.product((None, "red", "blue"), workflows):
+        token = tenant.set(asking)
+        assert (reload(workflows[name]).hero is None) == (asking not in (None, name)), (asking, name)
+        tenant.reset(token)
+    for workflow in workflows.values():
+        helpers.speedrun_workflow(workflow)
+        assert workflow.state == "finished"
+    db.drop_tables([Account])
+
+
+def test_a_hero_is_read_from_where_its_model_is_at_that_moment(db, drive, tmp_path):
+    class Moved(Model):
+        name = CharField(default="")
+
+        class Meta:
+            database = db
+            table_name = "test_moved"
+
+    other = SqliteDatabase(tmp_path / "other.db")
+    table_names = ("test_moved", "test_moved_on")
+    for table_name in table_names:
+        Moved._meta.set_table_name(table_name)
+        db.drop_tables([Moved])
+        db.create_tables([Moved])
+        Moved.insert(id=1, name=table_name).execute()
+    workflow = Plain.create(hero=Moved(id=1))
+    for table_name in table_names:
+        Moved._meta.set_table_name(table_name)
+        assert reload(workflow).hero.name == table_name
+    with other, Moved.bind_ctx(other):
+        other.create_tables([Moved])
+        Moved.insert(id=1, name="other").execute()
+        assert reload(workflow).hero.name == "other"
+    assert reload(workflow).hero.name == table_name
+    db.execute_sql(f"alter table {table_name} add column size integer")
+    Moved._meta.add_field("size", IntegerField(null=True))
+    Moved.update(size=7).execute()
+    assert reload(workflow).hero.size == 7
+    Moved.bind(None)
+    with pytest.raises(peewee.InterfaceError, match="must be bound"):
+        reload(workflow).hero  # noqa: B018
+    for table_name in table_names:
+        db.execute_sql(f"drop table {table_name}")
+    gd._hero_models.pop("Moved")
 
 
 def test_a_key_that_is_lost_as_text_is_refused(drive):
