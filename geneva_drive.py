@@ -264,7 +264,7 @@ class UnknownSignalError(GenevaDriveError, ValueError):
     """A workflow is sent a signal that no step of its class waits for."""
 
     def __init__(self, workflow: Workflow, name: object) -> None:
-        known = ", ".join(sorted({each.wait_for for each in workflow.steps if each.wait_for})) or "none"
+        known = ", ".join(sorted(workflow._signal_names())) or "none"
         super().__init__(
             f"{workflow._label} was sent the signal {name!r}, which no step of {workflow.type} waits for: use one of "
             f"its signals ({known}), or declare a step with wait_for={name!r}"
@@ -1117,6 +1117,17 @@ def _hero_model(hero_type: str) -> type[Model] | None:
     return _hero_models[hero_type]
 
 
+def _hero_problem(hero_type: str) -> str | None:
+    """Why the heroes of a type cannot be read in this process, if they cannot."""
+    try:
+        if _hero_model(hero_type):
+            return None
+    except ConfigurationError as error:  # it is ambiguous
+        return str(error)
+    fix = f"import it, or set hero_type = {hero_type!r} in the Meta of its successor"
+    return f"no model called {hero_type!r} is defined: {fix}"
+
+
 def _find_hero_model(hero_type: str) -> type[Model] | None:
     found: list[type[Model]] = []
     models = Model.__subclasses__()
@@ -1867,9 +1878,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Why the workflow cannot run in this process, if it cannot: its class or its hero's model is not there."""
         if self.type not in _workflow_classes:
             return str(WorkflowNotDefinedError(self))
-        if self.hero_type and _hero_model(self.hero_type) is None:
-            return f"{self._label}: no model called {self.hero_type!r} is defined: import it, or set Meta.hero_type"
-        return None
+        problem = self.hero_type and _hero_problem(self.hero_type)
+        return f"{self._label}: {problem}" if problem else None
 
     def _definition(self, step_name: str | None) -> StepDefinition:
         """A step of its class, a removed one too; else a WorkflowNotDefinedError or a StepNotDefinedError."""
@@ -1883,6 +1893,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
     @classmethod
     def _find(cls, step_name: str | None) -> StepDefinition | None:
         return cls._blueprint.by_name.get(step_name)
+
+    @classmethod
+    def _signal_names(cls) -> set[str]:
+        return {each.wait_for for each in cls.steps if each.wait_for}
 
     def _is_awaited(self, execution: StepExecution, signal_name: str) -> bool:
         """Whether an execution waits for signals of the name, as it began to, or as its class has it by now."""
@@ -1940,11 +1954,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
         :returns: the steps that ongoing workflows stand at and that are not defined in this process, sorted.
         """
-        columns, standing = (Workflow.type, Workflow.current_step_name), Workflow.current_step_name.is_null(False)
-        query = cls.select(*columns, peewee.fn.COUNT(SQL("*"))).where(Workflow.state.in_(ONGOING) & standing)
-        found = sorted(UndefinedStep(*row) for row in query.group_by(*columns).tuples())
+        found = _count_ongoing(cls.select(), Workflow.type, Workflow.current_step_name)
         defined = {(key, each.name) for key, known in _workflow_classes.items() for each in known._blueprint.steps}
-        return [each for each in found if each[:2] not in defined]
+        return [UndefinedStep(*each) for each in found if each[:2] not in defined]
 
     @classmethod
     def select(cls, *fields: Any) -> _Query[Self]:
@@ -2019,6 +2031,12 @@ def _ongoing_rows() -> Any:
     return SQL(f"state in {ONGOING} and not allow_multiple")
 
 
+def _count_ongoing(query: Any, *columns: Any) -> list[Any]:
+    """What columns hold in the rows about ongoing workflows, and of how many: sorted tuples, without nulls."""
+    query = query.select(*columns, peewee.fn.COUNT(Workflow.id.distinct())).where(Workflow.state.in_(ONGOING))
+    return sorted(query.where(*[each.is_null(False) for each in columns]).group_by(*columns).tuples())
+
+
 Workflow._blueprint = _Blueprint(Workflow, frozenset())
 
 #: What others may write to while a step is performed, and the next one is to see. The rest of the row is known.
@@ -2048,7 +2066,7 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
     if row.state not in ALLOWED_FROM["signal"]:  # asked last: a key that an older snapshot hides is found by the index
         raise InvalidStateError(row, "signal")
     # Of a class that is not defined here, other processes know what it waits for; after a deploy, the execution may.
-    is_known = row.type not in _workflow_classes or name in {each.wait_for for each in row.steps}
+    is_known = row.type not in _workflow_classes or name in row._signal_names()
     if not is_known and not (active and active.waiting_for == name):
         raise UnknownSignalError(row, name)
     if active and active.state == WAITING and row.state == READY and row._is_awaited(active, name):
@@ -2119,7 +2137,8 @@ def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
 def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
     definition = workflow._definition(workflow.current_step_name)
     if active:
-        active._write(reattempts=0, recoveries=0)
+        waits_for = definition.wait_for if active.state == WAITING else active.waiting_for  # it may have been renamed
+        active._write(reattempts=0, recoveries=0, waiting_for=waits_for)
         if active.state == WAITING and not _must_wait(workflow, definition, active):
             _wake(drive, workflow, active)
         else:
@@ -3980,8 +3999,48 @@ class GenevaDrive:
         for sentence, query in VIOLATIONS.items():
             rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
             found += [sentence.format(*map(_as_text, row)) for row in rows]
+        found += [each.problem for each in self._stranded_waits() if each.kind == "wait"]
         missing = [statement for part in _Schema(self).parts(has_queue=False) for statement in part()]
         return found + [f"the schema lacks: {statement}" for statement in missing]
+
+    def _stranded(self) -> Iterator[_Stranded]:
+        """What ongoing workflows need and this code does not define; to be asked with new code, before its deploy."""
+        for name, step_name, number in Workflow.undefined_steps_in_flight():
+            removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
+            kind, problem = "step", f"which the class does not define: keep it, or put {removal} in its place"
+            if name not in _workflow_classes:
+                kind, fix = "class", "import it, or set workflow_type on its successor"
+                problem = f"and no class defines that type: {fix}"
+            yield _Stranded.of(kind, name, step_name, number, "stand", f"at the step {step_name!r}, {problem}")
+        for name, hero_type, number in _count_ongoing(Workflow.select(), Workflow.type, Workflow.hero_type):
+            if why := _hero_problem(hero_type):
+                need = f"a hero of the type {hero_type!r}, but {why}"
+                yield _Stranded.of("hero", name, hero_type, number, "need", need)
+        yield from self._stranded_waits()
+        pending = WorkflowSignal.select().join(Workflow).where(WorkflowSignal.consumed_at.is_null())
+        for name, signal_name, number in _count_ongoing(pending, Workflow.type, WorkflowSignal.name):
+            if name in _workflow_classes and signal_name not in _workflow_classes[name]._signal_names():
+                fix = "keep such a step, or send them the signal by its new name and delete that of the old one"
+                problem = f"the signal {signal_name!r}, which no step of the class waits for: {fix}"
+                yield _Stranded.of("signal", name, signal_name, number, "keep", problem)
+
+    def _stranded_waits(self) -> Iterator[_Stranded]:
+        """The executions that wait for a signal that their step, by now, does not wait for."""
+        waiting = StepExecution.select().join(Workflow).where(StepExecution.state == SQL(f"'{WAITING}'"))
+        columns = Workflow.type, StepExecution.step_name, StepExecution.waiting_for
+        for name, step_name, signal_name, number in _count_ongoing(waiting, *columns):
+            cls = _workflow_classes.get(name)
+            definition = cls and cls._find(step_name)
+            if cls is None or (definition and (definition.removed or definition.wait_for == signal_name)):
+                continue
+            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them with this code"
+            if signal_name in cls._signal_names():
+                kind, now = "changed wait", "that step does not wait for any more"
+            if definition and definition.wait_for is None:
+                fix = "let housekeeping have them go on without it"
+            fix = f"keep wait_for={signal_name!r}, or {fix}"
+            problem = f"at the step {step_name!r} for the signal {signal_name!r}, which {now}: {fix}"
+            yield _Stranded.of(kind, name, signal_name, number, "wait", problem)
 
     def stats(self) -> list[Metric]:
         """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
@@ -4065,6 +4124,21 @@ VIOLATIONS = {
         select s.id, s.workflow_id from geneva_drive_signals s
         where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
 }
+
+
+class _Stranded(NamedTuple):
+    """What so many ongoing workflows of a type need, and what is wrong with it: a sentence that says what to do."""
+
+    kind: str  # "class", "step", "hero", "wait" (for a signal of no step), "changed wait" or "signal"
+    type: str
+    name: str
+    workflows: int
+    problem: str
+
+    @classmethod
+    def of(cls, kind: str, type_name: str, name: str, number: int, verb: str, problem: str) -> _Stranded:
+        who = f"{number} ongoing workflow{'s' * (number > 1)} of {type_name} {verb}{'s' * (number == 1)}"
+        return cls(kind, type_name, name, number, f"{who} {problem}")
 
 
 class Metric(NamedTuple):
@@ -5220,21 +5294,12 @@ class _CommandLine:
 
     def _doctor(self) -> int:
         if self.options.deploy:
-            return self._doctor_before_a_deploy()
+            stranded = list(self.drive._stranded())
+            sound = "all that ongoing workflows need is defined: their classes, steps, heroes and signals"
+            self._answer([each._asdict() for each in stranded], [_clean(each.problem) for each in stranded] or [sound])
+            return int(bool(stranded))
         found = self.drive.doctor()
         self._answer(found, [*map(_clean, found), f"violations: {len(found)}" if found else "all is sound"])
-        return int(bool(found))
-
-    def _doctor_before_a_deploy(self) -> int:
-        found, lines = Workflow.undefined_steps_in_flight(), []
-        for name, step_name, count in found:
-            stand = f"{count} ongoing workflow{'s' * (count > 1)} of {name} stand{'s' * (count == 1)}"
-            removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
-            problem, fix = "which the class does not define", f"keep it, or put {removal} in its place"
-            if name not in _workflow_classes:
-                problem, fix = "and no class defines that type", "import it, or set workflow_type on its successor"
-            lines.append(_clean(f"{stand} at the step {step_name!r}, {problem}: {fix}"))
-        self._answer([each._asdict() for each in found], lines or ["every step that a workflow stands at is defined"])
         return int(bool(found))
 
     def _graph(self) -> int:

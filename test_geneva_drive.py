@@ -6656,6 +6656,9 @@ def test_a_wrong_removal_names_class_step_and_fix(body):
     assert "Bad" not in gd._workflow_classes
 
 
+SOUND_BEFORE_A_DEPLOY = "all that ongoing workflows need is defined: their classes, steps, heroes and signals\n"
+
+
 def test_the_steps_in_flight_that_a_deploy_would_strand_are_counted(drive, helpers, command_line):
     many = [standing_at("two") for _ in range(3)]
     many[0].pause()
@@ -6665,7 +6668,7 @@ def test_the_steps_in_flight_that_a_deploy_would_strand_are_counted(drive, helpe
     standing_at("three")
     dog, cat = Dog.create(hero=User.create()), Cat.create(hero=User.create())
     assert Workflow.undefined_steps_in_flight() == []
-    assert command_line("doctor", "--deploy") == (0, "every step that a workflow stands at is defined\n", "")
+    assert command_line("doctor", "--deploy")[:2] == (0, SOUND_BEFORE_A_DEPLOY)
 
     deploy(version(one=step("go"), three=step("go")))
     Workflow.update(type="Horse").where(Workflow.id == cat.id).execute()
@@ -6689,12 +6692,137 @@ def test_the_steps_in_flight_that_a_deploy_would_strand_are_counted(drive, helpe
     )
     assert tour_line.endswith("keep it, or put two = removed_step() in its place")
     status, output, _ = command_line("doctor", "--deploy", "--json")
-    assert (status, json.loads(output)) == (1, [each._asdict() for each in Workflow.undefined_steps_in_flight()])
-    assert json.loads(output)[2] == {"type": "Tour", "step_name": "two", "workflows": 3}
+    kinds = ("step", "class", "step")
+    expected = [(kind, *each, line) for kind, each, line in zip(kinds, found, [dog_line, cat_line, tour_line])]
+    keys = ("kind", "type", "name", "workflows", "problem")
+    assert (status, json.loads(output)) == (1, [dict(zip(keys, each)) for each in expected])
     assert command_line("doctor") == (0, "all is sound\n", "")
 
     deploy(without("two"))
     assert Workflow.undefined_steps_in_flight() == found[:2]
+
+
+def test_the_heroes_whose_model_a_deploy_would_lose_are_counted(drive, command_line, monkeypatch):
+    namespace = {"__name__": "shops", "Model": Model}
+    exec("class Shop(Model): pass", namespace)
+    exec("class Till(Model): pass", namespace)
+    for number in range(3):
+        Plain.create(hero=namespace["Shop"](id=number))
+    Quick.create(hero=namespace["Shop"](id=1)).pause()
+    Plain.create(hero=namespace["Shop"](id=7)).cancel()
+    Plain.create(hero=namespace["Till"](id=1))
+    assert command_line("doctor", "--deploy")[0] == 0
+
+    monkeypatch.setattr(gd, "_hero_models", {})
+    namespace["Shop"]._meta.hero_type = "Store"  # as a model is that was renamed
+    exec("class Till(Model): pass", other := {"__name__": "banks", "Model": Model})
+    status, output, _ = command_line("doctor", "--deploy")
+    plain, ambiguous, quick = output.splitlines()
+    fix = "no model called 'Shop' is defined: import it, or set hero_type = 'Shop' in the Meta of its successor"
+    assert (status, plain) == (1, f"3 ongoing workflows of Plain need a hero of the type 'Shop', but {fix}")
+    assert quick == f"1 ongoing workflow of Quick needs a hero of the type 'Shop', but {fix}"
+    assert "of Plain needs a hero of the type 'Till', but the hero type 'Till' is ambiguous: " in ambiguous
+    found = json.loads(command_line("doctor", "--deploy", "--json")[1])
+    assert [(each["kind"], each["type"], each["name"], each["workflows"]) for each in found] == [
+        ("hero", "Plain", "Shop", 3),
+        ("hero", "Plain", "Till", 1),
+        ("hero", "Quick", "Shop", 1),
+    ]
+    namespace["Shop"]._meta.hero_type = "Shop"
+    other["Till"]._meta.hero_type = "Safe"
+    assert command_line("doctor", "--deploy")[:2] == (0, SOUND_BEFORE_A_DEPLOY)
+    for model in (*namespace.values(), *other.values()):  # they may outlive the test, in its next run
+        if model is not Model and isinstance(model, peewee.ModelBase):
+            model._meta.hero_type = "of another test"
+
+
+def waits_for(*names):
+    """Deploys a class with a step for each of these signals; one of None does not wait."""
+    steps = {
+        f"step_{number}": step("go", wait_for=name) if isinstance(name, str | None) else name
+        for number, name in enumerate(names, 1)
+    }
+
+    def go(self):
+        did(str(self.signal_payload))
+
+    deploy(type(Workflow)("Claim", (Workflow,), {"go": go, "__qualname__": "waits_for.<locals>.Claim", **steps}))
+
+
+def claims(number):
+    return [gd._workflow_classes["Claim"].create(hero=User.create()) for _ in range(number)]
+
+
+def stranded(drive):
+    return [each[:4] for each in drive._stranded()]
+
+
+def test_what_waits_for_a_signal_that_a_deploy_renamed_is_named_until_it_is_resumed(drive, command_line):
+    waits_for("paid", "sent")
+    first, paused, *_ = claims(3)
+    paused.pause()
+    assert stranded(drive) == drive.doctor() == []
+    waits_for("payment_confirmed", "sent")
+    assert stranded(drive) == [("wait", "Claim", "paid", 3)]
+    status, output, _ = command_line("doctor", "--deploy")
+    line = "3 ongoing workflows of Claim wait at the step 'step_1' for the signal 'paid', which no step of the class "
+    line += "waits for: keep wait_for='paid', or pause() and resume() them with this code\n"
+    assert (status, output) == (1, line)
+    assert command_line("doctor") == (1, f"{output}violations: 1\n", "")
+    Workflow.update(type="Unknown").where(Workflow.id == first.id).execute()  # what it waits for, nobody knows here
+    assert drive.doctor()[0].startswith("2 ongoing workflows of Claim wait at")
+    Workflow.update(type="Claim").execute()
+    for workflow in Workflow.ready():
+        workflow.pause()
+    assert stranded(drive) == [("wait", "Claim", "paid", 3)]
+    for workflow in Workflow.paused():
+        workflow.resume()
+    assert stranded(drive) == drive.doctor() == []
+    with pytest.raises(gd.UnknownSignalError):
+        reload(first).signal("paid")
+    assert reload(first).signal("payment_confirmed", 7)
+    work_off(drive)
+    assert (effects(), reload(first).current_step_name) == (["7"], "step_2")
+
+
+def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_another_is_named(drive, clock):
+    waits_for("paid", "sent")
+    (workflow,) = claims(1)
+    waits_for("sent", "paid")
+    assert stranded(drive) == [("changed wait", "Claim", "paid", 1)]
+    assert drive.doctor() == []  # for what it waits is waited for by a step of its class
+    waits_for(None, "sent")
+    assert stranded(drive) == [("wait", "Claim", "paid", 1)]
+    assert drive.doctor() == [each.problem for each in drive._stranded()]
+    assert drive.doctor()[0].endswith("keep wait_for='paid', or let housekeeping have them go on without it")
+    waits_for(None, "paid")
+    assert stranded(drive) == [("changed wait", "Claim", "paid", 1)]
+    waits_for(removed_step(), "sent")
+    assert stranded(drive) == drive.doctor() == []  # housekeeping has them go on
+    waits_for(None, "paid")
+    clock.forward(minutes=11)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    work_off(drive)
+    assert (stranded(drive), reload(workflow).current_step_name) == ([], "step_2")
+
+
+def test_the_signals_that_were_accepted_and_no_step_is_to_take_after_a_deploy_are_counted(drive, command_line):
+    waits_for(None, "paid")
+    first, second, over = claims(3)
+    for workflow in (first, second, over):
+        assert workflow.signal("paid", 1)
+    second.signal("paid", 2)
+    over.cancel()
+    assert stranded(drive) == []
+    waits_for(None, "payment_confirmed")
+    assert stranded(drive) == [("signal", "Claim", "paid", 2)]
+    status, output, _ = command_line("doctor", "--deploy")
+    line = "2 ongoing workflows of Claim keep the signal 'paid', which no step of the class waits for: keep such a step"
+    assert (status, output) == (1, f"{line}, or send them the signal by its new name and delete that of the old one\n")
+    assert drive.doctor() == []  # nothing waits for it
+    waits_for(None, "paid")
+    work_off(drive)
+    assert (stranded(drive), effects()) == ([], ["None", "None", "1", "1"])
 
 
 def test_what_stands_at_a_removed_step_is_shown_as_any_other(command_line, drive):
