@@ -71,7 +71,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    cast,
+    overload,
+)
 
 import peewee
 from huey import Huey, crontab
@@ -106,6 +118,7 @@ logger.addHandler(logging.NullHandler())
 
 T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Receiver = TypeVar("_Receiver")
 _Row = TypeVar("_Row", bound=Model)
 _Route: TypeAlias = "tuple[str, int | None]"  # the name of a queue, and the priority in it
 _Json: TypeAlias = "dict[str, Any] | None"
@@ -244,7 +257,9 @@ class StepNotDefinedError(GenevaDriveError, LookupError):
 
     def __init__(self, workflow: Workflow, step_name: str | None) -> None:
         known = ", ".join(definition.name for definition in workflow.steps) or "none"
-        fix = "define it again, put removed_step() in its place, or move on with resume_at()"
+        fix = "define it again, put removed_step() in its place, or move on with resume_at() to one of these"
+        if step_name != workflow.current_step_name:
+            fix = "use one of these"
         if workflow._find(step_name):
             fix = "it was removed: use another one"
         super().__init__(f"{workflow._label}: {workflow.type} has no step {step_name!r} (it has: {known}); {fix}")
@@ -299,11 +314,31 @@ class _ClaimLost(Exception):
     """The execution is no longer ours to record: it was recovered, or deleted with its workflow."""
 
 
-class _Event(Signal):
-    """A signal whose receivers cannot harm the workflow that they are told about."""
+if TYPE_CHECKING:
+    _OnTransition: TypeAlias = Callable[[Any, Any, "str | None", str], object]
 
-    def __call__(self, name: str | None = None, sender: type | None = None) -> Callable[[_Function], _Function]:
+    class _OnAttempt(Protocol):
+        def __call__(self, cls: Any, workflow: Any, /, execution: StepExecution) -> object: ...
+
+
+class _Event(Signal, Generic[_Receiver]):
+    """A signal of playhouse.signals, whose receivers cannot harm the workflow that they are told about."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__()
+        self.__doc__ = f"{doc}\n\n`cls` is the workflow's class. An error of a receiver is logged."  # for help()
+
+    def __call__(self, name: str | None = None, sender: type | None = None) -> Callable[[_Receiver], _Receiver]:
+        """A decorator that connects a function."""
         return super().__call__(name, sender)
+
+    def connect(self, receiver: _Receiver, name: str | None = None, sender: type | None = None) -> None:
+        """Have `receiver` called from now on.
+
+        :param name: what it is known by; None takes the function's own.
+        :param sender: a workflow class, to be told of its workflows and those of its subclasses alone.
+        """
+        super().connect(receiver, name, sender)
 
     def send(self, instance: Any, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
         responses = []
@@ -316,12 +351,15 @@ class _Event(Signal):
         return responses
 
 
-#: `receiver(cls, workflow, execution)`: an attempt at a step begins.
-step_started = _Event()
-#: `receiver(cls, workflow, execution)`: it ended and its outcome, to be read off the execution, is committed.
-step_finished = _Event()
-#: `receiver(cls, workflow, old, new)`: the workflow's state changed and is committed; `old` is None for a new one.
-workflow_transitioned = _Event()
+step_started: _Event[_OnAttempt] = _Event(
+    "`receiver(cls, workflow, execution=execution)`: an attempt at a step, a :class:`StepExecution`, begins."
+)
+step_finished: _Event[_OnAttempt] = _Event(
+    "`receiver(cls, workflow, execution=execution)`: it ended; its `state`, `outcome` and error are committed."
+)
+workflow_transitioned: _Event[_OnTransition] = _Event(
+    "`receiver(cls, workflow, old, new)`: its state changed and is committed; `old` is None for a new workflow."
+)
 
 # ==== Value objects: policies and step definitions ====================================================================
 
@@ -332,14 +370,22 @@ def _utcnow() -> datetime:
 
 def _duration(value: object) -> timedelta:
     """A timedelta or a number of seconds, never negative, as a timedelta; else a ValueError says what is wrong."""
+    duration = value
     if _is_number(value):
-        with contextlib.suppress(OverflowError):
-            value = timedelta(seconds=float(cast(float, value)))
-    if not isinstance(value, timedelta):
+        try:
+            duration = timedelta(seconds=float(cast(float, value)))
+        except OverflowError:
+            duration = timedelta.max
+    if not isinstance(duration, timedelta):
         raise ValueError(f"must be a timedelta or a number of seconds, not {value!r}")
-    if not NO_WAIT <= value <= LONGEST_WAIT:
-        raise ValueError(f"must be neither negative nor over a hundred years, not {value!r}")
-    return value
+    if not NO_WAIT <= duration <= LONGEST_WAIT:
+        raise ValueError(f"must be neither negative nor over a hundred years, not {_as_given(value)}")
+    return duration
+
+
+def _as_given(value: Any) -> str:
+    """A value for a message; Python shows a second less than nothing as a day less, and 86,399 seconds."""
+    return f"-{-value!r}" if isinstance(value, timedelta) and value < NO_WAIT else repr(value)
 
 
 def _require(condition: object, where: str, problem: str) -> None:
@@ -1281,6 +1327,9 @@ class _Record(Model):
 
     DoesNotExist: type[peewee.DoesNotExist]
 
+    def __str__(self) -> str:
+        return repr(self)
+
     @classmethod
     def _update_row(cls, changes: Mapping[str, Any], **where: Any) -> int:
         """Update the row with these values; returns 1, or 0 if there is none."""
@@ -2214,6 +2263,10 @@ class StepExecution(_Record):
     class Meta:
         table_name = "geneva_drive_step_executions"
 
+    def __repr__(self) -> str:
+        what = f"attempt {self.number} of workflow {self.workflow_id} at {self.step_name}"
+        return f"<StepExecution {self.id}: {what}, {self.outcome or self.state}>"
+
     @property
     def _due(self) -> datetime | None:
         """When it is to be performed; None if it waits for a signal without a limit."""
@@ -2317,6 +2370,10 @@ class WorkflowSignal(_Record):
 
     class Meta:
         table_name = "geneva_drive_signals"
+
+    def __repr__(self) -> str:
+        what = "consumed" if self.consumed_at else "pending"
+        return f"<WorkflowSignal {self.id}: {self.name} for workflow {self.workflow_id}, {what}>"
 
     @classmethod
     def _pending(cls, workflow: Workflow, definition: StepDefinition, after: int | None) -> tuple[Any, ...]:
@@ -3261,8 +3318,20 @@ class GenevaDrive:
     :param database: a Peewee database, a pool, or a DatabaseProxy (which may be initialized later).
     :param huey: the default queue; None makes an embedded one, in tables of its own in the same database.
     :param queues: further queues: a dict of names and Hueys, or a list of names for embedded ones.
-    :param settings: see `SETTINGS`; each is an attribute too.
-    :raises ConfigurationError: if one of them is unknown or of the wrong type. Nothing is executed on the database.
+    :raises ConfigurationError: if something is unknown or of the wrong type. Nothing is executed on the database.
+
+    Settings, each an attribute too, with their defaults; durations are timedeltas or seconds:
+
+    :param delete_completed_workflows_after: (30 d) what is finished or canceled is kept for so long; None keeps all.
+    :param stuck_in_progress_threshold: (2 min) a step without a heartbeat for so long is taken for dead.
+    :param stuck_scheduled_threshold: (1 min) a step that has been due for so long is queued again.
+    :param stuck_recovery_action: ("reattempt") what follows when a step's process died; or "cancel".
+    :param max_recoveries: (5) after so many deaths of a step's processes, its workflow is paused.
+    :param housekeeping_batch_size: (1000) how many rows are deleted or recovered at a time.
+    :param housekeeping_schedule: (every minute) a Huey crontab.
+    :param undefined_step_grace: (10 min) a step that no code here defines is put off for so long; then it fails.
+    :param run_on: (1 s) for so long a task goes on with the steps that follow at once; 0 turns it off.
+    :param clock: (the host's) a callable that returns an aware datetime.
     """
 
     delete_completed_workflows_after: timedelta | None
@@ -3303,7 +3372,7 @@ class GenevaDrive:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
             _, check, description = SETTINGS[name]
-            problem = f"the setting {name} must be {description}, not {value!r}"
+            problem = f"the setting {name} must be {description}, not {_as_given(value)}"
             if check is not None and not check(value):
                 raise ConfigurationError(problem)
             if check is None and not (value is None and name == "delete_completed_workflows_after"):
@@ -5127,11 +5196,14 @@ def _load(app: str) -> GenevaDrive:
         fix = "call it in the application's folder with module:attribute, such as app:drive"
         raise ConfigurationError(f"{app!r}: {error}; {fix}") from None
     module = importlib.import_module(name)
-    drive = getattr(module, attribute or "drive", "not there")
+    drive = getattr(module, attribute or "drive", None)
     if not isinstance(drive, GenevaDrive) or drive is not _current_drive:
         known = [f"{name}:{key}" for key, value in vars(module).items() if value is _current_drive is not None]
-        which = f"which is {known[0]}" if known else f"which {name} does not have"
-        raise ConfigurationError(f"{app} is {drive}, not the {__name__}.GenevaDrive in use, {which}")
+        problem = f"{app} is not the {__name__}.GenevaDrive in use, but {drive!r:.100}"
+        if not hasattr(module, attribute or "drive"):
+            problem = f"{name} has no attribute {attribute or 'drive'!r}"
+        fix = f"did you mean {known[0]}?" if known else f"{name} has no drive: name the module that constructs it"
+        raise ConfigurationError(f"{problem}; {fix}")
     return drive
 
 

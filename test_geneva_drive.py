@@ -15,6 +15,7 @@ import functools
 import gzip
 import html
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -22,6 +23,7 @@ import mailbox
 import multiprocessing
 import os
 import pickle
+import pydoc
 import re
 import shutil
 import signal
@@ -6354,14 +6356,17 @@ def test_a_paused_workflow_whose_step_is_gone_goes_on_with_another(drive, hero, 
     workflow = Plain.create(hero=hero)
     StepExecution.update(step_name="renamed").execute()
     Workflow.update(current_step_name="renamed").execute()
-    with pytest.raises(gd.StepNotDefinedError, match=r"has no step 'renamed' \(it has: one, two, three\)"):
+    with pytest.raises(gd.StepNotDefinedError, match=r"'renamed' \(it has: one, two, three\); define it again, "):
         scheduled(workflow).execute()
     row = reload(workflow)
     assert (row.state, history(row)) == ("paused", [("renamed", "failed", "failed")])
     assert row.execution_history.get().error_class_name.endswith("StepNotDefinedError")
-    for call in (row.resume, row.skip, lambda: row.resume_at("nowhere")):
-        with pytest.raises(gd.StepNotDefinedError):
+    for call in (row.resume, row.skip):
+        with pytest.raises(gd.StepNotDefinedError, match=r"or move on with resume_at\(\) to one of these$"):
             call()
+    for call in (row.resume_at, functools.partial(helpers.perform_step_inline, row)):
+        with pytest.raises(gd.StepNotDefinedError, match=r"'nowhere' \(it has: one, two, three\); use one of these$"):
+            call("nowhere")
     row.resume_at("three")
     helpers.speedrun_workflow(row)
     assert (row.state, effects()) == ("finished", ["three"])
@@ -7163,6 +7168,26 @@ def test_events_tell_of_steps_and_transitions_and_a_failing_receiver_harms_nothi
         *[("finished", "one", "success"), ("ready", "canceled")],
     ]
     assert "receiver fails failed" in caplog.text
+    for event in events:
+        text = pydoc.plain(pydoc.render_doc(event))
+        arguments = "old, new" if event is gd.workflow_transitioned else "execution=execution"
+        assert f"`receiver(cls, workflow, {arguments})`" in text
+
+
+def test_a_row_says_what_it_is(drive, hero):
+    workflow = Payment.create(hero=hero)
+    execution = workflow.execution_history.get()
+    workflow.signal("confirmed")
+    sent = workflow.signals.get()
+    assert str(workflow) == repr(workflow) == f"<Payment {workflow.id}: ready at confirm>"
+    attempt = f"<StepExecution {execution.id}: attempt 1 of workflow {workflow.id} at confirm, "
+    assert str(execution) == repr(execution) == f"{attempt}waiting>"
+    pending = f"<WorkflowSignal {sent.id}: confirmed for workflow {workflow.id}, pending>"
+    assert str(sent) == repr(sent) == pending
+    work_off(drive)
+    assert str(workflow.execution_history[0]) == f"{attempt}success>"
+    assert str(workflow.signals.get()) == pending.replace("pending", "consumed")
+    assert str(Workflow.select(Workflow.id, Workflow.type).get()) == f"<Payment {workflow.id}: None>"
 
 
 def test_the_logger_says_what_a_line_is_about(drive, hero, caplog):
@@ -7330,11 +7355,12 @@ def test_a_decorator_around_a_step_leaves_it_a_step(drive, hero, helpers):
 
 
 BAD_DEFINITIONS = {
-    "@step(wait=-1)\ndef send(self): pass": r"Bad.send: wait must be neither negative",
+    "@step(wait=-1)\ndef send(self): pass": r"Bad.send: wait must be neither negative nor over .*, not -1$",
+    "@step(wait=1e300)\ndef send(self): pass": r"Bad.send: wait must be neither negative nor over .*, not 1e\+300$",
+    "@step(wait=timedelta(seconds=-1))\ndef send(self): pass": r"wait .*, not -datetime.timedelta\(seconds=1\)$",
     "@step(wait='1')\ndef send(self): pass": r"Bad.send: wait must be a timedelta or a number of seconds, not '1'",
     "@step(wait=True)\ndef send(self): pass": r"Bad.send: wait must be",
     "@step(wait=float('nan'))\ndef send(self): pass": r"Bad.send: wait must be",
-    "@step(wait=1e300)\ndef send(self): pass": r"Bad.send: wait must be",
     "@step(wiat=1)\ndef send(self): pass": r"Bad.send: unknown option 'wiat': use wait, skip_if",
     "@step(skip_if=3)\ndef send(self): pass": r"Bad.send: skip_if must be",
     "@step(skip_if='nowhere')\ndef send(self): pass": r"Bad.send: skip_if names no method: 'nowhere'",
@@ -7492,6 +7518,7 @@ def test_of_classes_local_to_functions_the_latest_wins():
         (["app.db"], {}, r"takes a Peewee database, not 'app.db'"),
         ([], {"max_recovery": 3}, r"unknown setting 'max_recovery' of GenevaDrive: use .*max_recoveries"),
         ([], {"max_recoveries": -1}, r"max_recoveries must be an int, at least 0, not -1"),
+        ([], {"run_on": timedelta(seconds=-2)}, r"run_on must be .*, not -datetime.timedelta\(seconds=2\)$"),
         ([], {"stuck_recovery_action": "skip"}, r"stuck_recovery_action must be \"reattempt\" or \"cancel\""),
         ([], {"run_on": "1"}, r"run_on must be a timedelta or seconds"),
         ([], {"stuck_in_progress_threshold": None}, r"stuck_in_progress_threshold must be"),
@@ -7521,6 +7548,16 @@ def test_settings_are_attributes_and_checked_there_too(drive):
     assert drive.delete_completed_workflows_after is None
     with pytest.raises(gd.ConfigurationError, match="max_recoveries"):
         drive.max_recoveries = "many"
+
+
+def test_the_help_on_a_drive_tells_its_settings_with_their_defaults():
+    shown = {
+        name: gd._span(default) if isinstance(default, timedelta) else json.dumps(default)
+        for name, (default, _, _) in gd.SETTINGS.items()
+        if name not in ("housekeeping_schedule", "clock")
+    }
+    shown |= {"housekeeping_schedule": "every minute", "clock": "the host's"}
+    assert dict(re.findall(r":param (\w+): \((.+?)\) ", inspect.getdoc(GenevaDrive))) == shown
 
 
 def test_without_a_drive_a_workflow_says_what_is_missing(monkeypatch):
@@ -10010,10 +10047,12 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (["list"], ":", "such as app:drive"),
         (
             ["list"],
-            "shop:nothing",
-            "shop:nothing is not there, not the geneva_drive.GenevaDrive in use, which is shop:drive",
+            "shop:drvie",
+            "shop has no attribute 'drvie'; did you mean shop:drive?",
         ),
-        (["list"], "shop:other", "which is shop:drive"),
+        (["list"], "shop:other", "shop:other is not the geneva_drive.GenevaDrive in use, but <peewee."),
+        (["list"], "shop:other", ">; did you mean shop:drive?"),
+        (["list"], "json", "json has no attribute 'drive'; json has no drive: name the module that constructs it"),
     ],
 )
 def test_wrong_usage_is_named_and_exits_with_2(command_line, arguments, app, problem):
@@ -11204,6 +11243,15 @@ class Signup(Workflow):
 @step_finished(sender=Signup)
 def count(cls: type[Signup], workflow: Signup, execution: StepExecution) -> None:
     assert_type(execution.outcome, str | None)
+
+
+def tell(cls: type[Workflow], workflow: Workflow, old: str | None, new: str) -> None:
+    pass
+
+
+workflow_transitioned.connect(tell, sender=Signup)
+step_started.connect(count)
+step_started.connect(tell)  # type: ignore[arg-type]
 
 
 user = User.create()
