@@ -8850,6 +8850,20 @@ def test_a_script_run_as_main_and_a_consumer_that_imports_it_share_their_workflo
     assert consumer.wait(timeout=30) == 0
 
 
+def test_with_the_logging_that_the_readme_advises_a_huey_consumer_prints_each_line_once(servers, tmp_path):
+    basic = "logging.basicConfig(level=logging.INFO)\n"
+    advised = APP.replace(basic, f'{basic}logging.getLogger("huey").propagate = False\n')
+    app = App(tmp_path, servers.empty("sqlite"), source=advised)
+    try:
+        workflow = app.create("Welcome")
+        app.consumer()
+        until(lambda: app.state(workflow) == "finished")
+        for line in ("Huey consumer started", f"Welcome {workflow}: performing -> finished"):
+            assert app.log().count(line) == 1
+    finally:
+        app.close()
+
+
 def test_a_consumer_on_redis_takes_over_what_was_committed_here(servers, tmp_path):
     app = App(tmp_path, servers.empty("sqlite"), servers.redis())
     try:
