@@ -10490,24 +10490,48 @@ def test_the_web_example_answers_while_its_consumer_works(tmp_path):
     assert doctor_of(tmp_path / "web.db") == []
 
 
-def test_the_metrics_example_speaks_to_prometheus(tmp_path):
-    process = python(
-        HERE / "examples" / "metrics.py", "0", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+def exported(folder, *arguments):
+    """What examples/metrics.py serves."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = python(HERE / "examples" / "metrics.py", *arguments, "--port=0", cwd=folder, **streams)
     try:
         with urlopen(process.stdout.readline().decode().strip(), timeout=10) as response:
             text = response.read().decode()
     finally:
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert (process.returncode, b"Traceback" in errors) == (0, False)
     sample = re.compile(r'geneva_drive_\w+(\{(\w+="([^"\\\n]|\\[\\"n])*",?)+\})? [\d.]+')
     kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
-    assert len(kinds) == len(set(kinds)) == 5
+    assert len(kinds) == len(set(kinds))
     assert all(sample.fullmatch(line) for line in text.splitlines() if not line.startswith("# "))
+    return text
+
+
+def test_the_metrics_example_speaks_to_prometheus(tmp_path):
+    text = exported(tmp_path)
+    assert text.count("# TYPE") == 5
     assert 'geneva_drive_workflows{type="Delivery",state="finished"} 2\n' in text
     assert 'geneva_drive_paused_ratio{type="Delivery"} 1.0\n' in text
     assert 'geneva_drive_recovered_steps{type="Delivery"} 0\n' in text
-    assert doctor_of(tmp_path / "metrics.db") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_metrics_example_serves_those_of_any_application(tmp_path):
+    make_shop(tmp_path, is_set_up=False)
+    with (tmp_path / "shop.py").open("a") as shop:
+        shop.write("class Asks(Workflow):\n @step(wait_for='so \"to\" say')\n def one(self): pass\n")
+    setup = "import shop; shop.setup(); shop.Asks.create(hero=shop.Customer.get())"
+    assert python("-c", setup, cwd=tmp_path).wait(timeout=60) == 0
+    text = exported(tmp_path, "shop:drive")
+    assert 'geneva_drive_workflows{type="Greets",state="ready"} 1\n' in text
+    assert 'geneva_drive_waiting_steps{type="Asks",signal="so \\"to\\" say"} 1\n' in text
+    for app, problem in (
+        ("shop:drvie", "module 'shop' has no attribute 'drvie'"),
+        ("shop:db", "shop:db is no GenevaDrive, but <peewee."),
+        ("nowhere:drive", "No module named 'nowhere'"),
+    ):
+        assert problem in example(tmp_path, "metrics.py", app, status=2)
 
 
 def test_the_backup_example_needs_no_more_than_the_two_files_beside_it(tmp_path):
