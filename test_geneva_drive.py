@@ -10214,12 +10214,12 @@ def test_a_reader_that_has_seen_enough_costs_no_traceback(tmp_path):
     assert process.wait(timeout=60) == 1
 
 
-def in_a_terminal(folder, *arguments, **env):
+def in_a_terminal(folder, *arguments, program=("-m", "geneva_drive"), **env):
     """What a command writes to a terminal of 100 columns."""
     here, there = os.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     env = {"NO_COLOR": "", "COLUMNS": "", **env}
-    process = python("-m", "geneva_drive", *arguments, cwd=folder, stdin=there, stdout=there, stderr=there, env=env)
+    process = python(*program, *arguments, cwd=folder, stdin=there, stdout=there, stderr=there, env=env)
     os.close(there)
     output = b""
     with contextlib.suppress(OSError):  # which is how Linux says that it is the end
@@ -10290,6 +10290,7 @@ def test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once(tmp_pat
     assert "stopped before the end" not in finished
     again, _ = start().communicate(timeout=120)
     assert "nothing left to do" in again
+    assert f"The mails are in {tmp_path / 'signup.maildir' / 'new'}, a file each." in again
     with contextlib.closing(sqlite3.connect(tmp_path / "signup.db")) as db:
         workflows = dict(db.execute("select hero_id, state from geneva_drive_workflows").fetchall())
         people = db.execute("select id, email, status from person").fetchall()
@@ -10302,6 +10303,29 @@ def test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once(tmp_pat
         sent = list(maildir)
     assert Counter(parseaddr(message["To"])[1] for message in sent) == expected
     assert len({message["Message-ID"] for message in sent}) == len(sent)
+
+
+def test_the_signup_example_shows_in_a_terminal_what_comes_next_and_when(tmp_path):
+    program = (HERE / "examples" / "signup.py", "--seconds-per-day", "0.8")
+    output = in_a_terminal(tmp_path, program=program)
+    shown = [each.removesuffix("\x1b[K") for each in output.split("\r") if each.endswith("\x1b[K")]
+    line = re.compile(r" +[\d.]+ s  \d+ mails, \d+ of 41 workflows are over; next: (\w+|the end) (now|in \d s)")
+    assert all(line.fullmatch(each) and len(each) < 100 for each in shown)
+    assert len(shown) == len(set(shown)) > 15
+    assert {line.fullmatch(each)[1] for each in shown} > {"send_reminder", "send_farewell"}
+    assert re.search(r"next: send_farewell in \d s", output)
+    assert output.splitlines()[-1] == f"The mails are in {tmp_path / 'signup.maildir' / 'new'}, a file each."
+
+
+def test_the_signup_example_stops_on_ctrl_c_and_says_how_to_go_on(tmp_path):
+    process = python(HERE / "examples" / "signup.py", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = [process.stdout.readline().decode() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert "; next: send_" in lines[1]
+    assert (process.returncode, errors) == (0, b"")
+    assert "stopped before the end: start it again to go on" in output.decode()
+    assert doctor_of(tmp_path / "signup.db") == []
 
 
 def test_the_signup_example_names_file_and_line_of_a_malformed_row(tmp_path):

@@ -11,10 +11,11 @@ import csv
 import mailbox
 import os
 import re
+import shutil
 import sys
 import time
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from email.headerregistry import Address
 from email.message import EmailMessage
 from email.utils import localtime
@@ -153,39 +154,60 @@ def counts() -> str:
     return f"{len(mailbox.Maildir(args.maildir))} mails, workflows: {states or 'none'}"
 
 
+def progress() -> tuple[str, str, datetime | None]:
+    """How far all is, which step comes next, and when that is due."""
+    over, all_in_all = Signup.select().where(Workflow.state.in_(["finished", "canceled"])), Signup.select().count()
+    following = StepExecution.select().where(StepExecution.state == "scheduled").order_by(StepExecution.scheduled_for)
+    first = following.first()
+    done = f"{len(mailbox.Maildir(args.maildir))} mails, {over.count()} of {all_in_all} workflows are over"
+    return done, first.step_name if first else "the end", first and first.scheduled_for
+
+
+def until(due: datetime | None) -> str:
+    seconds = (due - drive.clock()).total_seconds() if due else 0
+    return "now" if seconds < 1 else f"in {seconds:.0f} s" if seconds < 100 else f"in {timedelta(seconds=int(seconds))}"
+
+
 def run() -> None:
-    """Work until all is over, showing a line that is redrawn on a terminal and elsewhere printed when it changed."""
-    on_terminal = sys.stdout.isatty()
-    begin, end = ("\r\x1b[K", "") if on_terminal else ("", "\n")
-    started = next_look = time.monotonic()
-    shown = ""
+    """Work until all is over, showing a line that is redrawn on a terminal, and elsewhere printed now and then."""
+    on_terminal, started, next_look, next_line = sys.stdout.isatty(), time.monotonic(), 0.0, 0.0
+    done = step_name = shown = ""
+    due: datetime | None = None
 
     def look() -> bool:
-        nonlocal next_look, shown
-        if time.monotonic() >= next_look:
-            next_look = time.monotonic() + 1
+        nonlocal next_look, next_line, done, step_name, due, shown
+        now = time.monotonic()
+        if now >= next_look:
+            next_look = now + 1
             drive.housekeeping()  # by itself it runs at the start and every minute: too seldom for this play
-            line = counts()
-            if on_terminal or line != shown:
-                print(f"{begin}{time.monotonic() - started:6.1f} s  {line}", end=end, flush=True)
-            shown = line
+            done, step_name, due = progress()
+        line = f"{now - started:6.1f} s  {done}; next: {step_name} {until(due)}"
+        if on_terminal:
+            print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+        elif done != shown or now >= next_line:
+            next_line, shown = now + 5, done
+            print(line, flush=True)
         return drive.is_idle()
 
     drive.run(workers=4, until=look)
-    print(f"{begin}{time.monotonic() - started:6.1f} s  {counts()}\n")
+    if on_terminal:
+        print()
+    print(f"{time.monotonic() - started:6.1f} s  {counts()}")
 
 
 def print_histories() -> None:
     """Show the executions of some workflows: of each outcome, the first one that had it."""
     some = StepExecution.select(fn.min(StepExecution.workflow)).group_by(StepExecution.outcome)
-    line = "{:<22} {:<14} {:<11} {:<12} {:>7} {:>7}  {}".format
-    print(line("person", "step", "state", "outcome", "due", "begun", "error"))
+    line = "{:<22} {:<14} {:<11} {:<12} {:>7} {:>7}".format
+    print("\n" + line("person", "step", "state", "outcome", "due", "begun"))
     for workflow in Signup.select().where(Workflow.id.in_(some)):
         for each in workflow.execution_history:
             moments = (each.scheduled_for, each.started_at)
             times = [at and f"{(at - workflow.created_at).total_seconds():.1f}" for at in moments]
-            columns = [workflow.hero.name, each.step_name, each.state, each.outcome, *times, each.error_message]
+            columns = [workflow.hero.name, each.step_name, each.state, each.outcome, *times]
             print(line(*(column or "" for column in columns)).rstrip())
+            if each.error_message:
+                print(f"    {each.error_message}")
 
 
 def main() -> None:
@@ -193,18 +215,19 @@ def main() -> None:
     mailbox.Maildir(args.maildir)  # makes it
     db.create_tables([Person])
     drive.create_tables()
-    print(f"{args.people}: {len(people)} rows, {start_workflows(people)} new people; {counts()}", flush=True)
+    print(f"{args.people}: {len(people)} rows, {start_workflows(people)} new people", flush=True)
     if drive.is_idle():
-        print("nothing left to do")
+        print(f"nothing left to do: {counts()}")
     else:
         run()
     print_histories()
     if not drive.is_idle():
-        print("stopped before the end: start it again to go on")
+        print("\nstopped before the end: start it again to go on")
+    print(f"\nThe mails are in {args.maildir.resolve() / 'new'}, a file each.")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, DatabaseError) as error:
-        sys.exit(f"signup.py: {error}")
+    except (OSError, DatabaseError, KeyboardInterrupt) as error:
+        sys.exit(f"signup.py: {str(error) or 'interrupted'}")
