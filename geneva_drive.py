@@ -282,7 +282,7 @@ class UnknownSignalError(GenevaDriveError, ValueError):
         known = ", ".join(sorted(workflow._signal_names())) or "none"
         super().__init__(
             f"{workflow._label} was sent the signal {name!r}, which no step of {workflow.type} waits for: use one of "
-            f"its signals ({known}), or declare a step with wait_for={name!r}"
+            f"its signals ({known})" + f", or declare a step with wait_for={name!r}" * _is_name(name)
         )
 
 
@@ -368,7 +368,7 @@ def _utcnow() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _duration(value: object) -> timedelta:
+def _duration(value: object, what: str) -> timedelta:
     """A timedelta or a number of seconds, never negative, as a timedelta; else a ValueError says what is wrong."""
     duration = value
     if _is_number(value):
@@ -377,9 +377,9 @@ def _duration(value: object) -> timedelta:
         except OverflowError:
             duration = timedelta.max
     if not isinstance(duration, timedelta):
-        raise ValueError(f"must be a timedelta or a number of seconds, not {value!r}")
+        raise ValueError(f"{what} must be a timedelta or a number of seconds, not {value!r}")
     if not NO_WAIT <= duration <= LONGEST_WAIT:
-        raise ValueError(f"must be neither negative nor over a hundred years, not {_as_given(value)}")
+        raise ValueError(f"{what} must be neither negative nor over a hundred years, not {_as_given(value)}")
     return duration
 
 
@@ -395,9 +395,9 @@ def _require(condition: object, where: str, problem: str) -> None:
 
 def _require_duration(value: object, where: str, what: str) -> timedelta:
     try:
-        return _duration(value)
+        return _duration(value, f"{where}: {what}")
     except ValueError as error:
-        raise StepConfigurationError(f"{where}: {what} {error}") from None
+        raise StepConfigurationError(str(error)) from None
 
 
 def _require_plain(function: Any, where: str, what: str) -> None:
@@ -1661,11 +1661,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :param rewind: let a resumable step begin at the start, not at its cursor.
         :raises InvalidStateError: from outside.
         """
-        try:
-            delay = _duration(wait or 0)
-        except ValueError as error:
-            raise ValueError(f"reattempt(): wait {error}") from None
-        self._control("reattempt", None, delay, rewind)
+        self._control("reattempt", None, _duration(wait or 0, "reattempt(): wait"), rewind)
         raise AssertionError("unreachable")
 
     def finish(self) -> NoReturn:
@@ -3377,7 +3373,7 @@ class GenevaDrive:
                 raise ConfigurationError(problem)
             if check is None and not (value is None and name == "delete_completed_workflows_after"):
                 try:
-                    value = _duration(value)
+                    value = _duration(value, name)
                 except ValueError:
                     raise ConfigurationError(problem) from None
                 if not value and name.startswith("stuck_"):
@@ -3801,10 +3797,11 @@ class GenevaDrive:
                 raise UnknownQueueError("run()", name, self.queues)
         if not _is_int(workers) or workers < 1:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
+        what = "run(): shutdown_timeout"
         try:
-            drain_seconds = None if shutdown_timeout is None else _duration(shutdown_timeout).total_seconds()
+            drain_seconds = None if shutdown_timeout is None else _duration(shutdown_timeout, what).total_seconds()
         except ValueError as error:
-            raise ConfigurationError(f"run(): shutdown_timeout {error}") from None
+            raise ConfigurationError(str(error)) from None
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
         try:
@@ -5039,7 +5036,7 @@ class TestHelpers:
         :raises AssertionError: if a step is due still after so many steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
-        drive, total = _drive(), _duration(duration)
+        drive, total = _drive(), _duration(duration, "travel(): duration")
         clock = drive.clock
         if hasattr(self, "addCleanup"):
             self.addCleanup(setattr, drive, "clock", clock)

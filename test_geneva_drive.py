@@ -9829,7 +9829,7 @@ def test_travelling_gives_up_on_a_step_that_falls_due_without_end(drive, clock, 
         helpers.travel(workflow, timedelta(days=1), max_iterations=3)
     assert len(history(workflow)) == 4
     helpers.travel(Endless.create(hero=User.create()), timedelta(minutes=2.5), max_iterations=3)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match=r"^travel\(\): duration must be .*, not -datetime.timedelta\(days=1\)$"):
         helpers.travel(workflow, timedelta(days=-1))
 
 
