@@ -71,19 +71,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypeAlias,
-    TypedDict,
-    TypeVar,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
 
 import peewee
 from huey import Huey, crontab
@@ -99,7 +87,7 @@ from playhouse.cockroachdb import CockroachDatabase
 from playhouse.signals import Signal
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Protocol, Self, Unpack
 
 __version__ = "0.1.0"
 
