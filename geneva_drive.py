@@ -1225,7 +1225,8 @@ def _hero_key(hero: Any) -> tuple[str, str]:
     if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
         raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
     database, ours = _actual(meta.database), _actual(_drive().database)
-    if database is not ours and database in _earlier_databases:
+    is_earlier = database is not ours and database in _earlier_databases
+    if is_earlier and _address(database) != _address(ours):
         problem = f"{model.__name__} is in {_place(database)}, whose GenevaDrive was replaced by one on {_place(ours)}"
         raise ConfigurationError(f"{problem}, which would keep the workflow: make one drive for each process")
     hero_type = _hero_type(model)
@@ -4296,6 +4297,11 @@ def _is_dead(connection: Any) -> bool:
 def _actual(database: Any) -> Database | None:
     """What a DatabaseProxy stands for, if it does already; any other database is itself."""
     return database.obj if isinstance(database, peewee.Proxy) else database
+
+
+def _address(database: Any) -> tuple[Any, Any]:
+    """What two Database objects for one database have in common."""
+    return str(database.database), database.connect_params
 
 
 def _place(database: Any) -> str:

@@ -2135,8 +2135,8 @@ BAD_CREATES = [
     (lambda: Plain.create(hero=Country(code="\ud800")), ValueError, r"Country holds .*lone surrogate"),
     (lambda: Plain.create(hero=User(id=1), context=[1]), TypeError, r"context must be a dict"),
     (lambda: Plain.create(hero=User(id=1), context={1: 2}), TypeError, r"context must be a dict with text keys"),
-    (lambda: Plain.create(hero=User(id=1), context={"a": {1, 2}}), TypeError, r"context is not JSON.*set"),
-    (lambda: Plain.create(hero=User(id=1), context={"a": float("nan")}), ValueError, r"context is not JSON"),
+    (lambda: Plain.create(hero=User(id=1), context={"a": {1, 2}}), TypeError, r'context\["a"\] is not JSON.*set'),
+    (lambda: Plain.create(hero=User(id=1), context={"a": float("nan")}), ValueError, r'context\["a"\] is not JSON'),
     (lambda: Plain.create(hero=User(id=1), context={"a": "x" * 140_000}), ValueError, r"context takes 1400\d\d bytes"),
     (lambda: Plain.create(hero=User(id=1), allow_multiple="no"), TypeError, r"Plain.create.*allow_multiple.*'no'"),
     (lambda: Plain.create(hero=User(id=1), options=3), gd.StepConfigurationError, r"Plain.create.*options: must be"),
@@ -8974,6 +8974,14 @@ def test_a_drive_that_was_replaced_says_so_and_has_no_part_in_the_work_of_the_la
     old_db.close()
 
 
+def test_a_later_drive_may_know_its_database_by_another_object(database, drive, hero):
+    later = GenevaDrive(open_database(database.url))
+    workflow = Quick.create(hero=hero)
+    work_off(later)
+    assert reload(workflow).state == "finished"
+    later.database.close()
+
+
 def test_a_huey_that_a_drive_made_for_itself_is_none_for_another(db, drive):
     for options in ({"huey": drive.huey}, {"queues": {"more": drive.huey}}):
         with pytest.raises(gd.ConfigurationError, match="one that another GenevaDrive made for itself: leave it out"):
@@ -10189,7 +10197,7 @@ def test_the_command_line_of_a_vendored_copy_finds_its_own_application(tmp_path)
     assert (status, len(output.splitlines())) == (0, 2)
     status, _, errors = command(tmp_path, "shop", "list")
     assert status == 2
-    assert "shop is <vendor.geneva_drive.GenevaDrive object at" in errors
+    assert "shop is not the geneva_drive.GenevaDrive in use, but <vendor.geneva_drive.GenevaDrive object at" in errors
 
 
 def test_a_reader_that_has_seen_enough_costs_no_traceback(tmp_path):
