@@ -884,7 +884,12 @@ class _LongTextField(_DialectField, peewee.TextField):
     mysql_type = "LONGTEXT CHARACTER SET utf8mb4"
 
     def db_value(self, value: str | None) -> str | None:
-        return value and value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+        return value and _storable(value)
+
+
+def _storable(text: str, charset: str = "utf-8") -> str:
+    """Text without what some database refuses, and what a character set does not have: that is escaped."""
+    return text.replace("\0", "\\x00").encode(charset, "backslashreplace").decode()
 
 
 class _JsonField(_DialectField, peewee.TextField):
@@ -1224,7 +1229,7 @@ def _hero_key(hero: Any) -> tuple[str, str]:
         raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
     if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
         raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
-    database, ours = _actual(meta.database), _actual(_drive().database)
+    database, ours = _unproxied(meta.database), _unproxied(_drive().database)
     is_earlier = database is not ours and database in _earlier_databases
     if is_earlier and _address(database) != _address(ours):
         problem = f"{model.__name__} is in {_place(database)}, whose GenevaDrive was replaced by one on {_place(ours)}"
@@ -1397,7 +1402,7 @@ class _Record(Model):
     @classmethod
     def _lock(cls, *where: Any, skip_locked: bool = False) -> Any:
         """The row, or None, locked until the transaction ends."""
-        return cls._locking(cls._meta.model.select().where(*where), skip_locked).get_or_none()
+        return _drive()._repeat(cls._locking(cls._meta.model.select().where(*where), skip_locked).get_or_none)
 
     @classmethod
     def _locking(cls, query: Any, skip_locked: bool = False) -> Any:
@@ -1742,17 +1747,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises Workflow.DoesNotExist: if there never was one.
         :raises ValueError: if there are several, as `allow_multiple` has it.
         """
-        query, key = cls.for_hero(hero), WorkflowSignal.idempotency_key == idempotency_key
+        drive, query, key = _drive(), cls.for_hero(hero), WorkflowSignal.idempotency_key == idempotency_key
         if idempotency_key is not None:  # a key is one event's, whichever of the hero's workflows had it
             before = query.join(WorkflowSignal).where((WorkflowSignal.name == name) & key)
-            if before.exists():
+            if drive._repeat(before.exists):
                 return False
-        ongoing = list(cls._locking(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id)))
+        of_hero = cls._locking(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id))
+        ongoing = drive._repeat(functools.partial(list[Any], of_hero))
         about = f"{cls.__name__}.signal_hero({_hero_label(*_hero_key(hero))})"
         if len(ongoing) > 1:
             ids = ", ".join(str(each.id) for each in ongoing)
             raise ValueError(f"{about}: the workflows {ids} are ongoing; call signal() of the one that is meant")
-        workflow = ongoing[0] if ongoing else query.order_by(Workflow.id.desc()).first()
+        workflow = ongoing[0] if ongoing else drive._repeat(query.order_by(Workflow.id.desc()).first)
         if workflow is None:
             raise cls.DoesNotExist(f"{about}: there is no {cls.__name__} about it: create() one first")
         return workflow.signal(name, payload, idempotency_key)
@@ -2415,6 +2421,7 @@ class _Attempt:
         self.is_draining: Callable[[], bool] = lambda: False
         self.depth = 0  # of the transactions that surround the body
         self.has_loop, self.has_checkpoint = False, False
+        self.charset = "utf-8"  # of the texts that it records
         # Of the execution that follows, for its message; on MariaDB, what stands there for it.
         self.reserved_id = STAND_IN if drive._dialect == "mysql" else reserved_id
 
@@ -2536,8 +2543,8 @@ class _Attempt:
         is_late = time.monotonic() - self.claimed > 1 or has_hooks or step_finished._receiver_list
         if not self.is_run_on or not is_late:
             return None
-        row = Workflow.get_or_none(Workflow.id == self.workflow.id)
-        execution = StepExecution.get_or_none(StepExecution.id == self.execution.id)
+        row = self.drive._repeat(lambda: Workflow.get_or_none(Workflow.id == self.workflow.id))
+        execution = self.drive._repeat(lambda: StepExecution.get_or_none(StepExecution.id == self.execution.id))
         if row is None or execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost(_Verdict("step", "return"))
         if row.state == CANCELED:
@@ -2562,6 +2569,7 @@ class _Attempt:
                 raise
             except BaseException as error:
                 if is_ours and tries < TRANSACTION_TRIES and _is_transient(error):
+                    _give_way(tries)
                     self._start_over()
                     continue
                 if definition.transactional:  # the context is rolled back with the body's other writes
@@ -2573,7 +2581,7 @@ class _Attempt:
     def _start_over(self) -> None:
         """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
         self.workflow._attempt = self.signal = None
-        self.workflow = Workflow.get_by_id(self.workflow.id)
+        self.workflow = self.drive._repeat(lambda: Workflow.get_by_id(self.workflow.id))
         self.workflow._attempt = self
 
     # -- performing -------------------------------------------------------------------------------------------------
@@ -2644,7 +2652,8 @@ class _Attempt:
         page = 1 if definition.matching is None else 100
         while True:
             pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
-            found = list(WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page))
+            query = WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page)
+            found = self.drive._repeat(functools.partial(list[Any], query))
             for each in found:
                 if definition.matching is None or definition.matching(each.payload):
                     self.signal, self.workflow.signal_payload = each, each.payload
@@ -2687,7 +2696,10 @@ class _Attempt:
 
     def cursor(self) -> Any:
         """How far the step came. Read each time: a checkpoint may have been rolled back with the body's transaction."""
-        return StepExecution.select(StepExecution.cursor).where(StepExecution.id == self.execution.id).scalar()
+        self.drive._open_connection()
+        return self.drive._repeat(
+            StepExecution.select(StepExecution.cursor).where(StepExecution.id == self.execution.id).scalar
+        )
 
     def checkpoint(self, value: Any) -> None:
         problem = "checkpoint() beside resume_over() would take its cursor away: make two steps of them"
@@ -2718,6 +2730,7 @@ class _Attempt:
     def _keep(self, value: Any) -> None:
         cursor = json.loads(_dump_json(value, "the cursor"))  # as the next attempt will see it
         self.has_checkpoint = True
+        self.drive._open_connection()
         end = self.drive._transact(lambda: self._kept(cursor))
         self.execution.__data__["cursor"] = cursor
         if end is None and self.is_draining():
@@ -2746,12 +2759,17 @@ class _Attempt:
         Raises _ClaimLost, and writes nothing, if the execution is not ours any more.
         """
         run_on = not verdict.surfaces and may_run_on()
+        self.drive._open_connection()  # where autoconnect is off, the body may have closed it
         try:
-            # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
-            patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
-            changes, outcome, following = self.drive._transact(
-                lambda: self._conclude(verdict, run_on), patience, lambda: self._conclude_at_once(verdict, run_on)
-            )
+            try:
+                changes, outcome, following = self._commit(verdict, run_on)
+            except (UnicodeError, peewee.PeeweeException) as error:
+                # The text of an error, which may be anything: not each connection and database takes each character.
+                is_of_text = not _is_transient(error) and not self.drive._is_connection_lost(error)
+                if not is_of_text or "".join(_error_columns(verdict.error).values()).isascii():
+                    raise
+                self.charset = "ascii"
+                changes, outcome, following = self._commit(verdict, run_on)
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         before = self.workflow.state
@@ -2759,6 +2777,13 @@ class _Attempt:
         self.execution.__data__.update(outcome)
         self.drive._announce(self.workflow, before, self.workflow.state)
         return following
+
+    def _commit(self, verdict: _Verdict, run_on: bool) -> _Recorded:
+        # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
+        patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
+        return self.drive._transact(
+            lambda: self._conclude(verdict, run_on), patience, lambda: self._conclude_at_once(verdict, run_on)
+        )
 
     def _conclude(self, verdict: _Verdict, run_on: bool) -> _Recorded:
         now = self.drive._now()
@@ -2800,7 +2825,8 @@ class _Attempt:
     def _decide(self, verdict: _Verdict, run_on: bool, now: datetime) -> tuple[dict[str, Any], dict[str, Any], _Json]:
         """What is to be written: to the workflow, to the execution, and of the one that follows, if any."""
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
-        ended = {"state": state, "outcome": outcome, "finished_at": now, **_error_columns(verdict.error)}
+        ended = {"state": state, "outcome": outcome, "finished_at": now}
+        ended.update(_error_columns(verdict.error, self.charset))
         ended["signal_id"] = self.signal and self.signal.id
         follows = self._what_follows(verdict, then, now)
         workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
@@ -2954,21 +2980,27 @@ def _fence(workflow: Workflow, execution: StepExecution, state: str) -> dict[str
     return {"id": workflow.id, "execution_count": execution.number, "state": state}
 
 
-def _error_columns(error: BaseException | None) -> dict[str, str]:
+def _error_columns(error: BaseException | None, charset: str = "utf-8") -> dict[str, str]:
     if error is None:
         return {}
     cls = type(error)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    try:
-        message = str(error)
-    except Exception as failure:
-        message = f"(its message cannot be shown: {failure!r})"
-    lines = "".join(traceback.format_exception(cls, error, error.__traceback__))
+    message = _shown("message", lambda: str(error))
+    lines = _shown("traceback", lambda: "".join(traceback.format_exception(cls, error, error.__traceback__)))
+    name, message, lines = (_storable(text, charset) for text in (name, message, lines))
     return {
         "error_class_name": name[:MAX_NAME_CHARS],
         "error_message": message[:MAX_ERROR_CHARS],
         "error_backtrace": lines[-MAX_ERROR_CHARS:],  # its end says most
     }
+
+
+def _shown(what: str, show: Callable[[], str]) -> str:
+    """What the error's own code makes of it, if that does not fail in its turn."""
+    try:
+        return show()
+    except BaseException as failure:
+        return f"(its {what} cannot be shown: {type(failure).__name__})"
 
 
 # ==== Fast paths: several statements as one, where a dialect has it ===================================================
@@ -3297,6 +3329,11 @@ def _drive() -> GenevaDrive:
     return _current_drive
 
 
+def _repeated(look: Callable[[GenevaDrive], T]) -> Callable[[GenevaDrive], T]:
+    """Of a method that only reads: run by `_repeat()`."""
+    return functools.wraps(look)(lambda drive: drive._repeat(lambda: look(drive)))
+
+
 class GenevaDrive:
     """Binds the workflows to a database and to the queues that run them. One per process; the latest counts.
 
@@ -3350,7 +3387,7 @@ class GenevaDrive:
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
-        if _current_drive is not None and (earlier := _actual(_current_drive.database)) is not None:
+        if _current_drive is not None and (earlier := _unproxied(_current_drive.database)) is not None:
             _earlier_databases.add(earlier)
         _current_drive = self
 
@@ -3374,17 +3411,25 @@ class GenevaDrive:
         """The default queue, for `huey_consumer app.huey`."""
         return self.queues[DEFAULT_QUEUE]
 
-    def create_tables(self) -> None:
+    def create_tables(self, models: Iterable[type[Model]] = ()) -> None:
         """Create the tables, columns and indexes that are missing, and record the version of the schema.
 
         Safe to call at every start, by many processes at once and while others work, those with the code of an earlier
         or later version included: nothing is taken away or made narrower. A call that was cut off is completed by the
         next one.
 
+        :param models: of the application's, whose tables are created too, as Peewee's `create_tables()` does, but by
+            one process at a time: at once, several would fail on PostgreSQL.
+        :raises ConfigurationError: if one of these is not a model of the drive's database; nothing is created.
         :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
         :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
         """
-        _Schema(self).complete()
+        models = list(models)
+        for model in models:
+            if not isinstance(model, peewee.ModelBase) or _unproxied(model._meta.database) is not self._db:
+                fix = "create what is on another one with that one's create_tables()"
+                raise ConfigurationError(f"create_tables(): {model!r} is not a model of the drive's database: {fix}")
+        _Schema(self).complete(peewee.sort_models(models))
 
     # -- the database -----------------------------------------------------------------------------------------------
 
@@ -3395,7 +3440,7 @@ class GenevaDrive:
             raise ConfigurationError(
                 f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
             )
-        database = _actual(self.database)
+        database = _unproxied(self.database)
         if database is None:
             raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
         return database
@@ -3418,38 +3463,59 @@ class GenevaDrive:
         insist_seconds: float | None = None,
         at_once: Callable[[], T | None] = lambda: None,
     ) -> T:
-        """Run `work` in a transaction; again, if that failed through no fault of its own and is ours to repeat.
+        """Run `work` in a transaction; see `_repeat()`.
+
+        :param at_once: the same in one statement, where the dialect has it; what returns None has done nothing.
+        """
+        is_done = False
+
+        def transaction() -> T:
+            nonlocal is_done
+            is_done = False
+            # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
+            result = at_once() if not self._db.in_transaction() and self._has_fast_paths() else None
+            if result is None:
+                with self._begin():
+                    result = work()
+                    is_done = True  # what fails now is the commit, and may have succeeded all the same
+            return result
+
+        return self._repeat(transaction, insist_seconds, lambda: is_done)
+
+    def _repeat(
+        self, work: Callable[[], T], insist_seconds: float | None = None, is_done: Callable[[], bool] = lambda: False
+    ) -> T:
+        """Run `work`; again, if that failed through no fault of its own and is ours to repeat.
 
         :param insist_seconds: for so long, whatever the number of tries and though the database itself is away: for
             work that nobody repeats soon if it is not done now.
-        :param at_once: the same in one statement, where the dialect has it; what returns None has done nothing.
+        :param is_done: whether it is not to be repeated after a loss of the connection.
+        :raises GenevaDriveError: if the tables are missing or too old.
         """
-        if self._db.in_transaction():
-            with self._begin():
-                return work()
         started, tries, is_open = time.monotonic(), 0, not self._db.is_closed()
         patience = insist_seconds or PATIENCE_SECONDS
         while True:
             self._drop_dead_connection()
-            tries, is_done = tries + 1, False
+            tries += 1
             try:
                 if is_open and self._db.is_closed():  # where autoconnect is off, nobody else opens another
                     self._db.connect(reuse_if_open=True)
-                # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
-                result = at_once() if self._has_fast_paths() else None
-                if result is None:
-                    with self._begin():
-                        result = work()
-                        is_done = True  # what fails now is the commit, and may have succeeded all the same
-                return result
+                return work()
             except peewee.PeeweeException as error:
-                is_gone = not is_done and self._is_connection_lost(error)
-                may_be_repeated = is_gone or _is_transient(error)
+                is_gone = not is_done() and self._is_connection_lost(error)
+                may_be_repeated = (is_gone or _is_transient(error)) and not self._db.in_transaction()
                 limit = math.inf if insist_seconds else 2 if is_gone else TRANSACTION_TRIES
                 if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
+                    if problem := _is_about_schema(error) and self._schema_problem():
+                        raise GenevaDriveError(problem) from error
                     raise
-                logger.debug("repeating a transaction that failed: %s", error)
-            time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
+                logger.debug("repeating what failed: %s", error)
+            _give_way(tries)
+
+    def _schema_problem(self) -> str | None:
+        with contextlib.suppress(peewee.PeeweeException):  # in a transaction that PostgreSQL has given up
+            return _Schema(self).problem()
+        return None
 
     def _after_commit(self, work: Callable[[], object]) -> None:
         """Do something once the outermost transaction is committed; its failure must not make that one look failed."""
@@ -3487,18 +3553,23 @@ class GenevaDrive:
         return left_open and not is_gone
 
     def _connect_worker(self) -> None:
-        """For threads that are ours: nobody else opens a connection for them where autoconnect is off."""
+        """For threads that are ours: nobody else opens connections for them where autoconnect is off."""
         self._drop_dead_connection()
         self._open_connection()
+        for database in self._databases():
+            with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
+                self._open_connection(database)
 
-    def _open_connection(self) -> None:
-        if not self._db.autoconnect:
-            self._db.connect(reuse_if_open=True)
+    def _open_connection(self, database: Database | None = None) -> None:
+        """Open the connection to the drive's database, or another one, where autoconnect is off: a body closed it."""
+        database = database or self._db
+        if not database.autoconnect and database.is_closed():
+            database.connect()
 
     def _databases(self) -> set[Database]:
         """The drive's, if it is initialized, and those of the heroes."""
         found = {self.database, *[model._meta.database for model in list(_hero_models.values())]}
-        return {each for each in map(_actual, found) if each is not None}
+        return {each for each in map(_unproxied, found) if each is not None}
 
     def _drop_dead_connection(self) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
@@ -3510,7 +3581,9 @@ class GenevaDrive:
     def _is_connection_lost(self, error: BaseException) -> bool:
         """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
         is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
-        return is_fitting and (self._db.is_closed() or _is_dead(self._db.connection()))
+        # Peewee's own, without an original, says that a body has closed the connection.
+        is_of_driver = is_fitting and _original(error) is not None
+        return is_of_driver and (self._db.is_closed() or _is_dead(self._db.connection()))
 
     def _close_own_connection(self) -> None:
         """A worker that ends takes its connection along."""
@@ -3538,7 +3611,7 @@ class GenevaDrive:
 
     def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
         """The statement that a query makes on a database, made when it is first asked for."""
-        database = _actual(database) or self._db
+        database = _unproxied(database) or self._db
         found = self._statements.get((database, key))
         if found is None:
             found = self._statements[database, key] = _Built(database, query())
@@ -3745,7 +3818,7 @@ class GenevaDrive:
 
     def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE) -> None:
         """Run an execution that is due, and go on with the steps that follow at once."""
-        self._open_connection()
+        self._connect_worker()
         attempt = _Attempt.claim(self, execution_id, queue)
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
@@ -3760,6 +3833,8 @@ class GenevaDrive:
 
         while attempt is not None:
             attempt = attempt.run(may_run_on, is_draining)
+            with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
+                self._connect_worker()
 
     def run(
         self,
@@ -3828,7 +3903,7 @@ class GenevaDrive:
         """Recover what a process performs that fell silent, or that is known to be gone."""
         in_progress = SQL(f"state = '{IN_PROGRESS}'")
         performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
-        gone = self._transact(lambda: [name for (name,) in performers if _is_process_gone(name)])
+        gone = self._repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
         moment = self._now() - self.stuck_in_progress_threshold
         dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
         recovered = 0
@@ -3911,13 +3986,14 @@ class GenevaDrive:
         huey, reached, priority = self.queues[route[0]], self._now(), route[1] or 0
         ours = self._tasks[route[0]].task_class
         try:
-            pending = [task for task in huey.pending(limit=100) if isinstance(task, ours)]
+            pending = [task for task in self._repeat(lambda: huey.pending(limit=100)) if isinstance(task, ours)]
             first = next((task for task in pending if (task.priority or 0) <= priority), None)
             if first is None and len(pending) == 100:
                 return EPOCH  # higher priorities are before it, and nobody knows what is behind those
             if first and (first.priority or 0) < priority:
                 first = None
-            waiting = next((task for task in huey.scheduled(limit=100) if isinstance(task, ours)), None)
+            later = self._repeat(lambda: huey.scheduled(limit=100))
+            waiting = next((task for task in later if isinstance(task, ours)), None)
             for task in filter(None, (first, waiting)):
                 due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
                 reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
@@ -3952,7 +4028,7 @@ class GenevaDrive:
             last, batch = self._looked_at.get(name, 0), self.housekeeping_batch_size
             page = query.where((StepExecution.step_name == name) & (StepExecution.id > last))
             page = page.order_by(StepExecution.id).limit(batch)
-            executions = self._transact(functools.partial(list[Any], page))
+            executions = self._repeat(functools.partial(list[Any], page))
             self._looked_at[name] = executions[-1].id if len(executions) == batch else 0
             woken += self._wake_those_needless(executions)
         return woken
@@ -3960,7 +4036,7 @@ class GenevaDrive:
     def _wake_those_needless(self, executions: Sequence[StepExecution]) -> int:
         ids, woken = [each.workflow_id for each in executions], 0
         rows = Workflow.select(Workflow.id, Workflow.type).where(Workflow.id.in_(ids) & (Workflow.state == READY))
-        workflows = {each.id: each for each in (self._transact(functools.partial(list[Any], rows)) if ids else ())}
+        workflows = {each.id: each for each in (self._repeat(functools.partial(list[Any], rows)) if ids else ())}
         for each in executions:
             definition = each.workflow_id in workflows and workflows[each.workflow_id]._find(each.step_name)
             if definition and definition.wait_for is None:
@@ -4017,7 +4093,7 @@ class GenevaDrive:
         key = moment.model.id
         query = query.select_extend(moment).order_by(moment, key).limit(self.housekeeping_batch_size)
         page = query
-        while rows := self._transact(functools.partial(list[Any], page)):
+        while rows := self._repeat(functools.partial(list[Any], page)):
             yield rows
             last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
             if self._dialect == "mysql":  # which uses no index to compare pairs
@@ -4027,6 +4103,7 @@ class GenevaDrive:
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
+    @_repeated
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
 
@@ -4043,6 +4120,7 @@ class GenevaDrive:
         ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()
         return not is_busy
 
+    @_repeated
     def doctor(self) -> list[str]:
         """Check over the tables what must always hold, while others write. Reads all rows: not for every minute.
 
@@ -4097,6 +4175,7 @@ class GenevaDrive:
             problem = f"at the step {step_name!r} for the signal {signal_name!r}, which {now}: {fix}"
             yield _Stranded.of(kind, name, signal_name, number, "wait", problem)
 
+    @_repeated
     def stats(self) -> list[Metric]:
         """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
 
@@ -4267,17 +4346,42 @@ def _stop_signals() -> Iterator[threading.Event]:
 # ==== Drivers: what an error or a connection tells ====================================================================
 
 
+def _original(error: Any) -> Any:
+    """The driver's error under Peewee's; None under one that Peewee has raised itself."""
+    while isinstance(error, peewee.PeeweeException):
+        error = getattr(error, "orig", None)
+    return error
+
+
+def _codes(error: BaseException) -> tuple[Any, Any]:
+    """What a driver tells of an error: its SQLSTATE, and the server's own number, or SQLite's text."""
+    original = _original(error)
+    state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
+    return state, original.args[0] if isinstance(original, Exception) and original.args else None
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
-    original = getattr(error, "orig", None)
-    state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
-    code = original.args[0] if isinstance(original, Exception) and original.args else None
+    state, code = _codes(error)
     is_locked = isinstance(code, str) and code.startswith("database is locked")  # SQLite
-    # PostgreSQL: serialization failure, deadlock detected, lock timeout; MySQL: lock wait timeout, deadlock.
-    if state in ("40001", "40P01", "55P03") or code in (1205, 1213) or is_locked:
+    # PostgreSQL: serialization failure, deadlock detected, lock timeout; MySQL: lock wait timeout, deadlock; MariaDB,
+    # for a snapshot that is too old: the row, the table has changed since.
+    if state in ("40001", "40P01", "55P03") or code in (1205, 1213, 1020, 1412) or is_locked:
         return True
     # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
     return error.__context__ is not None and _is_transient(error.__context__)
+
+
+def _give_way(tries: int) -> None:
+    """Wait, so that those who collided do not meet again: at random, and longer with each try."""
+    time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
+
+
+def _is_about_schema(error: BaseException) -> bool:
+    """Whether a statement names a table or a column that the database does not have."""
+    state, code = _codes(error)
+    is_missing = isinstance(code, str) and re.match("no such (table|column)|table .* has no column", code)  # SQLite
+    return state in ("42P01", "42703") or code in (1146, 1054) or bool(is_missing)
 
 
 def _is_in_transaction(connection: Any) -> bool:
@@ -4294,11 +4398,6 @@ def _is_dead(connection: Any) -> bool:
     return bool(getattr(connection, "closed", False)) or getattr(connection, "open", True) is False
 
 
-def _actual(database: Any) -> Database | None:
-    """What a DatabaseProxy stands for, if it does already; any other database is itself."""
-    return database.obj if isinstance(database, peewee.Proxy) else database
-
-
 def _address(database: Any) -> tuple[Any, Any]:
     """What two Database objects for one database have in common."""
     return str(database.database), database.connect_params
@@ -4306,7 +4405,7 @@ def _address(database: Any) -> tuple[Any, Any]:
 
 def _place(database: Any) -> str:
     """How to call a database in a message."""
-    actual = _actual(database)
+    actual = _unproxied(database)
     return f"the database {str(actual.database)!r}" if actual else "a database that is not initialized"
 
 
@@ -4314,6 +4413,11 @@ def _is_private(database: Database) -> bool:
     """Whether a connection of another thread would be another database, or this very connection."""
     in_memory = isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
     return in_memory or not database.thread_safe
+
+
+def _unproxied(database: Any) -> Any:
+    """The database that a DatabaseProxy stands for, None while there is none; any other one as it is."""
+    return database.obj if isinstance(database, peewee.Proxy) else database
 
 
 class _InTurn:
@@ -4686,8 +4790,8 @@ class _EmbeddedStorage(SqlStorage):
 
     def dequeue(self) -> Any:
         try:
-            return self._dequeue()
-        except peewee.PeeweeException:
+            return self.drive._repeat(self._dequeue)
+        except (peewee.PeeweeException, GenevaDriveError):
             if not self.database.in_transaction():
                 with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
                     self.drive._close_own_connection()
@@ -4716,11 +4820,12 @@ class _EmbeddedStorage(SqlStorage):
         self.check_conn()
         moment, param = self.Schedule.timestamp.db_value(timestamp), self.database.param
         due = f"select id from {QUEUE_TABLE_PREFIX}schedule where queue = {param} and timestamp <= {param}"
-        cursor = self.database.execute_sql(f"{due} order by timestamp, id limit 10000", (self.name, moment))
+        due += " order by timestamp, id limit 10000"
+        found = self.drive._repeat(lambda: self.database.execute_sql(due, (self.name, moment)).fetchall())
         messages: list[bytes] = []
-        for ids in peewee.chunked([row[0] for row in cursor.fetchall()], 500):
+        for ids in peewee.chunked([row[0] for row in found], 500):
             try:
-                messages += self._take_scheduled(ids, moment)
+                messages += self.drive._repeat(functools.partial(self._take_scheduled, ids, moment))
             except peewee.PeeweeException as error:
                 if not messages:
                     raise
@@ -4734,15 +4839,9 @@ class _EmbeddedStorage(SqlStorage):
         # Of an id that was used again since, for another message, all of it is to be asked again.
         is_due = Schedule.id.in_(ids) & (Schedule.queue == self.name) & (Schedule.timestamp <= moment)
         rows = Schedule.select(Schedule.id, Schedule.data).where(is_due).tuples()
-        for tries in range(1, TRANSACTION_TRIES + 1):
-            try:
-                with self.atomic():
-                    found = dict(rows.clone().for_update(self.for_update) if self.for_update else rows.clone())
-                    Schedule.delete().where(Schedule.id.in_([*found])).execute()
-                break
-            except peewee.PeeweeException as error:
-                if not _is_transient(error) or tries == TRANSACTION_TRIES:
-                    raise
+        with self.atomic():
+            found = dict(rows.for_update(self.for_update) if self.for_update else rows)
+            Schedule.delete().where(Schedule.id.in_([*found])).execute()
         return [found[each] for each in ids if each in found]
 
     def check_conn(self) -> None:
@@ -4802,10 +4901,11 @@ class _Schema:
     def __init__(self, drive: GenevaDrive) -> None:
         self.drive, self.db = drive, drive._db
 
-    def complete(self) -> None:
+    def complete(self, models: Sequence[Any]) -> None:
         """See :meth:`GenevaDrive.create_tables`."""
         has_queue = any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.drive.queues.values())
-        parts = list(self.parts(has_queue))
+        parts: list[Callable[[], list[Any]]] = [functools.partial(self._lacking_model, each) for each in models]
+        parts += self.parts(has_queue)
         # Always looked at, however new the version: a queue may have come to the drive, or an index been dropped. The
         # first look takes no lock; SQLite has its own, and many that open a new file at once lock each other out.
         if not self.drive._transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
@@ -4827,18 +4927,28 @@ class _Schema:
                 yield functools.partial(self._lacking_statement, statement)
         yield self._lacking_version
 
-    def _add(self, part: Callable[[], list[str]]) -> None:
+    def _add(self, part: Callable[[], list[Any]]) -> None:
         """Execute what a part lacks, one process at a time."""
         lock, unlock = SCHEMA_LOCKS[self.drive._dialect]
         for statement in lock:
             self.db.execute_sql(statement)
         try:
             for statement in part():
-                self.db.execute_sql(statement)
+                statement() if callable(statement) else self.db.execute_sql(statement)
         finally:
             with contextlib.suppress(peewee.PeeweeException):  # after a failure, the rollback undoes the lock too
                 for statement in unlock:
                     self.db.execute_sql(statement)
+
+    def _lacking_model(self, model: Any) -> list[Callable[[], None]]:
+        """Of the application's: what Peewee would create anew is left alone, for its lock waits for who writes."""
+        is_lacking = not model.table_exists()
+        if not is_lacking and self.db.safe_create_index:
+            # PostgreSQL cuts names at 63 characters, Peewee at 64.
+            there = {each.name[:63] for each in self.db.get_indexes(model._meta.table_name, model._meta.schema)}
+            indexes = [each for each in model._meta.fields_to_index() if isinstance(each, peewee.Index)]
+            is_lacking = any(each._name[:63] not in there for each in indexes)
+        return [model.create_table] * is_lacking
 
     def _lacking_columns(self, model: Any) -> list[str]:
         if not model.table_exists():

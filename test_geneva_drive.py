@@ -54,6 +54,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import Empty
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import peewee
@@ -75,7 +76,7 @@ from peewee import (
     UUIDField,
 )
 from playhouse.db_url import connect, parse
-from playhouse.pool import PooledPostgresqlDatabase, PooledSqliteDatabase
+from playhouse.pool import PooledMySQLDatabase, PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
 from conftest import SERVERS, free_port
@@ -193,6 +194,18 @@ def clock(drive, monkeypatch):
     monkeypatch.setattr(gd, "_heartbeat", silent)
     drive.clock = Clock()
     return drive.clock
+
+
+@contextlib.contextmanager
+def driven(db):
+    """A drive on a database that a test has for itself, with the tests' models."""
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    drive.create_tables(MODELS)
+    yield drive
+    assert drive.doctor() == []
+    db.close()
 
 
 @pytest.fixture
@@ -709,6 +722,64 @@ def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, serve
     assert [each.state for each in Locks.select()] == ["finished", "finished"]
     assert [each.visits for each in User.select()] == [2, 2]
     assert {each.outcome for each in StepExecution.select()} == {"success"}
+
+
+STRICT = {  # what a role's, a server's or a session's default makes of each statement
+    "serializable": ("postgresql", {"options": "-c default_transaction_isolation=serializable"}),
+    "repeatable read": ("postgresql", {"options": r"-c default_transaction_isolation=repeatable\ read"}),
+    "mysql: serializable": ("mysql", {"init_command": "set session transaction isolation level serializable"}),
+    # The default of MariaDB since 11.6.
+    "mysql: snapshot isolation": ("mysql", {"init_command": "set innodb_snapshot_isolation = on"}),
+}
+
+
+@pytest.fixture(params=STRICT)
+def strict(request, servers):
+    kind, options = STRICT[request.param]
+    db = connect(servers.empty(kind), **options)
+    try:
+        db.connect()
+    except peewee.OperationalError as error:
+        pytest.skip(f"this server knows no innodb_snapshot_isolation: {error}")
+    with driven(db) as drive:
+        yield drive
+
+
+@pytest.mark.parametrize("way", ["at once", "plain"])
+def test_collisions_that_a_strict_isolation_refuses_are_repeated(strict, way, monkeypatch, caplog):
+    if way == "plain":
+        monkeypatch.setattr(strict, "_has_fast_paths", lambda: False)
+    refused, seen, counted = [], [], User.create()
+
+    class Counts(Workflow):
+        @step(wait=0.001)
+        def wait(self):
+            pass
+
+        @step(transactional=True)
+        def count(self):
+            user = User.get_by_id(counted.id)
+            time.sleep(0.002)
+            User.update(visits=user.visits + 1).where(User.id == user.id).execute()
+
+        @step
+        def end(self):
+            pass
+
+    def look():
+        seen.extend([strict.doctor(), strict.stats()])
+        return strict.is_idle()
+
+    strict._db.query_hooks.append(lambda event: event.exception and refused.append(event.exception))
+    for _ in range(30):
+        Counts.create(hero=User.create())
+    strict.run(workers=4, until=look)
+    assert any(gd._is_transient(error) for error in refused), "nothing collided"
+    assert {each.state for each in Counts.select()} == {"finished"}
+    assert {each.outcome for each in StepExecution.select()} == {"success"}
+    assert User.get_by_id(counted.id).visits == 30
+    assert [found for found in seen[::2] if found] == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_there_is_one_heartbeat_thread_whatever_the_number_of_drives(db, drive, hero):
@@ -2369,6 +2440,100 @@ def test_an_error_keeps_its_class_message_and_traceback_whatever_is_in_them(driv
     assert two.error_message == "x" * gd.MAX_ERROR_CHARS
     assert three.error_class_name.endswith("Unprintable")
     assert "cannot be shown" in three.error_message
+
+
+class PanicError(BaseException):
+    """As extension modules raise it."""
+
+
+class Smiles(Workflow):
+    @step(on_exception="skip")
+    def one(self):
+        did("one")
+        raise type("Größe\U0001f600", (ValueError,), {})("no \U0001f600 " + "x" * gd.MAX_ERROR_CHARS)
+
+    @step(on_exception="skip", transactional=True)
+    def two(self):
+        did("two")
+        raise ValueError("\U0001f600" * gd.MAX_ERROR_CHARS)
+
+    @step
+    def three(self):
+        self.context["smile"] = "\U0001f600"
+        raise ValueError("\U0001f600")
+
+
+NARROW = {  # what the connection, the database or a column cannot hold a character by
+    "mysql: client of three bytes": ("mysql", {"charset": "utf8"}, None),
+    "mysql: client of one byte": ("mysql", {"charset": "latin1"}, None),
+    "mysql: columns": ("mysql", {}, "alter table geneva_drive_step_executions modify {} text character set latin1"),
+    "postgresql: client": ("postgresql", {"encoding": "latin1"}, None),
+    "postgresql: client without a character set": ("postgresql", {"encoding": "sql_ascii"}, None),
+    "postgresql: database": ("postgresql", {}, "LATIN1"),
+}
+
+
+@pytest.fixture(params=NARROW)
+def narrow(request, servers):
+    kind, options, change = NARROW[request.param]
+    url = servers.empty(kind)
+    if change == "LATIN1":
+        db = connect(url)
+        name, db = db.database, connect(urlsplit(url)._replace(path="/postgres").geturl())
+        with db.connection_context():
+            db.execute_sql(f"drop database {name}")
+            db.execute_sql(f"create database {name} encoding LATIN1 template template0 lc_collate 'C' lc_ctype 'C'")
+    db = connect(url, **options)
+    with driven(db) as drive:
+        for column in gd._error_columns(ValueError()) if change and kind == "mysql" else ():
+            db.execute_sql(change.format(column))
+        yield drive
+
+
+@pytest.mark.parametrize("way", ["at once", "plain", "in a test's own transaction"])
+def test_an_error_that_cannot_be_encoded_is_recorded_escaped_and_obeyed(narrow, way, monkeypatch):
+    if way == "plain":
+        monkeypatch.setattr(narrow, "_has_fast_paths", lambda: False)
+    with narrow._db.atomic() if way == "in a test's own transaction" else contextlib.nullcontext():
+        workflow = Smiles.create(hero=User.create())
+        gd.TestHelpers().speedrun_workflow(workflow, raise_errors=False)
+    one, two, three = workflow.execution_history
+    assert effects() == ["one"]
+    assert [each.state for each in (one, two, three)] == ["skipped", "skipped", "failed"]
+    assert one.error_class_name.endswith("Gr\\xf6\\xdfe\\U0001f600")
+    assert one.error_message.startswith("no \\U0001f600 xxx")
+    assert {len(one.error_message), len(two.error_message)} == {gd.MAX_ERROR_CHARS}
+    assert three.error_message == "\\U0001f600"
+    assert "in three" in three.error_backtrace
+
+
+def test_an_error_whose_own_code_fails_is_recorded(drive, hero, helpers):
+    class Worst(Exception):
+        def __str__(self):
+            raise PanicError
+
+        __repr__ = __str__
+
+    class Fails(Workflow):
+        @step
+        def one(self):
+            Worst.__qualname__ = "a name with \0 and \udc80"
+            raise Worst
+
+        @step
+        def two(self):
+            error = SyntaxError("x")
+            error.lineno, error.filename, error.text = "no number", 5, object()
+            raise error
+
+    workflow = Fails.create(hero=hero)
+    helpers.perform_next_step(workflow, raise_errors=False)
+    workflow.skip()
+    helpers.perform_next_step(workflow, raise_errors=False)
+    one, _skipped, two = workflow.execution_history
+    assert one.error_class_name.endswith("a name with \\x00 and \\udc80")
+    assert one.error_message == "(its message cannot be shown: PanicError)"
+    assert two.state == "failed"
 
 
 LEAVES_OPEN = {
@@ -7653,6 +7818,113 @@ def test_create_tables_is_idempotent_and_completes_what_was_begun(database, db, 
     drive.create_tables()
 
 
+class Awaits(Workflow):
+    @step(wait_for="told")
+    def one(self):
+        pass
+
+
+BEFORE_THE_TABLES = {
+    "create": lambda hero, drive: Quick.create(hero=hero),
+    "create_many": lambda hero, drive: Quick.create_many([hero]),
+    "get_or_create": lambda hero, drive: Quick.get_or_create(hero=hero),
+    "signal": lambda hero, drive: Awaits(id=1, type="Awaits").signal("told"),
+    "signal_hero": lambda hero, drive: Awaits.signal_hero(hero, "told", idempotency_key="k"),
+    "pause": lambda hero, drive: Quick(id=1, type="Quick").pause(),
+    "stats": lambda hero, drive: drive.stats(),
+    "is_idle": lambda hero, drive: drive.is_idle(),
+    "housekeeping": lambda hero, drive: drive.housekeeping(),
+    "execute": lambda hero, drive: StepExecution(id=1).execute(),
+}
+
+
+@pytest.mark.parametrize("call", BEFORE_THE_TABLES)
+@pytest.mark.parametrize("kind", SERVERS)
+def test_before_create_tables_each_call_says_so(servers, kind, call):
+    db = open_database(servers.empty(kind))
+    drive = GenevaDrive(db)
+    try:
+        with pytest.raises(
+            gd.GenevaDriveError, match=r"has no tables of GenevaDrive: call drive\.create_tables\(\)"
+        ) as told:
+            BEFORE_THE_TABLES[call](User(id=1), drive)
+        assert isinstance(told.value.__cause__, peewee.DatabaseError)
+        with pytest.raises(gd.GenevaDriveError, match="has no tables"), db.atomic():
+            Quick.create(hero=User(id=1))
+    finally:
+        db.close()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_with_the_tables_of_an_older_version_a_call_says_so(servers, kind):
+    db = open_database(servers.empty(kind))
+    with driven(db) as drive:
+        version, column = "geneva_drive_schema", "transitioned_at"
+        db.execute_sql(f"delete from {version}")
+        db.execute_sql(f"alter table geneva_drive_workflows rename column {column} to spoilt")
+        with pytest.raises(gd.GenevaDriveError, match=r"is at version 1, .* call drive\.create_tables\(\)"):
+            Quick.create(hero=User.create())
+        db.execute_sql(f"alter table geneva_drive_workflows rename column spoilt to {column}")
+        drive.create_tables()
+
+
+class Author(Model):
+    name = CharField(index=True)
+
+    class Meta:
+        table_name = "test_authors"
+
+
+class Book(Model):
+    author = ForeignKeyField(Author)
+    title = CharField(unique=True)
+
+    class Meta:
+        table_name = "test_books"
+
+
+def _create_tables(number, url, barrier, results):
+    db = open_database(url)
+    for model in (Author, Book):
+        model.bind(db)
+    drive = GenevaDrive(db)
+    barrier.wait(timeout=60)
+    drive.create_tables([Book, Author])
+    results.put(sorted(each.name for each in db.get_indexes("test_books")))
+    db.close()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_many_processes_create_the_tables_of_an_application_at_once(servers, kind):
+    url = servers.empty(kind)
+    made = in_processes(8, _create_tables, url, fork.Barrier(8))
+    assert len(made) == 8
+    assert all({"book_author_id", "book_title"} <= set(indexes) for indexes in made)
+    db = open_database(url)
+    Author.bind(db)
+    drive = GenevaDrive(db)
+    if kind != "mysql":  # where Peewee makes no index of a table that is there
+        db.execute_sql("drop index author_name")
+    drive.create_tables([Author])
+    assert "author_name" in {each.name for each in db.get_indexes("test_authors")}
+    with db.atomic():  # there is nothing to change, and nobody to wait for
+        Author.create(name="ada")
+        drive.create_tables([Author])
+    assert drive.doctor() == []
+    db.close()
+
+
+def test_tables_of_another_database_are_not_created_in_passing(db, drive, tmp_path):
+    class Elsewhere(Model):
+        class Meta:
+            database = SqliteDatabase(tmp_path / "other.db")
+
+    for wrong in (Elsewhere, "test_users"):
+        with pytest.raises(gd.ConfigurationError, match="is not a model of the drive's database"):
+            drive.create_tables([Author, wrong])
+    assert "test_authors" not in db.get_tables()
+
+
 @pytest.mark.parametrize("kind", SERVERS)
 def test_an_outside_queue_needs_no_tables_of_its_own(servers, kind):
     db = open_database(servers.empty(kind))
@@ -9028,6 +9300,60 @@ def test_immediate_mode_on_the_drives_own_database_waits_for_the_commit_too(db, 
         assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
     finally:
         immediate.storage.drop_tables()
+
+
+CLOSES = {
+    "sqlite": (SqliteDatabase, PooledSqliteDatabase),
+    "postgresql": (peewee.PostgresqlDatabase, PooledPostgresqlDatabase),
+    "mysql": (peewee.MySQLDatabase, PooledMySQLDatabase),
+}
+
+
+class Closing(Workflow):
+    @step
+    def one(self):
+        with self.hero._meta.database.connection_context():
+            did("one")
+
+    @step(resumable=True)
+    def two(self):
+        for item in self.resume_over(["a", "b"], every=1):
+            with self.hero._meta.database.connection_context():
+                did(item)
+
+    @step
+    def three(self):
+        self.hero._meta.database.close()
+        User.select().count()
+
+
+@pytest.mark.parametrize("autoconnect", [True, False])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("kind", SERVERS)
+def test_what_a_body_that_closes_the_connection_did_is_recorded_once(servers, kind, pooled, autoconnect):
+    db = CLOSES[kind][pooled](**parse(servers.empty(kind)), autoconnect=autoconnect)
+    db.connect()
+    with driven(db) as drive:
+        workflow = Closing.create(hero=User.create())
+        drive.run(until=drive.is_idle)
+        assert effects() == ["one", "a", "b"]
+        end = ("completed", "success") if autoconnect else ("failed", "failed")  # no loss of the connection: an error
+        assert history(workflow) == [*((each, "completed", "success") for each in ("one", "two")), ("three", *end)]
+        again = Closing.create(hero=User.create())
+        assert scheduled(again).execute() is True
+        assert history(again)[0] == ("one", "completed", "success")
+    if pooled:
+        db.close_all()
+
+
+def test_heroes_in_a_database_without_autoconnect_are_found(db, drive, tmp_path):
+    heroes = SqliteDatabase(tmp_path / "heroes.db", autoconnect=False)
+    with User.bind_ctx(heroes), Effect.bind_ctx(heroes), heroes.connection_context():
+        heroes.create_tables([User, Effect])
+        workflow = Closing.create(hero=User.create())
+        drive.run(until=drive.is_idle)
+        assert effects() == ["one", "a", "b"]
+        assert history(workflow)[:2] == [(each, "completed", "success") for each in ("one", "two")]
 
 
 def test_a_database_without_autoconnect_serves_a_consumer(servers):

@@ -49,8 +49,7 @@ def decide(workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Expense])
-    drive.create_tables()
+    drive.create_tables([Expense])
     if not Expense.select().exists():
         for what, euros in {"a pencil": 2, "a chair": 300, "a yacht": 2_000_000}.items():
             Reimbursement.create(hero=Expense.create(what=what, euros=euros))

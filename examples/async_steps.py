@@ -49,7 +49,6 @@ class Purchase(Workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Wish])
-    drive.create_tables()
+    drive.create_tables([Wish])
     Purchase.create(hero=Wish.create(article="a lamp"))
     drive.run(until=lambda: not Purchase.ongoing().exists())

@@ -54,8 +54,7 @@ class Backup(Workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Day])
-    drive.create_tables()
+    drive.create_tables([Day])
     with db.atomic("IMMEDIATE"):
         today, is_new = Day.get_or_create(date=str(date.today()))
         if is_new:

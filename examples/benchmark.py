@@ -467,8 +467,7 @@ class Contest:
 
     def prepare(self, heroes):
         self.clear()
-        self.db.create_tables([self.app.Hero])
-        self.app.drive.create_tables()
+        self.app.drive.create_tables([self.app.Hero])
         self.huey.storage.create_tables()
         self.app.Hero.insert_many([{"name": "ada"}] * heroes).execute()
 

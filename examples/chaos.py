@@ -361,8 +361,7 @@ def main():
         except (PeeweeException, RuntimeError) as error:
             parser.error(f"{args.url} cannot be opened: {error}")
         with db.connection_context():
-            db.create_tables([Order, Effect])
-            drive.create_tables()
+            drive.create_tables([Order, Effect])
             return play(args)
 
 

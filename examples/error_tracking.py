@@ -56,8 +56,7 @@ def capture(signal, task, error):
 
 
 if __name__ == "__main__":
-    db.create_tables([Customer])
-    drive.create_tables()
+    drive.create_tables([Customer])
     for name in ("Ada", "Bob"):
         Import.create(hero=Customer.create(name=name))
     drive.run(until=drive.is_idle)

@@ -62,8 +62,7 @@ class Payment(Workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Order])
-    drive.create_tables()
+    drive.create_tables([Order])
     payments = {story: Payment.create(hero=Order.create(story=story)) for story in STORIES}
     payments["skipped by hand"].skip()
     payments["canceled by hand"].cancel()

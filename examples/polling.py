@@ -47,8 +47,7 @@ class FetchExport(Workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Export])
-    drive.create_tables()
+    drive.create_tables([Export])
     for what, seconds in {"list of customers": 0, "balance sheet": 2, "last word": 1_000_000}.items():
         FetchExport.create(hero=Export.create(what=what, seconds=seconds))
     drive.run(until=lambda: not FetchExport.ongoing().exists())

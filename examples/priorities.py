@@ -39,8 +39,7 @@ class Mailing(Send):
 
 
 if __name__ == "__main__":
-    db.create_tables([Letter])
-    drive.create_tables()
+    drive.create_tables([Letter])
     with db.atomic():
         Mailing.create_many([Letter.create(text=f"offer {number}") for number in range(20)])
         Send.create(hero=Letter.create(text="an ordinary letter"))

@@ -43,8 +43,7 @@ class Delivery(Workflow):
 
 
 if __name__ == "__main__":
-    db.create_tables([Parcel])
-    drive.create_tables()
+    drive.create_tables([Parcel])
     with db.atomic():
         for address in ("Geneva", "Lausanne", "Bern"):
             Delivery.create(hero=Parcel.create(address=address))

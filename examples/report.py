@@ -412,8 +412,7 @@ def demonstration(folder):
         def send_receipt(self):
             work(1, 0, None)
 
-    database.create_tables([Customer])
-    drive.create_tables()
+    drive.create_tables([Customer])
     arrivals = sorted((end - timedelta(days=10 * random.random() ** 1.3) for _ in range(80)), reverse=True)
     due = StepExecution.select().join(Workflow).where(StepExecution.state == "scheduled", Workflow.state == "ready")
     due = due.order_by(StepExecution.scheduled_for)

@@ -59,8 +59,7 @@ class Mailing(Workflow):
 
 if __name__ == "__main__":
     if "DIE_AT" not in os.environ:
-        db.create_tables([Issue, Reader])
-        drive.create_tables()
+        drive.create_tables([Issue, Reader])
         if not Issue.select().exists():
             Reader.insert_many([{"email": f"reader{number}@example.com"} for number in range(1000)]).execute()
             Mailing.create(hero=Issue.create(title="Spring"))

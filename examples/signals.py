@@ -43,8 +43,7 @@ def webhook(event):
 
 
 if __name__ == "__main__":
-    db.create_tables([Order])
-    drive.create_tables()
+    drive.create_tables([Order])
     chair, desk, lamp = [
         Order.create(what=what, euros=euros) for what, euros in (("chair", 80), ("desk", 300), ("lamp", 40))
     ]

@@ -213,8 +213,7 @@ def print_histories() -> None:
 def main() -> None:
     people = read_people(args.people)
     mailbox.Maildir(args.maildir)  # makes it
-    db.create_tables([Person])
-    drive.create_tables()
+    drive.create_tables([Person])
     print(f"{args.people}: {len(people)} rows, {start_workflows(people)} new people", flush=True)
     if drive.is_idle():
         print(f"nothing left to do: {counts()}")

@@ -41,8 +41,7 @@ class Trial(Workflow):
 
 class TrialTest(TestHelpers, unittest.TestCase):
     def setUp(self):
-        db.create_tables([Customer])
-        drive.create_tables()
+        drive.create_tables([Customer])
         db.session_start()  # a transaction around each test
         self.addCleanup(db.session_rollback)
         self.now = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)

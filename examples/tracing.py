@@ -62,8 +62,7 @@ class Fulfilment(Traced):
 
 
 if __name__ == "__main__":
-    db.create_tables([Order])
-    drive.create_tables()
+    drive.create_tables([Order])
     with tracer.start_as_current_span("POST /orders"):
         Fulfilment.create(hero=Order.create(article="book"))
     drive.run(until=lambda: not Fulfilment.ongoing().exists())

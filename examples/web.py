@@ -42,8 +42,7 @@ class Signup(Workflow):
 
 # Whichever process comes first makes the tables.
 with db.connection_context():
-    db.create_tables([User])
-    drive.create_tables()
+    drive.create_tables([User])
 
 app.add_hook("before_request", db.connect)  # a connection for each request, as Peewee advises
 app.add_hook("after_request", db.close)

@@ -50,8 +50,7 @@ class Fulfilment(Workflow):
 
 # Whichever process comes first makes the tables; any number of them may do it at once.
 with db.connection_context():
-    db.create_tables([Order])
-    drive.create_tables()
+    drive.create_tables([Order])
 
 
 def main() -> None:
