@@ -172,6 +172,7 @@ CURSOR_ALIAS = "geneva_drive_cursor"  # of the key of a row, in queries of the a
 TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
 PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
 EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 
 # ==== Errors and events ===============================================================================================
@@ -2417,7 +2418,7 @@ class _Attempt:
         self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.has_looked = execution.signal_id is not None  # at signals that were not for it, before this attempt
-        self.claimed = time.monotonic()
+        self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
         self.depth = 0  # of the transactions that surround the body
         self.has_loop, self.has_checkpoint = False, False
@@ -2512,7 +2513,7 @@ class _Attempt:
             self.workflow.logger.warning("the claim was lost to recovery; nothing more is recorded of this attempt")
         finally:
             self.workflow._attempt = None
-            _heartbeat.beating.discard(self)
+            _heartbeat.remove(self)
         if recorded:
             self._tell_of_end(following)
         if verdict.error is not None and verdict.surfaces:
@@ -2530,7 +2531,7 @@ class _Attempt:
             self.workflow.logger.exception("after_step_execution failed")
         except BaseException:
             if following:  # which nobody performs now: let it fall silent, to be recovered
-                _heartbeat.beating.discard(following)
+                _heartbeat.remove(following)
             raise
 
     def _overtaken(self) -> _Verdict | None:
@@ -2772,6 +2773,7 @@ class _Attempt:
                 changes, outcome, following = self._commit(verdict, run_on)
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
+        self.patience_ends = math.inf
         before = self.workflow.state
         self.workflow.__data__.update(changes)
         self.execution.__data__.update(outcome)
@@ -2781,6 +2783,7 @@ class _Attempt:
     def _commit(self, verdict: _Verdict, run_on: bool) -> _Recorded:
         # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
         patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
+        self.patience_ends = time.monotonic() + patience
         return self.drive._transact(
             lambda: self._conclude(verdict, run_on), patience, lambda: self._conclude_at_once(verdict, run_on)
         )
@@ -3378,6 +3381,8 @@ class GenevaDrive:
             setattr(self, name, settings.get(name, default))
         self.database = database
         self._consumers: dict[str, Consumer] = {}
+        self._handlers: dict[int, Any] = {}  # of signals, as they were before the consumers
+        self._performing: set[_Attempt] = set()  # for queues
         self._statements: dict[Any, _Built] = {}
         self._looked_at: dict[str, int] = {}
         self._turn = threading.RLock()
@@ -3590,11 +3595,16 @@ class GenevaDrive:
         if not _is_private(self._db):
             self._db.close()
 
-    def _after_fork_in_child(self) -> None:
-        """A forked process must not share its parent's connections, nor wait for threads that did not come along."""
+    def _after_fork_in_child(self, is_of_worker: bool) -> None:
+        """A forked process must not share its parent's connections, nor wait for threads that did not come along.
+
+        :param is_of_worker: whether a consumer's workers run in the parent: then the fork is a step's.
+        """
         self._turn = threading.RLock()
-        of_processes = {name: each for name, each in self._consumers.items() if not hasattr(each.stop_flag, "ring")}
-        self._consumers = of_processes
+        self._performing = set()
+        if is_of_worker:  # else Huey makes a worker
+            self._consumers = {}
+            _restore_signals(self._handlers)
         for database in self._databases():
             if not _is_private(database) and not database.in_transaction():
                 # Kept for good: closing them here would close the parent's.
@@ -3704,13 +3714,17 @@ class GenevaDrive:
         perform = huey.task(task_base=kind)(functools.update_wrapper(here, perform_step))
         periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
         huey._geneva_drive_tasks = (perform, periodic)
-        huey.on_startup("geneva_drive")(functools.partial(self._sweep_at_start, name))
-        huey.on_shutdown("geneva_drive")(self._close_own_connection)
+        huey.on_startup("geneva_drive")(functools.partial(self._begin_worker, name))
+        huey.on_shutdown("geneva_drive")(self._end_worker)
         create_consumer = type(huey).create_consumer
 
         def remembering(**options: Any) -> Consumer:
+            if not _heartbeat.workers:
+                self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             self._consumers[name] = consumer = create_consumer(huey, **options)
             consumer.start = functools.partial(self._start_consumer, consumer.start)  # Huey's hooks cannot stop it
+            consumer._join_workers = lambda: _join([consumer], consumer.shutdown_timeout)
+            consumer._interrupt_workers = functools.partial(self._interrupt, consumer, consumer._interrupt_workers)
             return consumer
 
         huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
@@ -3732,9 +3746,26 @@ class GenevaDrive:
             raise GenevaDriveError(problem)
         start()
 
-    def _sweep_at_start(self, queue: str) -> None:
-        """Housekeeping by the first worker of a consumer that starts."""
+    def _interrupt(self, consumer: Consumer, interrupt: Callable[[], None]) -> None:
+        """End workers in mid-step. A process may hang in its driver, where it handles no signal."""
+        interrupt()
+        for each in _alive(consumer) if consumer.environment.forks else ():
+            each.kill()
+        _restore_signals(self._handlers)  # Huey's would ignore what comes while the process exits
+
+    def _begin_worker(self, queue: str) -> None:
+        _heartbeat.enter()
         consumer = self._consumers.get(queue)
+        if consumer is not None and consumer.environment.forks:
+            threading.Thread(target=_end_process, args=(consumer, os.getppid()), daemon=True).start()
+        self._sweep_at_start(consumer)
+
+    def _end_worker(self) -> None:
+        _heartbeat.exit()
+        self._close_own_connection()
+
+    def _sweep_at_start(self, consumer: Consumer | None) -> None:
+        """Housekeeping by the first worker of a consumer that starts."""
         if getattr(consumer, "_geneva_drive_swept", False):
             return
         if consumer is not None:
@@ -3832,7 +3863,12 @@ class GenevaDrive:
             return time.monotonic() < deadline and not is_draining()
 
         while attempt is not None:
-            attempt = attempt.run(may_run_on, is_draining)
+            self._performing.add(attempt)
+            try:
+                following = attempt.run(may_run_on, is_draining)
+            finally:
+                self._performing.discard(attempt)
+            attempt = following
             with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
                 self._connect_worker()
 
@@ -3905,10 +3941,14 @@ class GenevaDrive:
         performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
         gone = self._repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
         moment = self._now() - self.stuck_in_progress_threshold
-        dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
+        dead = in_progress & StepExecution.performed_by.in_(gone)
+        if _heartbeat.is_silence_death():
+            dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
         recovered = 0
         for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
             for execution in executions:
+                if _heartbeat.performs(execution.id):  # right here, whatever the clock says
+                    continue
                 try:
                     recovered += self._transact(functools.partial(self._recover, dead, execution.id))
                 except Exception:  # it must not keep the others from being recovered
@@ -4302,44 +4342,92 @@ def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_
                 consumer.start()
                 started.append(consumer)
             checked = time.monotonic()
-            while not stop.wait(0.1) and not (until and until()):
+            while not stop.signals and not (until and until()):
                 if time.monotonic() - checked > 10:
                     checked = time.monotonic()
                     for consumer in consumers:
                         consumer.check_worker_health()
+                time.sleep(0.1)
         finally:
-            _drain(started, drain_seconds)
+            logger.info("draining: the steps under way are ended, the next ones wait in the tables")
+            for consumer in started:
+                consumer.stop_flag.set()
+            if stop.signals < 2:
+                _join(started, drain_seconds)
 
 
-def _drain(consumers: list[Consumer], seconds: float | None) -> None:
-    """Stop consumers all at once, and wait for the steps under way, together not longer than that."""
-    logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-    began = time.monotonic()
-    for consumer in consumers:
-        consumer.stop_flag.set()
-    with contextlib.suppress(KeyboardInterrupt):  # Huey's own stop() would suppress it too, and the next one wait again
-        for consumer in consumers:
-            if seconds is not None:
-                consumer.shutdown_timeout = max(0, began + seconds - time.monotonic())
-            consumer._join_workers()
+def _join(consumers: list[Consumer], seconds: float | None) -> bool:
+    """Wait for workers to end, no longer than that, nor for those that hang without a step; whether all did."""
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    busy = time.monotonic()
+    while alive := [each for consumer in consumers for each in _alive(consumer)]:
+        now = time.monotonic()
+        busy = now if any(map(_is_busy, consumers)) else busy
+        if not all(each._graceful for each in consumers):
+            raise KeyboardInterrupt  # Huey has got the other signal
+        if now >= deadline:
+            return False
+        if now - busy > EXIT_TIME.total_seconds():
+            logger.warning("draining: no step is under way; workers that wait for a database are left behind")
+            return False
+        alive[0].join(min(0.05, deadline - now))
+    return True
+
+
+def _end_process(consumer: Consumer, parent: int) -> None:
+    """End this worker process, though it hangs: once its consumer stops or is gone, and no step is under way."""
+    while not consumer.stop_flag.wait(1) and os.getppid() == parent:
+        pass
+    consumer.stop_flag.set()
+    busy = time.monotonic()
+    while time.monotonic() - busy <= EXIT_TIME.total_seconds():
+        busy = time.monotonic() if _is_performing(consumer.huey) else busy
+        time.sleep(0.1)
+    os._exit(1)
+
+
+def _is_busy(consumer: Consumer) -> bool:
+    """Whether a consumer is to be waited for. Its worker processes know themselves, and end when they are not."""
+    return _is_performing(consumer.huey) or (consumer.environment.forks and _alive(consumer) != [consumer.scheduler])
+
+
+def _is_performing(huey: Any) -> bool:
+    """Whether this process performs a step, or a task of the application's."""
+    ours = tuple(task.task_class for task in huey._geneva_drive_tasks)
+    performing = any(time.monotonic() < each.patience_ends for each in list(_drive()._performing))
+    return performing or any(not isinstance(task, ours) for task in list(huey._tasks_in_flight))
+
+
+def _alive(consumer: Consumer) -> list[Any]:
+    """The workers, and the scheduler, that have not ended: threads, processes or greenlets."""
+    processes = [*(each for _, each in consumer.worker_threads), consumer.scheduler]
+    return [each for each in processes if consumer.environment.is_alive(each)]
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, the second one interrupting; in the main thread, where signals arrive."""
-    stop = threading.Event()
+def _stop_signals() -> Iterator[Any]:
+    """Count SIGINT and SIGTERM, the second one interrupting the block; in the main thread, where signals arrive."""
+    stop = types.SimpleNamespace(signals=0)
 
     def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
+        stop.signals += 1  # without a lock: what this interrupts may hold it
+        if stop.signals > 1:
             raise KeyboardInterrupt
-        stop.set()
 
     here = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
+    handlers: dict[int, Any] = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM) if here}
     try:
         yield stop
+    except KeyboardInterrupt:
+        if stop.signals < 2:
+            raise
     finally:
-        for number, handler in handlers.items():
+        _restore_signals(handlers)
+
+
+def _restore_signals(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)
 
 
@@ -4457,11 +4545,12 @@ _inherited_connections: list[Any] = []
 
 def _after_fork_in_child() -> None:
     global _heartbeat
+    is_of_worker = bool(_heartbeat.workers)
     _heartbeat = _Heartbeat()  # its thread did not come along
     _this_process.cache_clear()
     _host.cache_clear()  # the parent may have given it a namespace of its own
     if _current_drive is not None:
-        _current_drive._after_fork_in_child()
+        _current_drive._after_fork_in_child(is_of_worker)
 
 
 if hasattr(os, "register_at_fork"):
@@ -4470,17 +4559,19 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _host() -> str | None:
-    """What has process ids in common with this process: a boot of a kernel, and a namespace (a container) in it.
+    """What sees process ids and their start ticks as this process does: a boot of a kernel, and namespaces in it.
 
-    None where that cannot be told apart, as it can on Linux.
+    A container has process ids of its own, a time namespace a time of its own since the boot. None where these cannot
+    be told apart, as they can on Linux.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
+        kinds = ["pid", *(["time"] if Path("/proc/self/ns/time").exists() else [])]  # since Linux 5.6
+        namespaces = [str(Path(f"/proc/self/ns/{kind}").stat().st_ino) for kind in kinds]
         is_own_proc = Path("/proc/self").readlink().name == str(os.getpid())  # not that of another namespace
     except OSError:
         return None
-    return f"{boot}/{namespace}" if is_own_proc else None
+    return "/".join([boot, *namespaces]) if is_own_proc else None
 
 
 def _process_start(pid: int) -> str | None:
@@ -4513,67 +4604,149 @@ def _is_process_gone(name: str | None) -> bool:
 
 
 class _Heartbeat:
-    """Renews the heartbeat of the executions that this process performs, from one background thread."""
+    """Renews the heartbeat of the executions that this process performs, from one background thread.
+
+    The thread keeps a connection of its own, so that whoever takes all others cannot silence a step: as long as workers
+    of a consumer are there, or an attempt that takes longer than most do.
+    """
 
     def __init__(self) -> None:
         #: Not their executions: one that waits on may be claimed by another thread before this one has turned away.
         self.beating: set[_Attempt] = set()
+        self.workers: set[int] = set()
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.hurry = threading.Event()
+        self.hurry, self.nap = threading.Event(), 0.0
+        self.database: Database | None = None  # that the thread is connected to
+        self.beaten, self.connected = -math.inf, threading.Event()
         self.is_leaving, self.left = False, threading.Event()
-        self.interval = math.inf
+        self.lead, self.ran_ahead = time.time() - time.monotonic(), -math.inf
 
     def add(self, attempt: _Attempt) -> None:
-        """Keep an attempt alive, until it is discarded from `beating`."""
-        if not _is_private(_drive()._db):
-            self._see_to_thread()
-        self.beating.add(attempt)  # last: what is in there without being performed would never be recovered
+        """Keep an attempt alive, until it is removed."""
+        self._see_to_thread()
+        self.beating.add(attempt)  # what is in there without being performed would never be recovered
+        self._wake()
+
+    def remove(self, attempt: _Attempt) -> None:
+        self.beating.discard(attempt)
+        if self.database and not self.beating and not self.workers:
+            self.hurry.set()  # to disconnect: a test may be about to drop the database
+
+    def enter(self) -> None:
+        """A worker of a consumer starts in this thread; the connection is opened before it takes the last one."""
+        self.workers.add(threading.get_ident())
+        self._see_to_thread()
+        self._wake()
+        if self.thread:
+            self.connected.wait(1)
+
+    def exit(self) -> None:
+        """A worker of a consumer ends in this thread."""
+        self.workers.discard(threading.get_ident())
+        self.hurry.set()
+
+    def performs(self, execution_id: int) -> bool:
+        """Whether this process performs an execution."""
+        return any(each.execution.id == execution_id for each in list(self.beating))
+
+    def is_silence_death(self) -> bool:
+        """Whether all who live have had the time to beat since the wall clock ran ahead, as it does in a host's sleep.
+
+        What it ran ahead by is told from the monotonic clock, which stands still in a sleep.
+        """
+        now, before = time.monotonic(), self.lead
+        self.lead = time.time() - now
+        if self.lead - before > self._interval():
+            self.ran_ahead = now
+        return now - self.ran_ahead > 2 * self._interval()
 
     def _see_to_thread(self) -> None:
         with self.lock:
-            if self.thread is None:
-                self.interval = self._interval()  # before the thread sets it: or who comes next would hurry it
+            if self.thread is None and not _is_private(_drive()._db):
                 self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
                 self.thread.start()
-            elif self._interval() < self.interval:
-                self.hurry.set()  # the threshold was made shorter since it went to sleep
+
+    def _wake(self) -> None:
+        """Wake the thread, if it sleeps for longer than it is to."""
+        if self._moment() < self.nap:
+            self.hurry.set()
 
     def _interval(self) -> float:
         return (_drive().stuck_in_progress_threshold - self._ahead()).total_seconds() / 4
+
+    def _moment(self) -> float:
+        """After how many seconds an attempt is one of the long ones, and how often the thread looks for these."""
+        return min(1, self._interval() / 4)
 
     def _ahead(self) -> timedelta:
         """How much silence is told of beforehand, in a process that exits."""
         return max(NO_WAIT, _drive().stuck_in_progress_threshold - EXIT_TIME) if self.is_leaving else NO_WAIT
 
     def _run(self) -> None:
+        failures = 0
         while True:
-            self.interval = self._interval()
-            self.hurry.wait(self.interval)
-            self.hurry.clear()
-            failures = 0
-            while error := self._beat():
-                level, failures = logging.DEBUG if failures else logging.WARNING, failures + 1
-                logger.log(level, "the heartbeat failed and is tried again each second: %s", error)
-                time.sleep(min(1, self.interval))  # so that a database that comes back finds nobody silent
-            if self.is_leaving:
-                self.left.set()
+            self._sleep()
+            if not self._is_connection_needed():
+                self._disconnect()
+            elif not self.database or time.monotonic() - self.beaten >= self._interval():
+                is_leaving, error = self.is_leaving, self._beat()
+                if error:
+                    level, failures = logging.DEBUG if failures else logging.WARNING, failures + 1
+                    logger.log(level, "the heartbeat failed and is tried again each second: %s", error)
+                else:
+                    failures = 0
+                    (self.left if is_leaving else self.connected).set()
+
+    def _is_connection_needed(self) -> bool:
+        long_ago = time.monotonic() - self._moment()
+        return bool(self.workers or self.is_leaving or any(each.claimed <= long_ago for each in list(self.beating)))
+
+    def _sleep(self) -> None:
+        self.nap = threading.TIMEOUT_MAX  # first: what is added from now on wakes it
+        if self.beating or self.workers:
+            self.nap = self._moment()
+        self.hurry.wait(self.nap)
+        self.hurry.clear()
 
     def _beat(self) -> Exception | None:
         try:
             drive = _drive()
-            if self.beating and not _is_private(drive._db):
-                with drive._db.connection_context(), drive._begin():  # none is kept open between beats
-                    ids = [each.execution.id for each in list(self.beating)]
-                    mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
-                    # What a checkpoint in a body's transaction has locked must not keep the others waiting.
-                    free = StepExecution._locking(StepExecution.select(StepExecution.id).where(mine), skip_locked=True)
-                    beating = [each.id for each in free]
-                    now = drive._now() - self._ahead()
-                    StepExecution.update(heartbeat_at=now).where(StepExecution.id.in_(beating)).execute()
+            if not _is_private(drive._db):
+                self._connect(drive._db)
+                self._renew(drive)
+                self.beaten = time.monotonic()
         except Exception as error:
+            self.beaten = -math.inf
+            if not _is_transient(error):  # some drivers never tell that a connection is gone
+                self._disconnect()
             return error
         return None
+
+    def _renew(self, drive: GenevaDrive) -> None:
+        ids = [each.execution.id for each in list(self.beating)]
+        if not ids:
+            drive._db.execute_sql("select 1")  # in time to open another connection, should this one be gone
+            return
+        with drive._begin():
+            mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
+            # What a checkpoint in a body's transaction has locked must not keep the others waiting.
+            free = StepExecution._locking(StepExecution.select(StepExecution.id).where(mine), skip_locked=True)
+            beating = [each.id for each in free]
+            now = drive._now() - self._ahead()
+            StepExecution.update(heartbeat_at=now).where(StepExecution.id.in_(beating)).execute()
+
+    def _connect(self, database: Database) -> None:
+        if self.database is not database:  # there is another drive
+            self._disconnect()
+        database.connect(reuse_if_open=True)
+        self.database = database
+
+    def _disconnect(self) -> None:
+        database, self.database = self.database, None
+        if database:
+            with contextlib.suppress(peewee.PeeweeException):
+                database.close()
 
     def leave(self) -> None:
         """As the process exits with steps under way: let housekeeping on any host take them over soon.
@@ -4581,7 +4754,7 @@ class _Heartbeat:
         The thread goes on beating, for a body may go on until the interpreter is gone, which other hooks may delay.
         """
         if self.beating and self.thread:
-            self.is_leaving = True
+            self.is_leaving, self.beaten = True, -math.inf
             self.hurry.set()
             self.left.wait(EXIT_TIME.total_seconds())  # the database may be away, and the exit is not to hang on it
 

@@ -186,12 +186,18 @@ def drive(db):
     assert GenevaDrive(db).doctor() == []  # whatever the test did
 
 
+def silent_heartbeat():
+    """What a process has that performs nothing; its thread never beats."""
+    heartbeat = gd._Heartbeat()
+    heartbeat.thread = threading.current_thread()
+    heartbeat.connected.set()
+    return heartbeat
+
+
 @pytest.fixture
 def clock(drive, monkeypatch):
     """A clock that the test moves; between its lines no thread of ours beats at the time it shows."""
-    silent = gd._Heartbeat()
-    silent.thread = threading.current_thread()
-    monkeypatch.setattr(gd, "_heartbeat", silent)
+    monkeypatch.setattr(gd, "_heartbeat", silent_heartbeat())
     drive.clock = Clock()
     return drive.clock
 
@@ -267,6 +273,13 @@ def work_off(drive, queue="default", limit=200):
             return
         huey.execute(task)
     raise AssertionError("the queue does not come to an end")
+
+
+def housekeeping_elsewhere(drive):
+    """Housekeeping as another process does it: to it, what this one performs may be dead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gd, "_heartbeat", silent_heartbeat())
+        return drive.housekeeping()
 
 
 def in_processes(count, target, *arguments):
@@ -501,7 +514,7 @@ def test_an_attempt_that_lost_its_claim_records_nothing(drive, clock, hero, capl
                 did("slow")
                 self.context["by"] = "the dead"
                 clock.forward(minutes=10)
-                assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+                assert housekeeping_elsewhere(drive)["stuck_in_progress_recovered"] == 1
             else:
                 did("again")
 
@@ -570,6 +583,50 @@ def test_a_process_is_gone_though_nobody_waited_for_it_or_another_one_has_its_id
     assert gd._is_process_gone(name)
     child.communicate()
     assert gd._is_process_gone(name)
+
+
+LINUX_ROOT = Path("/proc/self/ns/time").exists() and os.geteuid() == 0 and shutil.which("unshare")
+
+
+@pytest.mark.skipif(not LINUX_ROOT, reason="only root makes a time namespace, with unshare of util-linux")
+def test_a_process_of_another_time_namespace_is_not_taken_for_gone():
+    look = "import geneva_drive as gd, sys; print(gd._this_process(), gd._is_process_gone(sys.argv[1]))"
+    mine = gd._this_process()
+    command = ["unshare", "--time", "--boottime", "100000", "--fork", sys.executable, "-c", look, mine]
+    seen = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.split()
+    assert seen[1] == "False"
+    assert seen[0].rpartition("/")[0].rpartition("/")[0] != gd._host()
+    assert not gd._is_process_gone(seen[0])  # it is, by now: of what is told apart, only its silence tells
+    here = [sys.executable, "-c", look, mine]
+    seen = subprocess.run(here, cwd=HERE, capture_output=True, text=True, check=True).stdout.split()
+    assert seen[1] == "False"
+    assert gd._is_process_gone(seen[0])
+
+
+def test_no_process_recovers_a_step_that_it_performs_whatever_its_clock_did(drive, clock, hero):
+    class Sleeps(Workflow):
+        @step
+        def work(self):
+            clock.forward(minutes=10)  # as a host's sleep does, or whoever sets the clock
+            assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+            did("work")
+
+    workflow = Sleeps.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert (effects(), history(workflow)) == (["work"], [("work", "completed", "success")])
+    assert not gd._heartbeat.beating
+
+
+def test_after_a_hosts_sleep_silence_is_death_once_all_have_had_the_time_to_beat(drive, hero, monkeypatch):
+    drive.stuck_in_progress_threshold = 4
+    workflow, slept = Plain.create(hero=hero), 600
+    gd._Attempt.claim(drive, scheduled(workflow).id)  # which another process performs
+    monkeypatch.setattr(gd, "_heartbeat", silent_heartbeat())
+    awake = time.time
+    monkeypatch.setattr(time, "time", lambda: awake() + slept)  # the monotonic clock stood still
+    drive.clock = lambda: utcnow() + timedelta(seconds=slept)
+    assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+    until(lambda: drive.housekeeping()["stuck_in_progress_recovered"] == 1)  # it died all the same
 
 
 def test_a_step_whose_process_died_is_canceled_where_that_is_asked_for(drive, clock, hero):
@@ -656,7 +713,7 @@ def test_a_claim_that_was_recovered_during_the_hooks_of_a_run_on_is_not_performe
         def after_step_execution(self, execution):
             if execution.step_name == "one":
                 clock.forward(minutes=10)
-                assert drive.housekeeping()["stuck_in_progress_recovered"] == 1
+                assert housekeeping_elsewhere(drive)["stuck_in_progress_recovered"] == 1
 
     workflow = Lingers.create(hero=hero)
     drive._perform(scheduled(workflow).id)
@@ -1181,7 +1238,7 @@ def _note(workflow, **values):
 def _recovered(self):
     _drive = gd._drive()
     _drive.clock.forward(hours=1)
-    assert _drive.housekeeping()["stuck_in_progress_recovered"] == 1
+    assert housekeeping_elsewhere(_drive)["stuck_in_progress_recovered"] == 1
 
 
 def _fails(error):
@@ -2405,7 +2462,7 @@ def test_a_transactional_step_that_lost_its_claim_leaves_no_writes(drive, clock,
             did("booked")
             clock.forward(minutes=10)
             # On SQLite no other connection could do this while the transaction is open.
-            drive.housekeeping()
+            housekeeping_elsewhere(drive)
 
     workflow = Transfer.create(hero=hero)
     scheduled(workflow).execute()
@@ -3664,7 +3721,7 @@ def test_an_attempt_that_lost_its_claim_ends_at_its_next_checkpoint(drive, clock
                     did(str(number))
                     if number == 2 and self.execution_history.count() == 1:
                         clock.forward(hours=1)
-                        drive.housekeeping()
+                        housekeeping_elsewhere(drive)
                         gd._Attempt.claim(drive, scheduled(workflow).id)
                 except Exception:
                     did("caught")
@@ -5100,7 +5157,7 @@ class Actual:
 
     def housekeeping(self, seconds):
         self.forward(seconds)
-        counts = self.drive.housekeeping()
+        counts = housekeeping_elsewhere(self.drive)
         names = ("stuck_in_progress_recovered", "workflows_cleaned_up", "step_executions_cleaned_up")
         return tuple(counts[name] for name in names)
 
