@@ -4541,6 +4541,16 @@ class _InTurn:
 # ==== Processes, and the heartbeat of each ============================================================================
 
 _inherited_connections: list[Any] = []
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    # What reaches the child before it has handlers of its own has to wait: Python would drop it there.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _after_fork_in_child() -> None:
@@ -4551,10 +4561,11 @@ def _after_fork_in_child() -> None:
     _host.cache_clear()  # the parent may have given it a namespace of its own
     if _current_drive is not None:
         _current_drive._after_fork_in_child(is_of_worker)
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 @functools.cache

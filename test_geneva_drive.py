@@ -27,6 +27,7 @@ import pydoc
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -837,6 +838,41 @@ def test_collisions_that_a_strict_isolation_refuses_are_repeated(strict, way, mo
     assert User.get_by_id(counted.id).visits == 30
     assert [found for found in seen[::2] if found] == []
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_process_that_performs_short_steps_opens_no_other_connection_and_one_for_a_long_step(servers):
+    url = servers.empty("postgresql")
+    db, others = open_database(url), f"select count(*) from pg_stat_activity where datname = '{urlsplit(url).path[1:]}'"
+    watcher = open_database(urlsplit(url)._replace(path="/postgres").geturl())
+    drive = GenevaDrive(db, stuck_in_progress_threshold=4)  # after a quarter of a second, a step is a long one
+    drive.create_tables()
+    for model in MODELS:
+        model.bind(db)
+    db.create_tables(MODELS)
+
+    def connections():
+        return watcher.execute_sql(others).fetchone()[0]
+
+    class Long(Workflow):
+        @step
+        def one(self):
+            until(lambda: connections() == 2)
+
+    class Short(Workflow):
+        @step
+        def one(self):
+            seen.append(connections())
+
+    seen = []
+    try:
+        for _ in range(20):
+            assert scheduled(Short.create(hero=User.create())).execute()
+        assert set(seen) == {1}
+        assert scheduled(Long.create(hero=User.create())).execute()
+        until(lambda: connections() == 1)
+    finally:
+        db.close()
+        watcher.close()
 
 
 def test_there_is_one_heartbeat_thread_whatever_the_number_of_drives(db, drive, hero):
@@ -8934,7 +8970,7 @@ def test_waiting_steps_whose_name_another_class_uses_are_looked_at_in_batches(dr
 # ==== Consumers: real processes =======================================================================================
 
 APP = """
-import atexit, logging, os, sys, time
+import atexit, logging, multiprocessing, os, signal, sys, time
 
 if "APP_EXIT" in os.environ:
     atexit.register(lambda: (note(f"{os.getpid()} exits"), time.sleep(float(os.environ["APP_EXIT"]))))
@@ -9055,7 +9091,27 @@ class Round(Workflow):
     def two(self):
         note("two")
 
-kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later, Tour, Round)}
+class Forks(Workflow):
+    @step
+    def one(self):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        note(f"fork {os.WTERMSIG(os.waitpid(child, 0)[1])}")
+
+    @step
+    def two(self):
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join()
+        with fork.Pool(2) as pool:
+            note(f"process {-child.exitcode} pool {pool.map(abs, [-1, -2])}")
+
+kinds = {kind.__name__: kind for kind in (Welcome, Slow, Aloof, Booked, Later, Tour, Round, Forks)}
 
 if __name__ == "__main__":
     command = sys.argv[1]
@@ -9591,6 +9647,57 @@ def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(
         assert is_unharmed(app, consumer)
 
 
+@contextlib.contextmanager
+def limited_account(url, connections):
+    """The URL of an account that may have so many connections to a database."""
+    name, database, admin = f"few_{uuid.uuid4().hex[:12]}", urlsplit(url).path[1:], open_database(url)
+    made, gone = {
+        "postgresql": (
+            [f"create role {name} login connection limit {connections}", f"alter database {database} owner to {name}"],
+            [f"reassign owned by {name} to current_user", f"drop owned by {name}", f"drop role {name}"],
+        ),
+        "mysql": (
+            [f"create user {name} with max_user_connections {connections}", f"grant all on {database}.* to {name}"],
+            [f"drop user {name}"],
+        ),
+    }[urlsplit(url).scheme]
+    try:
+        for statement in made:
+            admin.execute_sql(statement)
+        server = urlsplit(url)
+        yield server._replace(netloc=f"{name}@{server.netloc.rpartition('@')[2]}").geturl()
+    finally:
+        for statement in gone:
+            admin.execute_sql(statement)
+        admin.close()
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+@pytest.mark.parametrize("way", ["run", "processes"])
+def test_a_long_step_lives_on_though_others_take_all_connections(servers, tmp_path, kind, way):
+    url, taken = servers.empty(kind), []
+    with limited_account(url, 8) as few, contextlib.closing(App(tmp_path, few)) as app:
+        workflow = app.create("Aloof")
+        app.start(*WAYS[way], APP_THRESHOLD="2")
+        until(lambda: app.notes() == [f"{workflow} begins"])
+        ends = time.monotonic() + 5
+        while time.monotonic() < ends:
+            taken.append(open_database(few))
+            try:
+                taken[-1].connect()
+            except peewee.OperationalError:
+                taken.pop()
+                time.sleep(0.05)
+        assert taken
+        app.run("housekeeping", APP_URL=url, APP_THRESHOLD="2")
+        for each in taken:
+            each.close()
+        app.gate.touch()
+        until(lambda: app.state(workflow) == "finished")
+        assert app.notes() == [f"{workflow} {what}" for what in ("begins", "ends", "two")]
+        assert app.doctor() == []
+
+
 @pytest.mark.parametrize("kind", ["postgresql", "mysql"])
 def test_a_claim_waits_for_a_database_that_restarts_since_its_message_is_gone(servers, kind):
     server = servers.breakable(kind)
@@ -10010,6 +10117,145 @@ def test_run_ends_the_step_under_way_on_either_signal(servers, tmp_path, number)
         app.gate.touch()
         assert consumer.wait(timeout=30) == 0
         assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
+
+
+SIGNALS_ITSELF = """
+import os, signal, sys
+from peewee import SqliteDatabase
+from geneva_drive import GenevaDrive
+
+database, left = sys.argv[1], int(sys.argv[2])
+
+def count(frame, event, argument):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+GenevaDrive(SqliteDatabase(database)).run(until=lambda: sys.setprofile(count))
+"""
+
+
+def test_run_ends_on_a_signal_at_any_instant_of_its_loop(tmp_path):
+    path = str(tmp_path / "app.db")
+    database = SqliteDatabase(path)
+    GenevaDrive(database).create_tables()
+    database.close()
+    for first in range(1, 33, 4):  # a call, or a return from one, in the main thread
+        some = [python("-c", SIGNALS_ITSELF, path, instant) for instant in range(first, first + 4)]
+        try:
+            assert [each.wait(timeout=20) for each in some] == [0] * 4
+        finally:
+            for each in some:
+                each.kill()
+
+
+def test_a_second_signal_interrupts_what_run_is_asked_until_when(tmp_path):
+    script = "from peewee import SqliteDatabase; from geneva_drive import GenevaDrive; import sys, time; "
+    script += "GenevaDrive(SqliteDatabase(sys.argv[1])).run(until=lambda: (print('asked', flush=True), time.sleep(60)))"
+    path = str(tmp_path / "app.db")
+    GenevaDrive(SqliteDatabase(path)).create_tables()
+    process = python("-c", script, path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "asked\n"
+    process.terminate()
+    time.sleep(0.5)  # two at once may be one
+    process.terminate()
+    assert process.wait(timeout=20) == 0
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("way", [*WAYS, "processes, -g TERM"])
+def test_what_a_step_forks_has_the_handlers_of_signals_that_were_there_before(servers, tmp_path, way):
+    arguments = {**WAYS, "processes, -g TERM": [*PROCESSES, "-g", "TERM"]}[way]
+    with running_app(tmp_path, servers.empty("sqlite")) as app:
+        app.create("Forks")
+        consumer = app.start(*arguments)
+        expected = [f"fork {signal.SIGTERM.value}", f"process {signal.SIGTERM.value} pool [1, 2]"]
+        if "processes" in way:  # multiprocessing lets no child of its own have children
+            del expected[1]
+        until(lambda: app.notes() == expected)
+        consumer.send_signal(signal.SIGINT)
+        assert consumer.wait(timeout=30) == 0
+
+
+class Wire:
+    """A way to a server that can be cut without either end being told."""
+
+    def __init__(self, url):
+        server = urlsplit(url)
+        self.to, self.sockets, self.is_cut = (server.hostname, server.port), [], False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        port = self.listener.getsockname()[1]
+        self.url = server._replace(netloc=f"{server.username}@127.0.0.1:{port}").geturl()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self.listener.accept()[0], socket.create_connection(self.to)
+                self.sockets += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=self.pass_on, args=(source, target), daemon=True).start()
+
+    def pass_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.is_cut:
+                    target.sendall(data)
+            if not self.is_cut:
+                target.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        for each in (self.listener, *self.sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # wakes the threads, which a close does not
+            each.close()
+
+
+def is_group_gone(leader):
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+# How the database goes away and what is done then; the signals; what its step is at.
+GONE_FOR_GOOD = {
+    "killed, idle": (["SIGINT"], None),
+    "cut off, idle": (["SIGINT"], None),
+    "cut off, idle, SIGTERM": (["SIGTERM"], None),
+    "cut off, to be recorded": (["SIGINT"], "record"),
+    "killed, to be recorded, asked twice": (["SIGINT", "SIGTERM"], "record"),
+    "cut off, in mid-step, asked twice": (["SIGINT", "SIGTERM"], "body"),
+}
+
+
+@pytest.mark.parametrize("case", GONE_FOR_GOOD)
+@pytest.mark.parametrize(("kind", "way"), [("postgresql", "threads"), ("mysql", "processes"), ("postgresql", "run")])
+def test_a_consumer_whose_database_is_gone_for_good_ends_when_it_is_told_to(servers, tmp_path, kind, way, case):
+    signals, state = GONE_FOR_GOOD[case]
+    wire = Wire(servers.empty(kind))
+    app = App(tmp_path, wire.url)
+    try:
+        workflow = app.create("Aloof") if state else None
+        connected = len(wire.sockets)
+        consumer = app.start(*WAYS[way], APP_THRESHOLD="10")
+        until(lambda: app.notes() == [f"{workflow} begins"] if state else len(wire.sockets) >= connected + 8)
+        if "killed" in case:
+            wire.close()
+        wire.is_cut = True
+        if state == "record":
+            app.gate.touch()
+            until(lambda: f"{workflow} ends" in app.notes())
+        for number in signals:
+            consumer.send_signal(signal.Signals[number])
+            until(lambda: "draining" in app.log() or "Shutting down" in app.log())
+        consumer.wait(timeout=30)  # the patience with a step that is to be recorded is ten seconds
+        until(lambda: is_group_gone(consumer.pid))
+    finally:
+        wire.close()
+        app.close()
 
 
 # ==== Rolling deploys: two versions of an application beside each other ===============================================
