@@ -42,8 +42,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
+import contextvars
 import copyreg
+import decimal
 import functools
 import importlib.util
 import inspect
@@ -93,11 +96,12 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "GenevaDrive", "GenevaDriveError",
-    "InvalidStateError", "Metric", "SignalTimeoutError", "StepConfigurationError", "StepDefinition", "StepExecution",
-    "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError", "UndefinedStep", "UnknownQueueError",
-    "UnknownSignalError", "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal",
-    "cancel_if", "on_exception", "removed_step", "step", "step_finished", "step_started", "workflow_transitioned",
+    "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "FlowControlInTransactionError", "GenevaDrive",
+    "GenevaDriveError", "InvalidStateError", "Metric", "SignalTimeoutError", "StepConfigurationError",
+    "StepDefinition", "StepExecution", "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError",
+    "UndefinedStep", "UnknownQueueError", "UnknownSignalError", "UnsupportedDatabaseError", "Workflow",
+    "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception", "removed_step", "step", "step_finished",
+    "step_started", "workflow_transitioned",
 ]
 # fmt: on
 
@@ -193,7 +197,7 @@ class ConfigurationError(GenevaDriveError, TypeError):
 class StepConfigurationError(GenevaDriveError, TypeError):
     """The definition of a workflow class is wrong; raised when the class is defined.
 
-    What can be seen in a running step alone, the misuse of a cursor, is an error of that step.
+    What can be seen in a running step alone, such as the misuse of a cursor, is an error of that step.
     """
 
 
@@ -288,6 +292,19 @@ class SignalTimeoutError(GenevaDriveError, TimeoutError):
 class TransactionLeftOpenError(GenevaDriveError):
     """A step's body began a transaction and did not end it."""
 
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} left a transaction open; it was rolled back: use db.atomic()")
+
+
+class FlowControlInTransactionError(GenevaDriveError):
+    """A flow control method was called within a transaction that the step, or a hook around it, had begun."""
+
+    def __init__(self, workflow: Workflow, call: str, step_name: str) -> None:
+        super().__init__(
+            f"{workflow._label}: the step {step_name} called {call}() within a transaction, and what it had written "
+            f"there would have been rolled back: call {call}() behind the block"
+        )
+
 
 class _FlowControl(BaseException):
     """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
@@ -297,6 +314,32 @@ class _FlowControl(BaseException):
         self.action = action
         self.wait = wait
         self.rewind = rewind
+
+
+def _flow_control_in(error: BaseException) -> _FlowControl | None:
+    """The flow control that an error is, or that a group of errors (an asyncio.TaskGroup's) holds and nothing else."""
+    if isinstance(error, _FlowControl):
+        return error
+    errors = getattr(error, "exceptions", None)  # Python 3.10 has no class for groups
+    found = [_flow_control_in(each) for each in errors] if isinstance(errors, (list, tuple)) else []
+    return found[-1] if found and all(found) else None
+
+
+def _ends_process(error: BaseException) -> bool:
+    """Whether an error ends this process or greenlet, and tells nothing about the code that it is raised in."""
+    # gevent's need not be there to be imported.
+    return isinstance(error, KeyboardInterrupt) or any(each.__name__ == "GreenletExit" for each in type(error).__mro__)
+
+
+@contextlib.contextmanager
+def _logged(problem: str, *details: object) -> Iterator[None]:
+    """Log what code of others raises, whatever it is, and go on."""
+    try:
+        yield
+    except BaseException as error:
+        if _ends_process(error):
+            raise
+        logger.exception(problem, *details)
 
 
 class _ClaimLost(Exception):
@@ -333,10 +376,9 @@ class _Event(Signal, Generic[_Receiver]):
         responses = []
         for name, receiver, sender in self._receiver_list:
             if sender is None or isinstance(instance, sender):
-                try:
-                    responses.append((receiver, receiver(type(instance), instance, *args, **kwargs)))
-                except Exception:
-                    logger.exception("the receiver %s failed on an event of %s", name, instance._label)
+                with _logged("the receiver %s failed on an event of %s", name, instance._label):
+                    result = receiver(type(instance), instance, *args, **kwargs)
+                    responses.append((receiver, _finished(result, f"the receiver {name}")))
         return responses
 
 
@@ -474,14 +516,17 @@ class _HandlerPolicy(ExceptionPolicy):
     handler: Any = None  # a method's name, or a callable of the workflow and the error
 
     def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> _FlowControl:
+        attempt = cast(_Attempt, workflow._attempt)
         try:
             if isinstance(self.handler, str):
-                getattr(workflow, self.handler)(error)
+                attempt.call(getattr(workflow, self.handler), error)
             else:
-                self.handler(workflow, error)
-        except _FlowControl as control:
-            return control
-        except Exception:
+                attempt.call(self.handler, workflow, error)
+        except BaseException as failure:
+            if control := _flow_control_in(failure):
+                return control
+            if _ends_process(failure):
+                raise
             workflow.logger.exception("the exception handler %s failed: pausing", self.handler)
         return _FlowControl("pause")
 
@@ -1046,6 +1091,49 @@ def _dump_json(value: Any, what: str) -> str:
     return text
 
 
+# ==== User code: what it returns, and what it is run in ===============================================================
+
+
+def _finished(result: Any, where: str, must_stay: bool = False) -> Any:
+    """What user code comes to: an awaitable is run to its end; what nothing would run is a StepConfigurationError.
+
+    :param must_stay: that it is run in this thread, on its connection.
+    """
+    if result is None:
+        return None
+    if not inspect.isawaitable(result):
+        is_lazy = inspect.isgenerator(result) or inspect.isasyncgen(result)
+        problem = "it returned a generator, which nothing would run: use its items there, and do not yield"
+        _require(not is_lazy, where, problem)
+        return result
+
+    async def wait() -> Any:
+        return await result
+
+    if not _is_loop_running():
+        return _finished(asyncio.run(wait()), where, must_stay)
+    if must_stay and inspect.iscoroutine(result):
+        result.close()  # or Python would warn that it was never awaited
+    problem = "an event loop runs in this thread, and another one would be outside of the step's transaction: perform "
+    _require(not must_stay, where, problem + "the transactional step through asyncio.to_thread()")
+    return _finished(_drive()._run_beside(lambda: asyncio.run(wait()), where), where)
+
+
+def _is_loop_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _own_context() -> contextvars.Context:
+    """A copy of the thread's context, for an attempt: what it sets must not reach the next one."""
+    context = contextvars.copy_context()
+    context.run(lambda: decimal.setcontext(decimal.getcontext().copy()))  # which is changed in place
+    return context
+
+
 # ==== Statements: SQL that is built once ==============================================================================
 
 
@@ -1589,8 +1677,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     @classmethod
     def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Self:
         workflow = cls._made(values, Workflow._insert_row(values))
+        drive._announce(workflow, None, READY)  # before its message wakes a worker, which announces what follows
         StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
-        drive._announce(workflow, None, READY)
         return workflow
 
     @classmethod
@@ -1609,10 +1697,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if len(created) < len(rows) and on_conflict == "raise":
             row = next(row for row in rows if row["token"] not in ids)
             raise AlreadyOngoingError(row, cls._ongoing_id(row))
-        if created:
-            StepExecution._schedule_first(created)
         for workflow in created:
             drive._announce(workflow, None, READY)
+        if created:
+            StepExecution._schedule_first(created)
         return len(created)
 
     @classmethod
@@ -1688,7 +1776,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
         """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
         if self._attempt is not None and ("step", call) in EFFECTS:
-            raise _FlowControl(call, wait, rewind)
+            self._attempt.leave(call, wait, rewind)
         drive = _drive()
 
         def locked_change() -> Workflow:
@@ -2267,15 +2355,20 @@ class StepExecution(_Record):
     def execute(self) -> bool:
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
 
+        Where an event loop runs in the calling thread, what is asynchronous in it is run in a thread, on a connection
+        of that thread's: it does not see what the caller's transaction has written, nor an in-memory database of
+        SQLite, and on SQLite it cannot write as long as the caller's transaction does.
+
         :returns: True; or False, and nothing was done, if it is not scheduled any more, if it waits for a signal or its
             workflow is not ready.
-        :raises Exception: the step's error, once its outcome is committed, if it paused or canceled the workflow.
+        :raises BaseException: the step's error, once its outcome is committed, if it paused or canceled the workflow.
         """
-        attempt = _Attempt.claim(_drive(), self.id)
+        context = _own_context()
+        attempt = context.run(_Attempt.claim, _drive(), self.id)
         if attempt is None:
             return False
         try:
-            attempt.run()
+            context.run(attempt.run)
         finally:
             self._take_over(attempt.execution)
         return True
@@ -2397,6 +2490,7 @@ class _Verdict:
     wait: timedelta = NO_WAIT
     error: BaseException | None = None
     surfaces: bool = False  # whether the error is raised once the outcome is committed
+    note: str = ""  # for the log, once it is committed
     rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
 
 
@@ -2420,7 +2514,9 @@ class _Attempt:
         self.has_looked = execution.signal_id is not None  # at signals that were not for it, before this attempt
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
-        self.depth = 0  # of the transactions that surround the body
+        self.around: dict[Database, tuple[Any, int]] = {}  # the transactions around the user code under way
+        self.leaving: BaseException | None = None  # what that raised by calling a flow control method
+        self.must_stay = False  # in this thread, on its connection
         self.has_loop, self.has_checkpoint = False, False
         self.charset = "utf-8"  # of the texts that it records
         # Of the execution that follows, for its message; on MariaDB, what stands there for it.
@@ -2517,22 +2613,24 @@ class _Attempt:
         if recorded:
             self._tell_of_end(following)
         if verdict.error is not None and verdict.surfaces:
-            if hasattr(verdict.error, "add_note"):  # Python 3.11: error trackers show it with the traceback
-                step_name, state = self.execution.step_name, self.workflow.state
-                verdict.error.add_note(f"in the step {step_name} of {self.workflow._label}, which is {state} now")
+            step_name, state = self.execution.step_name, self.workflow.state
+            with contextlib.suppress(Exception):  # Python 3.10 knows no notes, a frozen dataclass takes none
+                note = f"in the step {step_name} of {self.workflow._label}, which is {state} now"
+                cast(Any, verdict.error).add_note(note)  # error trackers show it with the traceback
             raise verdict.error
         return following
 
     def _tell_of_end(self, following: _Attempt | None) -> None:
         try:
             step_finished.send(self.workflow, execution=self.execution)
-            self.workflow.after_step_execution(self.execution)
-        except Exception:
+            result: Any = cast(Any, self.workflow).after_step_execution(self.execution)
+            _finished(result, f"{self.workflow.type}.after_step_execution()")
+        except BaseException as error:
+            if isinstance(error, SystemExit) or _ends_process(error):
+                if following:  # which nobody performs now: let it fall silent, to be recovered
+                    _heartbeat.remove(following)
+                raise
             self.workflow.logger.exception("after_step_execution failed")
-        except BaseException:
-            if following:  # which nobody performs now: let it fall silent, to be recovered
-                _heartbeat.remove(following)
-            raise
 
     def _overtaken(self) -> _Verdict | None:
         """What was decided about the workflow between the claim and now, in a run-on, where there was time for it.
@@ -2607,14 +2705,14 @@ class _Attempt:
         raise cast(BaseException, failure)
 
     def _perform_checked(self, definition: StepDefinition) -> _Verdict:
-        self.depth = self.drive._db.transaction_depth()
+        self._begin_user_code(definition.transactional)
+        depth = self._depth_around(self.drive._db)
         try:
             verdict = self._flow(definition)
         finally:
-            left_open = self.drive._roll_back_to(self.depth)
+            left_open = self.drive._roll_back_to(depth)
         if left_open:
-            problem = "left a transaction open; it was rolled back: use db.atomic()"
-            raise TransactionLeftOpenError(f"the step {self.execution.step_name} {problem}")
+            raise TransactionLeftOpenError(f"the step {self.execution.step_name}")
         if self.workflow.context.is_changed():
             _dump_object(self.workflow.context)  # an error of the step, if something cannot be kept
         return verdict
@@ -2624,29 +2722,62 @@ class _Attempt:
         workflow, execution = self.workflow, self.execution
         try:
             if workflow.hero is None and not workflow.may_proceed_without_hero:
-                workflow.logger.info("canceled: the hero is gone")
-                workflow.cancel()
+                return _Verdict("step", "cancel", note="canceled: the hero is gone")
             for condition in workflow._blueprint.cancel_ifs:
-                if getattr(workflow, condition)():
-                    workflow.logger.info("canceled by %s", condition)
-                    workflow.cancel()
+                if self.call(getattr(workflow, condition)):
+                    return _Verdict("step", "cancel", note=f"canceled by {condition}")
             if self._is_skipped(definition):
-                workflow.skip()
+                return _Verdict("step", "skip")
             if definition.wait_for and not self._find_signal(definition):
                 is_late = execution.times_out_at is not None and execution.times_out_at <= self.drive._now()
                 if not is_late:
                     return _Verdict("step", "wait")
                 if definition.on_timeout != "run":
-                    workflow.logger.warning("no signal %s came: %s", definition.wait_for, definition.on_timeout)
-                    return _Verdict("timeout", definition.on_timeout, error=SignalTimeoutError(workflow, definition))
-            workflow.before_step_execution(execution)
-            with workflow.around_step_execution(execution):
-                result = getattr(workflow, definition.body)()
-                if inspect.iscoroutine(result):
-                    asyncio.run(result)
-        except _FlowControl as control:
+                    note, error = f"no signal {definition.wait_for} came", SignalTimeoutError(workflow, definition)
+                    return _Verdict("timeout", definition.on_timeout, error=error, note=note)
+            self.call(workflow.before_step_execution, execution)
+            with self.call(workflow.around_step_execution, execution):
+                self.call(getattr(workflow, definition.body))
+            self._leave_after_all()
+        except BaseException as error:
+            control = _flow_control_in(error)
+            if control is None:
+                raise
             return _Verdict("step", control.action, control.wait, rewind=control.rewind)
         return _Verdict("step", "return")
+
+    def _begin_user_code(self, must_stay: bool = False) -> None:
+        databases, self.must_stay = self.drive._databases(), must_stay
+        self.leaving, self.around = None, {each: (each._state.transactions, _depth(each)) for each in databases}
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call user code: a condition, a hook, the body, a handler. Returns what it came to."""
+        self._leave_after_all()  # what surrounds a body may have swallowed a call before it
+        result = function(*arguments)
+        if result is not None:
+            result = _finished(result, f"{self._where}: {_name_of(function)}()", self.must_stay)
+        self._leave_after_all()
+        return result
+
+    def leave(self, call: str, wait: timedelta, rewind: bool) -> NoReturn:
+        """End the user code that calls a flow control method; one that was refused remains its error."""
+        if not isinstance(self.leaving, FlowControlInTransactionError):
+            is_deeper = any(_depth(each) > self._depth_around(each) for each in self.drive._databases())
+            refusal = FlowControlInTransactionError(self.workflow, call, self.execution.step_name)
+            self.leaving = refusal if is_deeper else _FlowControl(call, wait, rewind)
+        raise self.leaving
+
+    def _leave_after_all(self) -> None:
+        """Obey a flow control method whose exception user code has swallowed, with a bare `except:` most likely."""
+        if self.leaving is not None:
+            problem = "%r was swallowed, and is obeyed all the same: let it through, by `except Exception:`"
+            self.workflow.logger.warning(problem, self.leaving)
+            raise self.leaving
+
+    def _depth_around(self, database: Database) -> int:
+        """The depth of transactions at which the user code began; another thread or connection began at none."""
+        transactions, depth = self.around.get(database, (None, 0))
+        return depth if transactions is database._state.transactions else 0
 
     def _find_signal(self, definition: StepDefinition) -> bool:
         """Give the workflow the first signal that is for the step, and tell whether there is one."""
@@ -2656,7 +2787,7 @@ class _Attempt:
             query = WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page)
             found = self.drive._repeat(functools.partial(list[Any], query))
             for each in found:
-                if definition.matching is None or definition.matching(each.payload):
+                if definition.matching is None or self.call(definition.matching, each.payload):
                     self.signal, self.workflow.signal_payload = each, each.payload
                     return True
                 self.execution.signal_id = each.id
@@ -2666,25 +2797,24 @@ class _Attempt:
     def _is_skipped(self, definition: StepDefinition) -> Any:
         condition = definition.skip_if
         if isinstance(condition, str):
-            return getattr(self.workflow, condition)()
-        return condition(self.workflow) if callable(condition) else condition
+            return self.call(getattr(self.workflow, condition))
+        return self.call(condition, self.workflow) if callable(condition) else condition
 
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
-        # KeyboardInterrupt and its like are about the process, a lost connection about the server: not the step.
-        is_of_step = isinstance(error, (Exception, SystemExit, asyncio.CancelledError))
-        if not is_of_step or self.drive._is_connection_lost(error):
+        if _ends_process(error) or self.drive._is_connection_lost(error):  # which is the server's fault
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
+        self._begin_user_code()
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
         decision = policy._decide(self.workflow, error, reattempts)
         action = decision.action
         if action == "reattempt" and policy.max_reattempts is not None and reattempts >= policy.max_reattempts:
             action = policy.terminal_action
-        self.workflow.logger.info("%s: %s after %s reattempts", type(error).__name__, action, reattempts)
+        note = f"{type(error).__name__}: {action} after {reattempts} reattempts"
         is_reported = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
         surfaces = is_reported or isinstance(error, SystemExit)
-        return _Verdict("error", action, decision.wait, error, surfaces, rewind=decision.rewind)
+        return _Verdict("error", action, decision.wait, error, surfaces, note, rewind=decision.rewind)
 
     def _policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
         if definition.policy and definition.policy.matches(error):
@@ -2725,7 +2855,7 @@ class _Attempt:
 
     def _keep_place(self, cursor: Any) -> None:
         problem = "resume_over() within a transaction would keep nothing before its end: begin transactions in the loop"
-        _require(self.drive._db.transaction_depth() <= self.depth, self._where, problem)
+        _require(_depth(self.drive._db) <= self._depth_around(self.drive._db), self._where, problem)
         self._keep(cursor)
 
     def _keep(self, value: Any) -> None:
@@ -2778,6 +2908,8 @@ class _Attempt:
         self.workflow.__data__.update(changes)
         self.execution.__data__.update(outcome)
         self.drive._announce(self.workflow, before, self.workflow.state)
+        if verdict.note:
+            self.drive._after_commit(lambda: self.workflow.logger.info("%s", verdict.note))
         return following
 
     def _commit(self, verdict: _Verdict, run_on: bool) -> _Recorded:
@@ -3391,6 +3523,9 @@ class GenevaDrive:
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
+        if isinstance(database, peewee.Proxy):
+            database.attach_callback(_track_savepoints)
+        _track_savepoints(database.obj if isinstance(database, peewee.Proxy) else database)
         global _current_drive
         if _current_drive is not None and (earlier := _unproxied(_current_drive.database)) is not None:
             _earlier_databases.add(earlier)
@@ -3523,34 +3658,34 @@ class GenevaDrive:
         return None
 
     def _after_commit(self, work: Callable[[], object]) -> None:
-        """Do something once the outermost transaction is committed; its failure must not make that one look failed."""
+        """Do something once the outermost transaction is committed, unless it is rolled back to before this call.
 
-        def guarded() -> None:
-            try:
-                work()
-            except Exception:
-                logger.exception("failed after a commit; housekeeping makes up for it")
-
-        self._db.after_commit(guarded)
+        Its failure must not make the transaction look failed.
+        """
+        self._db.after_commit(functools.partial(_do_after_commit, work))
 
     def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
         """Tell of a transition once it is committed."""
-        if old == new:
+        if old == new or not (workflow_transitioned._receiver_list or logger.isEnabledFor(logging.INFO)):
             return
-        logger.info("%s: %s -> %s", workflow._label, old or "new", new)
-        if workflow_transitioned._receiver_list:
-            self._after_commit(lambda: workflow_transitioned.send(workflow, old, new))
+
+        def tell() -> None:
+            logger.info("%s: %s -> %s", workflow._label, old or "new", new)
+            workflow_transitioned.send(workflow, old, new)
+
+        self._after_commit(tell)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
     def _roll_back_to(self, depth: int) -> bool:
         """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
-        db, left_open = self._db, self._db.transaction_depth() > depth
+        db, left_open = self._db, _depth(self._db) > depth
         is_gone = db.is_closed() or _is_dead(db.connection())
-        while db.transaction_depth() > depth:
-            left = db.pop_transaction()
+        while _depth(db) > depth:
+            left = (_open_savepoints(db) or db._state.transactions).pop()
             # A transaction of the caller's around it is not ours to roll back, a lost one nobody's.
-            if not db.transaction_depth() and not is_gone and hasattr(left, "rollback"):
+            is_ours = isinstance(left, _Savepoint) or not db.transaction_depth()
+            if is_ours and not is_gone and hasattr(left, "rollback"):
                 left.rollback(False)
         if not depth and not is_gone and _is_in_transaction(db.connection()):
             left_open = True
@@ -3589,6 +3724,26 @@ class GenevaDrive:
         # Peewee's own, without an original, says that a body has closed the connection.
         is_of_driver = is_fitting and _original(error) is not None
         return is_of_driver and (self._db.is_closed() or _is_dead(self._db.connection()))
+
+    def _run_beside(self, work: Callable[[], T], where: str) -> T:
+        """Do something in a thread of its own, in a copy of this one's context, and on connections of its own."""
+
+        def run() -> T:
+            self._open_connection()
+            depth = _depth(self._db)  # not 0 where threads share a connection
+            try:
+                result = work()
+            finally:
+                left_open = self._roll_back_to(depth)
+                for database in self._databases():
+                    if not _is_private(database):
+                        database.close()
+            if left_open:
+                raise TransactionLeftOpenError(where)
+            return result
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(contextvars.copy_context().run, run).result()
 
     def _close_own_connection(self) -> None:
         """A worker that ends takes its connection along."""
@@ -3804,7 +3959,8 @@ class GenevaDrive:
             return False
         shortest, longest = PUT_OFF_FOR
         delay, problem = min(max(overdue, shortest), longest), StepNotDefinedError(workflow, execution.step_name)
-        logger.warning("execution %s is put off for %s: %s", execution.id, _span(delay), problem)
+        note = "execution %s is put off for %s: %s", execution.id, _span(delay), problem
+        self._after_commit(lambda: logger.warning(*note))
         _, priority = self._route(workflow, execution.step_name)  # whoever defines it may know another queue
         self._enqueue_again(execution, (queue, priority), self._now() + delay)
         return True
@@ -3850,7 +4006,8 @@ class GenevaDrive:
     def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE) -> None:
         """Run an execution that is due, and go on with the steps that follow at once."""
         self._connect_worker()
-        attempt = _Attempt.claim(self, execution_id, queue)
+        context = _own_context()
+        attempt = context.run(_Attempt.claim, self, execution_id, queue)
         deadline = time.monotonic() + self.run_on.total_seconds()
         if attempt is None:
             return
@@ -3863,14 +4020,22 @@ class GenevaDrive:
             return time.monotonic() < deadline and not is_draining()
 
         while attempt is not None:
-            self._performing.add(attempt)
-            try:
-                following = attempt.run(may_run_on, is_draining)
-            finally:
-                self._performing.discard(attempt)
-            attempt = following
+            attempt = self._run_attempt(attempt, functools.partial(context.run, attempt.run, may_run_on, is_draining))
+            context = _own_context()
             with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
                 self._connect_worker()
+
+    def _run_attempt(self, attempt: _Attempt, run: Callable[[], _Attempt | None]) -> _Attempt | None:
+        """Run an attempt for a worker, which nothing but the end of its process is to end."""
+        self._performing.add(attempt)
+        try:
+            return run()
+        except BaseException as error:
+            if isinstance(error, (Exception, SystemExit)) or _ends_process(error):
+                raise
+            raise GenevaDriveError(f"{attempt._where} failed with {type(error).__name__}") from error
+        finally:
+            self._performing.discard(attempt)
 
     def run(
         self,
@@ -3966,7 +4131,8 @@ class GenevaDrive:
             _Attempt(self, workflow, execution)._record(self._death(execution))
         except _ClaimLost:
             return False
-        workflow.logger.warning("recovered: its process was last heard of at %s", execution.heartbeat_at)
+        note = "recovered: its process was last heard of at %s", execution.heartbeat_at
+        self._after_commit(lambda: workflow.logger.warning(*note))
         return True
 
     def _death(self, execution: StepExecution) -> _Verdict:
@@ -4538,6 +4704,60 @@ class _InTurn:
             self.turn.release()
 
 
+class _Savepoint(peewee._savepoint):
+    """A savepoint that is known as long as it is open, and whose rollback takes along what was to be done after commit.
+
+    Peewee's own are on no stack, and what was registered within them runs though it was rolled back.
+    """
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.registered = len(self.db._state.commit_callbacks)
+
+    def rollback(self, begin: bool = True) -> None:
+        callbacks = self.db._state.commit_callbacks
+        # The application's own are between it and Peewee.
+        callbacks[self.registered :] = [
+            each for each in callbacks[self.registered :] if getattr(each, "func", None) is not _do_after_commit
+        ]
+        super().rollback(begin)
+
+    def __enter__(self) -> Any:
+        entered, self.among = super().__enter__(), _open_savepoints(self.db)
+        self.among.append(self)
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            if self in self.among:  # with those in it: the database has ended them too
+                del self.among[self.among.index(self) :]
+
+
+def _do_after_commit(work: Callable[[], object]) -> None:
+    with _logged("failed after a commit; housekeeping makes up for it"):
+        work()
+
+
+def _track_savepoints(database: Database | None) -> None:
+    """Have a database's `atomic()` use savepoints that are known; not where it has a kind of its own."""
+    if database is not None and type(database).savepoint is Database.savepoint:
+        database.savepoint = functools.partial(_Savepoint, database)
+
+
+def _open_savepoints(database: Database) -> list[Any]:
+    """Those in the innermost transaction: they are kept with it, and are forgotten with it if the connection is."""
+    transaction = database.top_transaction()
+    return [] if transaction is None else transaction.__dict__.setdefault("_geneva_drive_savepoints", [])
+
+
+def _depth(database: Database) -> int:
+    """How many transactions and savepoints are open on this thread's connection."""
+    transactions = database._state.transactions
+    return sum(1 + len(getattr(each, "_geneva_drive_savepoints", ())) for each in transactions)
+
+
 # ==== Processes, and the heartbeat of each ============================================================================
 
 _inherited_connections: list[Any] = []
@@ -4844,6 +5064,13 @@ class _Message(NamedTuple):
 
 
 class _EmbeddedHuey(Huey):
+    def _emit(self, signal: str, task: Any, *arguments: Any, **options: Any) -> None:
+        emit = functools.partial(super()._emit, signal, task, *arguments, **options)
+        if signal in (SIGNAL_ENQUEUED, SIGNAL_SCHEDULED):  # in the transaction that may roll the message back
+            self.storage.drive._after_commit(emit)
+        else:
+            emit()
+
     def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
         return not isinstance(task, _EmbeddedTask) and super().is_revoked(task, timestamp, peek)
 
@@ -5204,7 +5431,7 @@ def _add_column(model: Any, column: peewee.Field) -> str:
 class _WorkflowLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         about = cast("dict[str, Any]", self.extra)
-        kwargs["extra"] = {**about, **kwargs.get("extra", {})}
+        kwargs["extra"] = {**about, **(kwargs.get("extra") or {})}
         step_name = f" step {about['step_name']}" if about["step_name"] else ""
         execution = f" execution {about['execution_id']}" if about["execution_id"] else ""
         prefix = f"{about['workflow_type']} {about['workflow_id']} of {about['hero']}{step_name}{execution}"
@@ -5357,8 +5584,8 @@ class TestHelpers:
     def _perform(self, workflow: Workflow, execution: StepExecution, raise_errors: bool) -> None:
         try:
             done = execution.execute()
-        except Exception:
-            if raise_errors:
+        except BaseException as error:
+            if raise_errors or _ends_process(error):
                 raise
         else:
             problem = f"its step {execution.step_name} could not be performed{self._waits_note(workflow)}"

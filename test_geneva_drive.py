@@ -48,7 +48,7 @@ from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal
+from decimal import Decimal, getcontext
 from email.utils import parseaddr
 from html.parser import HTMLParser
 from importlib.machinery import ModuleSpec
@@ -2420,6 +2420,14 @@ OUTCOMES = {
         {"on_exception": "skip"},
         *(lambda self: sys.exit(3), "skipped", "skipped", "ready", "second"),
     ),
+    "error that is a BaseException": (
+        {"on_exception": "skip"},
+        *(lambda self: (_ for _ in ()).throw(PanicError), "skipped", "skipped", "ready", "second"),
+    ),
+    "error of a generator that nothing would run": (
+        {},
+        *(lambda self: (each for each in "ab"), "failed", "failed", "paused", "first"),
+    ),
     "asynchronous": ({}, lambda self: asyncio.sleep(0), "completed", "success", "ready", "second"),
 }
 
@@ -2651,6 +2659,273 @@ def test_a_transaction_left_open_is_rolled_back_and_an_error(db, drive, hero, wa
     assert not db.in_transaction()
 
 
+@pytest.mark.parametrize("caller", [False, True])
+def test_a_savepoint_left_open_is_rolled_back_and_an_error(db, drive, hero, caller):
+    class Sloppy(Workflow):
+        @step(transactional=not caller)
+        def one(self):
+            did("one")
+            db.atomic().__enter__()
+            did("lost")
+
+    with db.atomic() if caller else contextlib.nullcontext():
+        workflow = Sloppy.create(hero=hero)
+        with pytest.raises(gd.TransactionLeftOpenError, match="one left a transaction open"):
+            scheduled(workflow).execute()
+    assert (reload(workflow).state, effects()) == ("paused", ["one"] * caller)
+    assert not db.in_transaction()
+
+
+CALLS = ("cancel", "pause", "skip", "finish", "reattempt")
+
+
+@pytest.mark.parametrize("within", ["the body", "a transactional step", "the caller's transaction"])
+@pytest.mark.parametrize("call", CALLS)
+def test_flow_control_within_a_transaction_of_the_bodys_is_refused_in_words(db, drive, hero, helpers, call, within):
+    class Withdraws(Workflow):
+        @step(transactional=within == "a transactional step")
+        def one(self):
+            with db.atomic():
+                did("lost")
+                getattr(self, call)()
+
+    with db.atomic() if within == "the caller's transaction" else contextlib.nullcontext():
+        workflow = Withdraws.create(hero=hero)
+        fix = rf"one called {call}\(\) within a transaction.* call {call}\(\) behind the block"
+        with pytest.raises(gd.FlowControlInTransactionError, match=fix):
+            scheduled(workflow).execute()
+    assert (history(workflow), effects()) == ([("one", "failed", "failed")], [])
+    assert reload(workflow).state == "paused"
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_flow_control_behind_a_transaction_of_the_bodys_keeps_its_writes(db, drive, hero, call, transactional):
+    class Withdraws(Workflow):
+        @step(transactional=transactional)
+        def one(self):
+            if self.execution_history.count() == 1:
+                with contextlib.suppress(OddError), db.atomic():  # one that was rolled back does not count any more
+                    raise OddError
+                with db.atomic(), db.atomic():
+                    did("kept")
+                getattr(self, call)()
+
+    workflow = Withdraws.create(hero=hero)
+    scheduled(workflow).execute()
+    assert (len(effects()), workflow.execution_history.get().error_class_name) == (1, None)
+
+
+def test_flow_control_within_a_transaction_of_a_hook_is_refused(db, drive, hero, helpers):
+    class Hooked(Workflow):
+        def around_step_execution(self, execution):
+            return db.atomic()
+
+        @step
+        def one(self):
+            did("lost")
+            self.skip()
+
+    workflow = Hooked.create(hero=hero)
+    with pytest.raises(gd.FlowControlInTransactionError):
+        helpers.perform_next_step(workflow)
+    assert (reload(workflow).state, effects()) == ("paused", [])
+
+
+def test_flow_control_within_a_transaction_of_a_condition_or_a_handler_is_refused(db, drive, hero, helpers, caplog):
+    class Conditional(Workflow):
+        @cancel_if
+        def odd(self):
+            with db.atomic():
+                did("lost")
+                self.skip()
+
+        @step
+        def one(self):
+            did("one")
+
+    class Handled(Workflow):
+        @on_exception
+        def handle(self, error):
+            with db.atomic():
+                did("lost")
+                self.skip()
+
+        @step(transactional=True)
+        def one(self):
+            raise OddError
+
+    workflows = [cls.create(hero=hero) for cls in (Conditional, Handled)]
+    for workflow in workflows:
+        helpers.perform_next_step(workflow, raise_errors=False)
+        assert (reload(workflow).state, effects()) == ("paused", [])
+    assert "handler handle failed" in caplog.text
+    assert "behind the block" in caplog.text
+
+
+def test_flow_control_within_a_transaction_of_a_heros_own_database_is_refused(servers, drive, helpers):
+    elsewhere = open_database(servers.empty(drive._dialect))
+
+    class Visitor(Model):
+        class Meta:
+            database = elsewhere
+
+    elsewhere.create_tables([Visitor])
+
+    class Leaves(Workflow):
+        @step
+        def one(self):
+            with elsewhere.atomic():
+                Visitor.create()
+                self.skip()
+
+        @step
+        def two(self):
+            self.cancel()
+
+    workflow = Leaves.create(hero=Visitor.create())
+    with pytest.raises(gd.FlowControlInTransactionError):
+        helpers.perform_next_step(workflow)
+    assert Visitor.select().count() == 1
+    workflow.skip()
+    with elsewhere.atomic():  # the caller's
+        helpers.perform_next_step(workflow)
+    assert reload(workflow).state == "canceled"
+    elsewhere.close()
+
+
+def test_a_refused_flow_control_that_is_swallowed_is_the_error_all_the_same(db, drive, hero, helpers):
+    class Stubborn(Workflow):
+        @step(on_exception="skip")
+        def one(self):
+            self.keeps_on()
+
+        @step(on_exception="skip")
+        def two(self):
+            self.keeps_on()
+            self.pause()
+
+        def keeps_on(self):
+            with contextlib.suppress(Exception), db.atomic():
+                did("lost")
+                self.cancel()
+
+    workflow = Stubborn.create(hero=hero)
+    helpers.speedrun_workflow(workflow)
+    assert (workflow.state, effects()) == ("finished", [])
+    names = {each.error_class_name for each in workflow.execution_history}
+    assert names == {"geneva_drive.FlowControlInTransactionError"}
+
+
+@pytest.mark.parametrize("where", ["cancel_if", "skip_if", "before", "around", "the hook", "body", "handler"])
+def test_flow_control_that_a_bare_except_swallows_is_obeyed_at_once(drive, hero, helpers, caplog, where):
+    class Swallows(Workflow):
+        @cancel_if
+        def condition(self):
+            self.swallow_in("cancel_if")
+
+        def before_step_execution(self, execution):
+            self.swallow_in("before")
+
+        @contextlib.contextmanager
+        def around_step_execution(self, execution):
+            self.swallow_in("around")
+            with contextlib.suppress(BaseException if where == "the hook" else OddError):
+                yield
+            if where == "handler":
+                raise OddError
+
+        @on_exception
+        def handle(self, error):
+            self.swallow_in("handler")
+
+        @step(skip_if=lambda self: self.swallow_in("skip_if"))
+        def one(self):
+            did("body")
+            self.swallow_in("body")
+            if where == "the hook":
+                self.finish()
+
+        @step
+        def two(self):
+            did("two")
+
+        def swallow_in(self, place):
+            for call in (self.skip, self.pause, self.finish) if place == where else ():
+                with contextlib.suppress(BaseException):
+                    call()
+
+    workflow = Swallows.create(hero=hero)
+    helpers.speedrun_workflow(workflow, raise_errors=False)
+    assert history(workflow) == [("one", *(("failed", "failed") if where == "handler" else ("completed", "success")))]
+    assert (workflow.state, len(effects())) == ("finished", where in ("the hook", "body", "handler"))
+    (warning,) = [each for each in caplog.records if each.levelno == logging.WARNING]
+    assert "'finish') was swallowed, and is obeyed all the same" in warning.getMessage()
+
+
+def test_an_error_that_leaves_a_body_which_swallowed_flow_control_is_the_error(drive, hero, helpers):
+    class Swallows(Workflow):
+        @step
+        def one(self):
+            try:
+                self.cancel()
+            except BaseException:
+                raise OddError from None
+
+    workflow = Swallows.create(hero=hero)
+    with pytest.raises(OddError):
+        helpers.perform_next_step(workflow)
+    assert reload(workflow).state == "paused"
+
+
+class Group(BaseException):
+    """As Python 3.11 has it, and packages for older ones."""
+
+    def __init__(self, *exceptions):
+        self.exceptions = exceptions
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("others", [0, 1])
+def test_flow_control_in_a_group_counts_if_nothing_else_is_in_it(drive, hero, helpers, depth, others):
+    class Groups(Workflow):
+        @step(on_exception="skip")
+        def one(self):
+            group = []
+            for call in (self.pause, self.cancel):
+                try:
+                    call()
+                except BaseException as control:
+                    group.append(control)
+            group += [OddError()] * others
+            for _ in range(depth):
+                group = [Group(*group)]
+            raise group[0]
+
+    workflow = Groups.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert reload(workflow).state == ("finished" if others else "canceled")
+    assert (workflow.execution_history.get().error_class_name is not None) == others
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.TaskGroup came with Python 3.11")
+def test_flow_control_in_a_task_group_is_found(drive, hero, helpers):
+    class Groups(Workflow):
+        @step
+        async def one(self):
+            async def decide():
+                self.cancel()
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(decide())
+                group.create_task(asyncio.sleep(60))
+
+    workflow = Groups.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert history(workflow) == [("one", "canceled", "canceled")]
+    assert workflow.execution_history.get().error_class_name is None
+
+
 def drop_connection(db):
     """End this thread's connection from another one, as an administrator or a restart does."""
     is_postgresql = isinstance(db, peewee.PostgresqlDatabase)
@@ -2741,6 +3016,333 @@ def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
         scheduled(workflow).execute()
     assert reload(workflow).state == "finished"
     assert workflow.execution_history.get().error_class_name == "SystemExit"
+
+
+class PanicError(BaseException):
+    """As extension modules raise it, and gevent its Timeout."""
+
+
+class GreenletExit(BaseException):
+    """As greenlet has it, which is not installed here."""
+
+
+class Killed(GreenletExit):
+    pass
+
+
+def test_a_base_exception_of_a_librarys_is_an_error_and_leaves_the_workers_alive(drive, hero):
+    class Panics(Workflow):
+        exception_policies = [ExceptionPolicy("cancel", matching=PanicError)]
+
+        @step
+        def one(self):
+            did(threading.current_thread().name)
+            if self.hero.id != hero.id:
+                raise PanicError("unwrap")
+
+    workflows = [Panics.create(hero=User.create()), Panics.create(hero=hero)]
+    drive.run(until=drive.is_idle)
+    assert [reload(each).state for each in workflows] == ["canceled", "finished"]
+    execution = workflows[0].execution_history.get()
+    assert (execution.state, execution.outcome) == ("failed", "canceled")
+    assert execution.error_class_name.endswith("PanicError")
+    first, second = effects()
+    assert first == second
+
+
+def test_a_base_exception_leaves_the_task_as_the_cause_of_an_error_and_execute_as_it_is(drive, hero, helpers):
+    class Panics(Workflow):
+        @step
+        def one(self):
+            raise PanicError("unwrap")
+
+    workflow = Panics.create(hero=hero)
+    with pytest.raises(gd.GenevaDriveError, match=r"Panics\.one failed with PanicError") as caught:
+        drive._perform(scheduled(workflow).id)
+    assert isinstance(caught.value.__cause__, PanicError)
+    for raise_errors in (True, False):
+        reload(workflow).resume()
+        with pytest.raises(PanicError) if raise_errors else contextlib.nullcontext():
+            helpers.perform_next_step(reload(workflow), raise_errors=raise_errors)
+        assert history(workflow)[-1] == ("one", "failed", "failed")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Killed])
+def test_what_ends_the_process_or_its_greenlet_is_no_error_of_the_step(drive, hero, error):
+    class Ends(Workflow):
+        @step
+        def one(self):
+            if self.execution_history.count() == 1:
+                raise error
+
+    workflow = Ends.create(hero=hero)
+    with pytest.raises(error):
+        drive._perform(scheduled(workflow).id)
+    assert history(workflow) == [("one", "failed", "recovered"), ("one", "scheduled", None)]
+
+
+@pytest.mark.parametrize("error", [PanicError, asyncio.CancelledError, SystemExit])
+def test_whatever_conditions_handlers_hooks_and_receivers_raise_the_attempt_is_recorded(drive, hero, helpers, error):
+    def fails(*arguments, **kwargs):
+        raise error
+
+    class Fails(Workflow):
+        @on_exception
+        def handle(self, failure):
+            fails()
+
+        def after_step_execution(self, execution):
+            if error is not SystemExit:
+                fails()
+
+        @step(skip_if=fails)
+        def one(self):
+            pass
+
+    events = (gd.step_started, gd.step_finished, gd.workflow_transitioned)
+    for event in events:
+        event.connect(fails)
+    try:
+        workflow = Fails.create(hero=hero)
+        with pytest.raises(error):
+            helpers.perform_next_step(workflow)
+    finally:
+        for event in events:
+            event.disconnect(fails)
+    assert history(workflow) == [("one", "failed", "failed")]
+    assert reload(workflow).state == "paused"
+
+
+def test_an_error_that_takes_no_note_is_raised_as_it_is(drive, hero):
+    @dataclasses.dataclass(frozen=True)
+    class FrozenError(Exception):
+        code: int
+
+    class Fails(Workflow):
+        @step
+        def one(self):
+            raise FrozenError(7)
+
+    workflow = Fails.create(hero=hero)
+    with pytest.raises(FrozenError):
+        scheduled(workflow).execute()
+    assert reload(workflow).state == "paused"
+
+
+class Later:
+    """An awaitable of nobody's."""
+
+    def __init__(self, coroutine):
+        self.coroutine = coroutine
+
+    def __await__(self):
+        return self.coroutine.__await__()
+
+
+def behind_a_decorator(wrap=lambda result: result):
+    return lambda function: lambda *arguments: wrap(function(*arguments))
+
+
+@pytest.mark.parametrize("wrap", [lambda result: result, Later, lambda result: Later(Later(result))])
+def test_whatever_can_be_awaited_is_run_wherever_it_is_returned(drive, hero, helpers, wrap):
+    class Waits(Workflow):
+        @cancel_if
+        @behind_a_decorator(wrap)
+        async def odd(self):
+            return False
+
+        @behind_a_decorator(wrap)
+        async def before_step_execution(self, execution):
+            did("before")
+
+        @behind_a_decorator(wrap)
+        async def after_step_execution(self, execution):
+            did("after")
+
+        @on_exception(OddError)
+        @behind_a_decorator(wrap)
+        async def handle(self, error):
+            self.skip()
+
+        @step(skip_if=behind_a_decorator(wrap)(lambda self: asyncio.sleep(0, False)))
+        @behind_a_decorator(wrap)
+        async def one(self):
+            did("one")
+            raise OddError
+
+    workflow = Waits.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert history(workflow) == [("one", "skipped", "skipped")]
+    assert effects() == ["before", "one", "after"]
+
+
+async def yields_asynchronously():
+    did("lost")
+    yield 1
+
+
+def yields():
+    did("lost")
+    yield 1
+
+
+@pytest.mark.parametrize("generator", [yields, yields_asynchronously])
+@pytest.mark.parametrize("place", ["cancel_if", "skip_if", "before", "around", "body"])
+def test_a_generator_that_nothing_would_run_is_an_error_wherever_it_is_returned(drive, hero, place, generator):
+    def returned_in(here):
+        return generator() if here == place else None
+
+    class Yields(Workflow):
+        @cancel_if
+        def odd(self):
+            return returned_in("cancel_if")
+
+        def before_step_execution(self, execution):
+            return returned_in("before")
+
+        def around_step_execution(self, execution):
+            return returned_in("around") or contextlib.nullcontext()
+
+        @step(skip_if=lambda self: returned_in("skip_if"))
+        def one(self):
+            return returned_in("body")
+
+    workflow = Yields.create(hero=hero)
+    with pytest.raises(
+        gd.StepConfigurationError, match=r"Yields\.one: .*returned a generator, which nothing would run"
+    ):
+        scheduled(workflow).execute()
+    assert (reload(workflow).state, effects()) == ("paused", [])
+
+
+def in_a_loop(work):
+    """Call something where an event loop runs, as an asynchronous test or a notebook does."""
+
+    async def run():
+        return work()
+
+    return asyncio.run(run())
+
+
+class Async(Workflow):
+    @step
+    async def one(self):
+        await asyncio.sleep(0)
+        did(f"one {threading.current_thread() is threading.main_thread()} {TENANT.get()}")
+        self.context["seen"] = True
+
+    @step
+    async def two(self):
+        self.cancel()
+
+    @step
+    def three(self):
+        did("three")
+
+
+TENANT = contextvars.ContextVar("tenant", default="nobody")
+
+
+@pytest.mark.parametrize("autoconnect", [True, False])
+def test_an_asynchronous_step_is_performed_where_a_loop_runs(db, drive, hero, helpers, served, autoconnect):
+    workflow = Async.create(hero=hero)
+    connections = []
+
+    def perform():
+        TENANT.set("acme")
+        helpers.perform_next_step(workflow)
+        scheduled(workflow).execute()
+
+    class Connects(Workflow):
+        @step
+        async def one(self):
+            connections.append(db.connection())
+
+    db.connect(reuse_if_open=True)
+    db.autoconnect = autoconnect
+    try:
+        in_a_loop(perform)
+        in_a_loop(lambda: helpers.perform_next_step(Connects.create(hero=hero)))
+    finally:
+        db.autoconnect = True
+    assert (reload(workflow).state, reload(workflow).context) == ("canceled", {"seen": True})
+    assert effects() == ["one False acme"]
+    assert gd._is_dead(connections[0]) or not served
+
+
+def test_errors_and_refusals_come_through_where_a_loop_runs(db, drive, hero, helpers):
+    class Fails(Workflow):
+        @step
+        async def one(self):
+            raise PanicError
+
+        @step
+        async def two(self):
+            with db.atomic():
+                did("lost")
+                self.finish()
+
+        @step
+        async def three(self):
+            db.atomic().__enter__()
+            did("lost")
+
+        @step(transactional=True)
+        async def four(self):
+            did("kept")
+
+    workflow = Fails.create(hero=hero)
+    refusals = (PanicError, gd.FlowControlInTransactionError, gd.TransactionLeftOpenError, gd.StepConfigurationError)
+    for refusal in refusals:
+        with pytest.raises(refusal):
+            in_a_loop(lambda: helpers.perform_next_step(workflow))
+        assert (workflow.state, effects()) == ("paused", [])
+        workflow.resume() if workflow.current_step_name == "four" else workflow.skip()
+    asyncio.run(asyncio.to_thread(lambda: (helpers.perform_next_step(workflow), db.close())))  # as its error advises
+    assert (reload(workflow).state, effects()) == ("finished", ["kept"])
+
+
+def test_nothing_that_an_attempt_sets_in_its_context_is_seen_by_the_next_one(drive, hero, helpers):
+    def sets(place):
+        did(f"{place} {TENANT.get()} {getcontext().prec}")
+        TENANT.set(place)
+        getcontext().prec = 3
+
+    class Sets(Workflow):
+        @cancel_if
+        def condition(self):
+            sets("condition")
+
+        @step(on_exception="skip")
+        def one(self):
+            sets("body")
+            raise OddError
+
+        @step
+        async def two(self):
+            sets("body")
+
+        def after_step_execution(self, execution):
+            sets("hook")
+
+    def transitioned(sender, workflow, old, new):
+        if new == "performing":
+            TENANT.set("receiver")
+
+    gd.workflow_transitioned.connect(transitioned)
+    try:
+        getcontext()  # as the thread has it
+        for perform in (drive._perform, lambda number: StepExecution.get_by_id(number).execute()):
+            workflow = Sets.create(hero=hero)
+            perform(scheduled(workflow).id)
+            helpers.speedrun_workflow(workflow)
+            assert (TENANT.get(), getcontext().prec) == ("nobody", 28)
+    finally:
+        gd.workflow_transitioned.disconnect(transitioned)
+    first, *others = [each for each in effects() if each.startswith("condition")]
+    assert first == "condition receiver 28"
+    assert set(others) <= {"condition nobody 28", "condition receiver 28"}
+    assert [each for each in effects() if each.startswith("body")] == ["body condition 3"] * 4
 
 
 def test_the_context_is_saved_with_the_outcome(drive, hero, helpers):
@@ -5006,8 +5608,8 @@ def picture(workflows, heroes):
 # -- the drive --
 
 
-class Died(BaseException):
-    """What a killed process does not live to see: raised by every statement once it is dead."""
+class Died(GreenletExit):
+    """What a killed process does not live to see: raised by every statement once it is dead; no error of a step's."""
 
 
 class MortalProcess:
@@ -7448,11 +8050,100 @@ def test_a_row_says_what_it_is(drive, hero):
     assert str(Workflow.select(Workflow.id, Workflow.type).get()) == f"<Payment {workflow.id}: None>"
 
 
+@pytest.fixture
+def told():
+    """The transitions that receivers of the event are told of."""
+    transitions = []
+
+    def on(sender, workflow, old, new):
+        transitions.append((workflow.id, old, new))
+
+    gd.workflow_transitioned.connect(on)
+    yield transitions
+    gd.workflow_transitioned.disconnect(on)
+
+
+@contextlib.contextmanager
+def rolled_back(db, way):
+    """A savepoint that is rolled back: by an error, by hand, or with the one around it."""
+    with contextlib.suppress(OddError), db.atomic() as savepoint:
+        if way == "with the one around it":
+            with db.atomic():
+                yield
+        else:
+            yield
+        if way == "by hand":
+            savepoint.rollback()
+        else:
+            raise OddError
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+@pytest.mark.parametrize("way", ["by an error", "by hand", "with the one around it"])
+def test_what_a_savepoint_rolled_back_is_told_to_nobody(db, drive, told, caplog, way, is_proxy):
+    outside, proxy = MemoryHuey("outside", results=False), peewee.DatabaseProxy()
+    drive = GenevaDrive(proxy if is_proxy else db, huey=outside)
+    proxy.initialize(db)
+    applications = []
+    heroes = [User.create() for _ in range(4)]
+    with caplog.at_level(logging.INFO, "geneva_drive"):
+        with db.atomic():
+            first = Plain.create(hero=heroes[0])
+            with rolled_back(db, way):
+                Plain.create(hero=heroes[1])
+                first.pause()
+                db.after_commit(lambda: applications.append("ran"))  # which is Peewee's business
+            with db.atomic() as savepoint:
+                second = Plain.create(hero=heroes[2])
+                savepoint.commit()
+                gone = Plain.create(hero=heroes[3])
+                savepoint.rollback()
+                first.cancel()
+            assert (told, messages(drive), caplog.messages, applications) == ([], [], [], [])
+        expected = [(first.id, None, "ready"), (second.id, None, "ready"), (first.id, "ready", "canceled")]
+        assert told == expected
+        assert caplog.messages == [f"Plain {number}: {old or 'new'} -> {new}" for number, old, new in expected]
+        assert messages(drive) == [first.execution_history.get().id, scheduled(second).id]
+        assert applications == ["ran"]
+    assert gone.id not in {each.id for each in Workflow.select()}
+
+
+def test_huey_and_the_log_are_told_of_what_is_committed_alone(db, drive, hero, caplog):
+    sent = []
+    drive.huey.signal()(lambda kind, task: sent.append(kind))
+    with caplog.at_level(logging.INFO, "geneva_drive"), db.atomic() as transaction:
+        Plain.create(hero=hero)
+        Quick.create_many([hero])
+        transaction.rollback()
+    assert (sent, caplog.messages) == ([], [])
+    Plain.create(hero=hero)
+    assert sent == ["enqueued"]
+
+
+def test_a_connection_that_is_lost_within_savepoints_leaves_none_behind(db, drive, hero, served, told):
+    with contextlib.suppress(peewee.PeeweeException), db.atomic(), db.atomic():
+        Plain.create(hero=hero)
+        drop_connection(db) if served else db.execute_sql("rollback")
+        db.execute_sql("select 1" if served else "select nonsense from nowhere")
+    db.close()
+    assert (gd._depth(db), told) == (0, [])
+
+    class Cancels(Workflow):
+        @step
+        def one(self):
+            self.cancel()
+
+    workflow = Cancels.create(hero=hero)
+    scheduled(workflow).execute()
+    assert reload(workflow).state == "canceled"
+
+
 def test_the_logger_says_what_a_line_is_about(drive, hero, caplog):
     class Talks(Workflow):
         @step
         def one(self):
             self.logger.info("100%% of %s", "it", extra={"more": 1})
+            self.logger.info("nothing more", extra=None)
 
     workflow = Talks.create(hero=hero)
     with caplog.at_level(logging.INFO, "geneva_drive"):
@@ -10616,12 +11307,14 @@ def test_list_narrows_by_state_class_and_hero(command_line, drive, clock, helper
     assert re.search(r"paused +\w+ +2 h ago, 2026-03-01 12:00:00Z", command_line("list")[1])
 
 
-def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, drive, helpers):
+def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, drive, helpers, told, caplog):
     first, over, last = [Plain.create(hero=User.create()) for _ in range(3)]
     over.cancel()
     ids = (first.id, over.id, 10**9, last.id)
+    caplog.set_level(logging.INFO, "geneva_drive")
+    told.clear()
     status, output, _ = command_line("pause", *ids, "--dry-run")
-    assert status == 1
+    assert (status, told, caplog.messages) == (1, [], [])
     assert f"would pause Plain {last.id} of User {last.hero_id}: ready at one" in output
     assert [reload(each).state for each in (first, over, last)] == ["ready", "canceled", "ready"]
     status, output, _ = command_line("pause", *ids)
