@@ -3018,10 +3018,6 @@ def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
     assert workflow.execution_history.get().error_class_name == "SystemExit"
 
 
-class PanicError(BaseException):
-    """As extension modules raise it, and gevent its Timeout."""
-
-
 class GreenletExit(BaseException):
     """As greenlet has it, which is not installed here."""
 
