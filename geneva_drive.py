@@ -61,6 +61,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -3760,6 +3761,7 @@ class GenevaDrive:
         if is_of_worker:  # else Huey makes a worker
             self._consumers = {}
             _restore_signals(self._handlers)
+            signal.set_wakeup_fd(-1)  # else what is sent to the child is told to the parent
         for database in self._databases():
             if not _is_private(database) and not database.in_transaction():
                 # Kept for good: closing them here would close the parent's.
@@ -4580,15 +4582,37 @@ def _stop_signals() -> Iterator[Any]:
         if stop.signals > 1:
             raise KeyboardInterrupt
 
-    here = threading.current_thread() is threading.main_thread()
-    handlers: dict[int, Any] = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM) if here}
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers: dict[int, Any] = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_exit_if_stuck, args=(reader,), daemon=True).start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield stop
     except KeyboardInterrupt:
         if stop.signals < 2:
             raise
     finally:
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
         _restore_signals(handlers)
+
+
+def _exit_if_stuck(signals: socket.socket) -> None:
+    """End the process some seconds after the second signal: `until()` may hang in a driver, where no handler is called.
+
+    :param signals: gives the number of each signal, and ends with the block that these are to end.
+    """
+    count = 0
+    with signals, contextlib.suppress(TimeoutError):
+        while numbers := signals.recv(64):
+            count += sum(number in (signal.SIGINT, signal.SIGTERM) for number in numbers)
+            signals.settimeout(EXIT_TIME.total_seconds() if count > 1 else None)
+        return
+    os._exit(1)
 
 
 def _restore_signals(handlers: Mapping[int, Any]) -> None:

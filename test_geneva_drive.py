@@ -9822,6 +9822,8 @@ if __name__ == "__main__":
     elif command == "lose":  # what Huey's scheduler does, and dies before it queues what it has taken out
         print(len(huey.read_schedule()), flush=True)
         os.kill(os.getpid(), 9)
+    elif command == "run_until_idle":
+        drive.run(until=drive.is_idle)
     elif command == "run":
         drive.run(workers=2, shutdown_timeout=float(sys.argv[2]) if sys.argv[2:] else None)
 """
@@ -10897,6 +10899,20 @@ class Wire:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)  # wakes the threads, which a close does not
             each.close()
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+def test_a_second_signal_ends_a_run_that_looks_into_a_database_that_never_answers_again(servers, tmp_path, kind):
+    with contextlib.closing(Wire(servers.empty(kind))) as wire, contextlib.closing(App(tmp_path, wire.url)) as app:
+        workflow = app.create("Aloof")
+        process = app.start("app.py", "run_until_idle")
+        until(lambda: app.notes() == [f"{workflow} begins"])
+        wire.is_cut = True
+        time.sleep(0.5)  # by then it looks
+        for _ in range(2):
+            process.terminate()
+            time.sleep(0.5)  # two at once may be one
+        process.wait(timeout=20)
 
 
 def is_group_gone(leader):
