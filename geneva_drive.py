@@ -1719,6 +1719,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         From outside, a resumable step that is being performed ends at its next checkpoint, another one as it does.
 
         :raises InvalidStateError: from outside, if the workflow is over.
+        :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
         self._control("cancel", _canceled)
 
@@ -1729,6 +1730,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         checkpoint.
 
         :raises InvalidStateError: from outside, if the workflow is paused or over.
+        :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
         self._control("pause", _paused)
 
@@ -1736,6 +1738,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Go on with the next step. Inside a step this ends its body at once; from outside it also resumes.
 
         :raises InvalidStateError: from outside, if the workflow is performing or over.
+        :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
         self._control("skip", _skipped)
 
@@ -1744,6 +1747,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
         :param rewind: let a resumable step begin at the start, not at its cursor.
         :raises InvalidStateError: from outside.
+        :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
         self._control("reattempt", None, _duration(wait or 0, "reattempt(): wait"), rewind)
         raise AssertionError("unreachable")
@@ -1752,6 +1756,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Inside a step: end its body at once, and the workflow with it, as finished.
 
         :raises InvalidStateError: from outside.
+        :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
         self._control("finish", None)
         raise AssertionError("unreachable")
@@ -2609,7 +2614,7 @@ class _Attempt:
             # Or the connection went as the outcome was committed, and the second try found the fence gone.
             self.workflow.logger.warning("the claim was lost to recovery; nothing more is recorded of this attempt")
         finally:
-            self.workflow._attempt = None
+            self.workflow._attempt = self.leaving = None
             _heartbeat.remove(self)
         if recorded:
             self._tell_of_end(following)
@@ -2763,9 +2768,9 @@ class _Attempt:
     def leave(self, call: str, wait: timedelta, rewind: bool) -> NoReturn:
         """End the user code that calls a flow control method; one that was refused remains its error."""
         if not isinstance(self.leaving, FlowControlInTransactionError):
-            is_deeper = any(_depth(each) > self._depth_around(each) for each in self.drive._databases())
-            refusal = FlowControlInTransactionError(self.workflow, call, self.execution.step_name)
-            self.leaving = refusal if is_deeper else _FlowControl(call, wait, rewind)
+            self.leaving = _FlowControl(call, wait, rewind)
+            if any(_depth(each) > self._depth_around(each) for each in self.drive._databases()):
+                self.leaving = FlowControlInTransactionError(self.workflow, call, self.execution.step_name)
         raise self.leaving
 
     def _leave_after_all(self) -> None:
@@ -5520,7 +5525,8 @@ def _shifted(clock: Callable[[], datetime], duration: timedelta) -> datetime:
 class TestHelpers:
     """Runs workflows in a test, step by step, ignoring waits: a mixin for unittest.TestCase, or an object by itself.
 
-    No consumer needs to run. All of it works inside a transaction that the test rolls back.
+    No consumer needs to run. All of it works inside a transaction that the test rolls back, and in an asynchronous
+    test; of both at once, see :meth:`StepExecution.execute`.
     """
 
     __test__ = False  # pytest: collect the classes that mix it in, not the mixin

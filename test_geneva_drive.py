@@ -4368,6 +4368,25 @@ def test_an_attempt_that_lost_its_claim_ends_at_its_next_checkpoint(drive, clock
     assert cursors(workflow) == [2, 2]
 
 
+def test_a_stop_at_a_checkpoint_that_is_swallowed_lets_the_body_go_on_to_its_end(drive, hero, helpers, caplog):
+    class Stubborn(Workflow):
+        @step(resumable=True)
+        def one(self):
+            reload(workflow).pause()
+            with contextlib.suppress(BaseException):
+                self.checkpoint(1)
+            did("went on")
+
+        @step
+        def two(self):
+            pass
+
+    workflow = Stubborn.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert history(workflow) == [("one", "completed", "success"), ("two", "scheduled", None)]
+    assert (reload(workflow).state, effects(), "swallowed" in caplog.text) == ("paused", ["went on"], False)
+
+
 def test_an_attempt_whose_workflow_was_deleted_ends_at_its_next_checkpoint(drive, hero):
     class Gone(Workflow):
         @step(resumable=True)
