@@ -124,8 +124,7 @@ class Servers:
         return self._given.get(kind) or self._server(kind, kind).url
 
     def _server(self, kind: str, name: str) -> Server:
-        if not importlib.util.find_spec(DRIVERS[kind]):
-            _missing(f"the Python package {DRIVERS[kind]}", "pip install -e '.[test]'")
+        require_package(DRIVERS[kind])
         if name not in self._started:
             try:
                 self._started[name] = self._start(kind, name)
@@ -310,6 +309,12 @@ def _given_urls() -> dict[str, str]:
             raise ValueError(f"GENEVA_DRIVE_TEST_URLS: {url!r} must begin with one of {', '.join(DRIVERS)}")
         given[kind] = url
     return given
+
+
+def require_package(name: str) -> None:
+    """Skip the test, or fail it where servers are required, unless a Python package can be imported."""
+    if not importlib.util.find_spec(name):
+        _missing(f"the Python package {name}", "pip install -e '.[test]'", instead="")
 
 
 def _missing(what: str, remedy: str, instead: str = "; or name a server in GENEVA_DRIVE_TEST_URLS") -> NoReturn:

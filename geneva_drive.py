@@ -81,7 +81,7 @@ import peewee
 from huey import Huey, crontab
 from huey.api import Task
 from huey.constants import WORKER_THREAD
-from huey.consumer import Consumer, ThreadEnvironment, Worker
+from huey.consumer import Consumer, Scheduler, ThreadEnvironment, Worker
 from huey.contrib.sql_huey import SqlStorage
 from huey.serializer import Serializer
 from huey.signals import SIGNAL_ENQUEUED, SIGNAL_SCHEDULED
@@ -1045,8 +1045,11 @@ class _UtcField(_DialectField, peewee.DateTimeField):
 
     mysql_type = "DATETIME(6)"
 
-    def db_value(self, value: datetime | None) -> datetime | None:
-        return value.astimezone(timezone.utc).replace(tzinfo=None) if value and value.tzinfo else value
+    def db_value(self, value: datetime | None) -> Any:
+        moment = value.astimezone(timezone.utc).replace(tzinfo=None) if value and value.tzinfo else value
+        if moment is None or _dialect(self.model._meta.get_database_instance()) != "sqlite":
+            return moment
+        return str(moment)  # as sqlite3 would store it; APSW takes text alone
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
@@ -1418,13 +1421,15 @@ class _Record(Model):
     def _update_row(cls, changes: Mapping[str, Any], **where: Any) -> int:
         """Update the row with these values; returns 1, or 0 if there is none."""
         built = cls._built("update", changes, where, _updating)
-        return cast(int, built.execute({**changes, **_as_conditions(where)}).rowcount)
+        return cast(int, built.database.rows_affected(built.execute({**changes, **_as_conditions(where)})))
 
     @classmethod
     def _insert_row(cls, values: Mapping[str, Any]) -> int:
         """Insert a row; returns its id."""
-        cursor = cls._built("insert", values, (), _inserting).execute(values)
-        return cast(int, cursor.fetchone()[0] if cursor.description else cursor.lastrowid)
+        built = cls._built("insert", values, (), _inserting)
+        cursor = built.execute(values)
+        returns = " RETURNING " in built.sql  # the drivers' ways of telling differ
+        return cast(int, cursor.fetchone()[0] if returns else built.database._last_insert_rowid(cursor))
 
     @classmethod
     def _insert_rows(cls, rows: Sequence[Mapping[str, Any]], make: Any) -> None:
@@ -3513,6 +3518,9 @@ class GenevaDrive:
     def __init__(self, database: Any, huey: Huey | None = None, *, queues: _Queues = None, **settings: Any) -> None:
         if not isinstance(database, (Database, peewee.Proxy)):
             raise ConfigurationError(f"GenevaDrive() takes a Peewee database, not {database!r}")
+        _check_class(_unproxied(database))
+        if isinstance(database, peewee.Proxy):
+            database.attach_callback(_check_class)
         for name in settings.keys() - SETTINGS:
             raise ConfigurationError(f"unknown setting {name!r} of GenevaDrive: use {', '.join(SETTINGS)}")
         for name, (default, _, _) in SETTINGS.items():
@@ -3656,6 +3664,8 @@ class GenevaDrive:
                         raise GenevaDriveError(problem) from error
                     raise
                 logger.debug("repeating what failed: %s", error)
+                if is_gone:  # which a driver may not tell of its connection
+                    self._close_dead(self._db)
             _give_way(tries)
 
     def _schema_problem(self) -> str | None:
@@ -3721,15 +3731,19 @@ class GenevaDrive:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
         for database in self._databases():
             if not database.in_transaction() and not database.is_closed() and _is_dead(database.connection()):
-                with contextlib.suppress(peewee.PeeweeException):
-                    database.close()
+                self._close_dead(database)
+
+    def _close_dead(self, database: Database) -> None:
+        with contextlib.suppress(peewee.PeeweeException):
+            database.close()
 
     def _is_connection_lost(self, error: BaseException) -> bool:
         """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
         is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
         # Peewee's own, without an original, says that a body has closed the connection.
         is_of_driver = is_fitting and _original(error) is not None
-        return is_of_driver and (self._db.is_closed() or _is_dead(self._db.connection()))
+        is_lost = self._db.is_closed() or _is_dead(self._db.connection()) or _codes(error)[1] in LOST
+        return is_of_driver and is_lost
 
     def _run_beside(self, work: Callable[[], T], where: str) -> T:
         """Do something in a thread of its own, in a copy of this one's context, and on connections of its own."""
@@ -3896,6 +3910,9 @@ class GenevaDrive:
         """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
         was_closed = self._db.is_closed()
         try:
+            if _is_in_memory(self._db):
+                fix = "use a file; or perform the steps in this thread, by execute() or TestHelpers.perform_next_step()"
+                raise ConfigurationError(f"{self._db.database!r} is another database in each thread: {fix}")
             self._connect_worker()
             problem = _Schema(self).problem()
         except peewee.PeeweeException as error:  # a consumer outlives that its database is away
@@ -4640,13 +4657,18 @@ def _codes(error: BaseException) -> tuple[Any, Any]:
     """What a driver tells of an error: its SQLSTATE, and the server's own number, or SQLite's text."""
     original = _original(error)
     state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
-    return state, original.args[0] if isinstance(original, Exception) and original.args else None
+    code = getattr(original, "errno", None) or next(iter(getattr(original, "args", ())), None)
+    return state, code.rpartition("] ")[2] if isinstance(code, str) else code  # CySqlite puts the statement before it
+
+
+#: mysql-connector and the clients of MySQL and MariaDB: the server is gone, the connection was lost or timed out.
+LOST = (-1, 2006, 2013, 2055, 4031)
 
 
 def _is_transient(error: BaseException) -> bool:
     """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
     state, code = _codes(error)
-    is_locked = isinstance(code, str) and code.startswith("database is locked")  # SQLite
+    is_locked = isinstance(code, str) and re.match("database (table )?is locked", code)  # SQLite; its shared cache
     # PostgreSQL: serialization failure, deadlock detected, lock timeout; MySQL: lock wait timeout, deadlock; MariaDB,
     # for a snapshot that is too old: the row, the table has changed since.
     if state in ("40001", "40P01", "55P03") or code in (1205, 1213, 1020, 1412) or is_locked:
@@ -4665,6 +4687,15 @@ def _is_about_schema(error: BaseException) -> bool:
     state, code = _codes(error)
     is_missing = isinstance(code, str) and re.match("no such (table|column)|table .* has no column", code)  # SQLite
     return state in ("42P01", "42703") or code in (1146, 1054) or bool(is_missing)
+
+
+def _check_class(database: Any) -> None:
+    """Refuse, with a ConfigurationError, a database whose class tells that it cannot do what the library needs."""
+    if any(each.__name__ == "SqliteQueueDatabase" for each in type(database).__mro__):
+        raise ConfigurationError("SqliteQueueDatabase has no transactions: use SqliteDatabase, with a timeout")
+    if getattr(database, "_server_side_cursors", False):
+        fix = "leave it out, and wrap the queries that need them in playhouse.postgres_ext.ServerSide()"
+        raise ConfigurationError(f"server_side_cursors=True lets rows be read while others are written: {fix}")
 
 
 def _is_in_transaction(connection: Any) -> bool:
@@ -4694,8 +4725,14 @@ def _place(database: Any) -> str:
 
 def _is_private(database: Database) -> bool:
     """Whether a connection of another thread would be another database, or this very connection."""
-    in_memory = isinstance(database, SqliteDatabase) and ":memory:" in str(database.database)
-    return in_memory or not database.thread_safe
+    return _is_in_memory(database) or not database.thread_safe
+
+
+def _is_in_memory(database: Database) -> bool:
+    """Whether a database of SQLite's is in memory, and not one that connections share."""
+    name = str(database.database)
+    in_memory = ":memory:" in name or "mode=memory" in name
+    return isinstance(database, SqliteDatabase) and in_memory and "cache=shared" not in name
 
 
 def _unproxied(database: Any) -> Any:
@@ -5166,8 +5203,13 @@ class _EmbeddedWorker(Worker):
             super().sleep()
 
 
+class _EmbeddedScheduler(Scheduler):
+    def shutdown(self) -> None:
+        self.huey.storage.drive._close_own_connection()  # Huey calls the hooks of a shutdown in workers alone
+
+
 class _EmbeddedConsumer(Consumer):
-    worker_class = _EmbeddedWorker
+    worker_class, scheduler_class = _EmbeddedWorker, _EmbeddedScheduler
 
     def get_environment(self, worker_type: str) -> Any:
         if worker_type == WORKER_THREAD:
@@ -5219,7 +5261,8 @@ class _EmbeddedStorage(SqlStorage):
         for start in range(0, len(rows), 1000):
             some = rows[start : start + 1000]
             sql = f"{_insertion(table)} values {', '.join([row] * len(some))}"
-            self.database.execute_sql(sql, [*itertools.chain.from_iterable(some)])
+            send = functools.partial(self.database.execute_sql, sql, [*itertools.chain.from_iterable(some)])
+            self.drive._repeat(send, is_done=lambda: True)  # a connection that is lost may have sent them
         self.ring(table, len(rows))
 
     def ring(self, table: str, messages: int) -> None:
@@ -5248,7 +5291,7 @@ class _EmbeddedStorage(SqlStorage):
         # With the data, for SQLite gives the id of a message that is gone to a new one.
         delete = f"delete from {TASK_TABLE} where id = {self.database.param} and data = {self.database.param}"
         while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
-            if self.database.execute_sql(delete, row).rowcount:
+            if self.database.rows_affected(self.database.execute_sql(delete, row)):
                 return bytes(row[1])
         return None
 

@@ -12,8 +12,10 @@ import dataclasses
 import enum
 import fcntl
 import functools
+import gc
 import gzip
 import html
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -80,7 +82,7 @@ from playhouse.db_url import connect, parse
 from playhouse.pool import PooledMySQLDatabase, PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
-from conftest import SERVERS, free_port
+from conftest import SERVERS, free_port, require_package
 from geneva_drive import (
     ExceptionPolicy,
     GenevaDrive,
@@ -8560,6 +8562,47 @@ def test_a_proxy_may_be_initialized_after_the_drive(tmp_path):
     db.close()
 
 
+def test_a_database_that_cannot_work_is_refused_at_construction():
+    from playhouse.postgres_ext import PooledPostgresqlExtDatabase, PostgresqlExtDatabase
+    from playhouse.sqliteq import SqliteQueueDatabase
+
+    unfit = [
+        (
+            SqliteQueueDatabase("queue.db", autostart=False),
+            "SqliteQueueDatabase has no transactions: use SqliteDatabase",
+        ),
+        (PostgresqlExtDatabase("app", server_side_cursors=True), r"server_side_cursors=True .*ServerSide\(\)"),
+        (PooledPostgresqlExtDatabase("app", server_side_cursors=True), r"server_side_cursors=True .*ServerSide\(\)"),
+    ]
+    before = gd._current_drive
+    for database, words in unfit:
+        for proxied in (database, peewee.DatabaseProxy()):
+            if proxied is not database:
+                proxied.initialize(database)
+            with pytest.raises(gd.ConfigurationError, match=words):
+                GenevaDrive(proxied)
+        assert gd._current_drive is before
+        later = peewee.DatabaseProxy()
+        GenevaDrive(later)
+        with pytest.raises(gd.ConfigurationError, match=words):
+            later.initialize(database)
+        before = gd._current_drive
+    GenevaDrive(PostgresqlExtDatabase("app"))
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:app?mode=memory"])
+def test_a_database_in_memory_that_threads_do_not_share_is_refused_as_they_start(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    db = SqliteDatabase(name, uri=name.startswith("file"))
+    with driven(db) as drive:
+        workflow = Quick.create(hero=User.create())
+        for start in (drive.run, drive.huey.create_consumer(workers=1).start):
+            with pytest.raises(gd.ConfigurationError, match="another database in each thread: use a file; or perform"):
+                start()
+        gd.TestHelpers().speedrun_workflow(workflow)
+        assert effects() == ["one", "two", "three"]
+
+
 def test_a_pool_serves_as_well(tmp_path):
     db = PooledSqliteDatabase(tmp_path / "pool.db", max_connections=4, timeout=5)
     for model in MODELS:
@@ -10286,6 +10329,170 @@ def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db
     assert reload(workflow).state == "ready"
     drive.run(workers=1, until=lambda: reload(workflow).state == "finished")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# ==== Drivers: each that Peewee has a class for =======================================================================
+
+
+DRIVERS = {  # the package, the server, and Peewee's module and classes
+    "apsw": ("sqlite", "playhouse.apsw_ext", "APSWDatabase"),
+    "cysqlite": ("sqlite", "playhouse.cysqlite_ext", "CySqliteDatabase", "PooledCySqliteDatabase"),
+    "psycopg": ("postgresql", "playhouse.postgres_ext", "Psycopg3Database", "PooledPsycopg3Database"),
+    "mysql": ("mysql", "playhouse.mysql_ext", "MySQLConnectorDatabase", "PooledMySQLConnectorDatabase"),
+    "mariadb": ("mysql", "playhouse.mysql_ext", "MariaDBConnectorDatabase", "PooledMariaDBConnectorDatabase"),
+}
+
+
+@pytest.fixture(params=[f"{package} {name}" for package, (_, _, *names) in DRIVERS.items() for name in names])
+def connects(request, servers):
+    """What makes another Peewee database of the same driver on the same new database, and their kind."""
+    package, name = request.param.split()
+    kind, module, *_ = DRIVERS[package]
+    if package == "mariadb":  # the only one that has no wheels
+        pytest.importorskip(package, reason="the package mariadb is not there; to build it, it needs libmariadb-dev")
+    require_package(package)
+    parameters = parse(servers.empty(kind))
+    if kind == "sqlite":
+        parameters.update(pragmas={"journal_mode": "wal", "foreign_keys": 1}, timeout=0.1)
+    made = []
+
+    def connect_anew():
+        made.append(getattr(importlib.import_module(module), name)(**parameters))
+        return made[-1]
+
+    yield connect_anew, kind
+    for db in made:
+        getattr(db, "close_all", db.close)()
+
+
+class Everything(Workflow):
+    @cancel_if
+    def is_inactive(self):
+        return not self.hero.active
+
+    @step
+    def keep(self):
+        self.context["smile"] = "\U0001f600"
+
+    @step(wait=0.01, transactional=True)
+    def count(self):
+        User.update(visits=User.visits + 1).where(User.id == self.hero.id).execute()
+
+    @step(on_exception="skip")
+    def fail(self):
+        raise ValueError("no \U0001f600")
+
+    @step(wait_for="told", timeout=60)
+    def told(self):
+        did(self.signal_payload["what"])
+
+    @step(resumable=True)
+    def go_over(self):
+        for user in self.resume_over(User, every=1):
+            did(user.name)
+
+
+def test_every_driver_does_all_that_the_library_does(connects):
+    connect_anew, _ = connects
+    with driven(connect_anew()) as drive:
+        before, hero = utcnow(), User.create(name="ada")
+        workflow = Everything.create(hero=hero)
+        with pytest.raises(gd.AlreadyOngoingError):
+            Everything.create(hero=hero)
+        assert Everything.create_many([User.create(name="bob", active=False)]) == 1
+        assert workflow.signal("told", {"what": "told"}, idempotency_key="1")
+        assert not workflow.signal("told", {"what": "told"}, idempotency_key="1")
+        drive.run(workers=2, until=drive.is_idle)
+        assert [each.state for each in Everything.select().order_by(Workflow.id)] == ["finished", "canceled"]
+        outcomes = [each.outcome for each in workflow.execution_history]
+        assert outcomes == ["success", "success", "skipped", "success", "success"]
+        assert effects() == ["told", "ada", "bob"]
+        assert (User.get_by_id(hero.id).visits, reload(workflow).context) == (1, {"smile": "\U0001f600"})
+        assert before <= reload(workflow).created_at <= reload(workflow).transitioned_at <= utcnow()
+        again = Everything.create(hero=hero)
+        again.pause()
+        again.resume()
+        again.cancel()
+        assert drive.housekeeping()["stuck_in_progress_recovered"] == 0
+        assert {metric.name for metric in drive.stats()} >= {"geneva_drive_workflows", "geneva_drive_overdue_steps"}
+
+
+def test_every_driver_tells_of_a_collision_which_is_repeated(connects):
+    connect_anew, kind = connects
+    with driven(connect_anew()):
+        other, users = connect_anew(), [User.create(name="first"), User.create(name="second")]
+        locked, go_on = threading.Event(), threading.Event()
+
+        def collide():
+            update = f"update test_users set visits = visits + 1 where id = {other.param}"
+            with other.connection_context(), other.atomic(*["IMMEDIATE"] * (kind == "sqlite")):
+                other.execute_sql(update, (users[1].id,))
+                locked.set()
+                go_on.wait(timeout=30)
+                if kind != "sqlite":
+                    with contextlib.suppress(peewee.PeeweeException):  # of the two, either is refused
+                        other.execute_sql(update, (users[0].id,))
+
+        class Locks(Workflow):
+            @step(transactional=True)
+            def both(self):
+                for user in users:
+                    User.update(visits=User.visits + 1).where(User.id == user.id).execute()
+                    threading.Timer(0.3, go_on.set).start()
+
+        workflow = Locks.create(hero=users[0])
+        with ThreadPoolExecutor(1) as threads:
+            held = threads.submit(collide)
+            assert locked.wait(timeout=30)
+            threading.Timer(0.5, go_on.set).start()  # on SQLite, the step cannot even be claimed before
+            assert scheduled(workflow).execute() is True
+            with contextlib.suppress(peewee.PeeweeException):
+                held.result()
+        assert history(workflow) == [("both", "completed", "success")]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_every_driver_tells_of_a_lost_connection_which_is_replaced(connects):
+    connect_anew, kind = connects
+    if kind == "sqlite":
+        pytest.skip("SQLite has no connection that could be lost")
+    kill, whoami = {
+        "postgresql": ("select pg_terminate_backend({})", "select pg_backend_pid()"),
+        "mysql": ("kill {}", "select connection_id()"),
+    }[kind]
+    other = connect_anew()
+    lost = []
+
+    class Loses(Workflow):
+        @step
+        def one(self):
+            if not lost:
+                lost.append(drive._db.execute_sql(whoami).fetchone()[0])
+                with other.connection_context():
+                    other.execute_sql(kill.format(lost[0]))
+                time.sleep(0.1)
+            User.select().count()
+
+        @step(on_exception="cancel")
+        def two(self):
+            User.select().count()
+
+    with driven(connect_anew()) as drive:
+        workflow = Loses.create(hero=User.create())
+        drive.run(until=drive.is_idle)
+        assert history(workflow) == [
+            ("one", "failed", "recovered"),
+            ("one", "completed", "success"),
+            ("two", "completed", "success"),
+        ]
+    gc.collect()  # mysql-connector does not close the socket of a connection that the server has ended
+
+
+def test_every_driver_tells_that_the_tables_are_missing(connects):
+    drive = GenevaDrive(connects[0]())
+    with pytest.raises(gd.GenevaDriveError, match="has no tables of GenevaDrive"):
+        drive.stats()
+    drive._db.close()
 
 
 # ==== Failures of the parts: real servers, real signals ===============================================================
