@@ -11149,6 +11149,18 @@ def is_group_gone(leader):
     return False
 
 
+def test_worker_processes_end_their_steps_and_then_themselves_when_their_consumer_was_killed(servers, tmp_path):
+    with running_app(tmp_path, servers.empty("postgresql")) as app:
+        workflow = app.create("Aloof")
+        consumer = app.start(*PROCESSES)
+        until(lambda: app.notes() == [f"{workflow} begins"])
+        consumer.kill()
+        consumer.wait()
+        app.gate.touch()
+        until(lambda: is_group_gone(consumer.pid))
+        assert history(Workflow.get_by_id(workflow))[0] == ("one", "completed", "success")
+
+
 # How the database goes away and what is done then; the signals; what its step is at.
 GONE_FOR_GOOD = {
     "killed, idle": (["SIGINT"], None),
