@@ -2816,6 +2816,8 @@ class _Attempt:
         if _ends_process(error) or self.drive._is_connection_lost(error):  # which is the server's fault
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         self._begin_user_code()
+        if isinstance(error, peewee.PeeweeException):
+            self.drive._drop_dead_connection(_is_gone)  # to the hero's own database, which the next attempt needs
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
         decision = policy._decide(self.workflow, error, reattempts)
@@ -3727,10 +3729,11 @@ class GenevaDrive:
         found = {self.database, *[model._meta.database for model in list(_hero_models.values())]}
         return {each for each in map(_unproxied, found) if each is not None}
 
-    def _drop_dead_connection(self) -> None:
+    def _drop_dead_connection(self, is_dead: Callable[[Any], bool] | None = None) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
         for database in self._databases():
-            if not database.in_transaction() and not database.is_closed() and _is_dead(database.connection()):
+            is_unused = database.is_closed() or database.in_transaction()
+            if not is_unused and (is_dead or _is_dead)(database.connection()):
                 self._close_dead(database)
 
     def _close_dead(self, database: Database) -> None:
@@ -3742,8 +3745,7 @@ class GenevaDrive:
         is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
         # Peewee's own, without an original, says that a body has closed the connection.
         is_of_driver = is_fitting and _original(error) is not None
-        is_lost = self._db.is_closed() or _is_dead(self._db.connection()) or _codes(error)[1] in LOST
-        return is_of_driver and is_lost
+        return is_of_driver and (self._db.is_closed() or _is_gone(self._db.connection()))
 
     def _run_beside(self, work: Callable[[], T], where: str) -> T:
         """Do something in a thread of its own, in a copy of this one's context, and on connections of its own."""
@@ -4661,10 +4663,6 @@ def _codes(error: BaseException) -> tuple[Any, Any]:
     return state, code.rpartition("] ")[2] if isinstance(code, str) else code  # CySqlite puts the statement before it
 
 
-#: mysql-connector and the clients of MySQL and MariaDB: the server is gone, the connection was lost or timed out.
-LOST = (-1, 2006, 2013, 2055, 4031)
-
-
 def _is_transient(error: BaseException) -> bool:
     """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
     state, code = _codes(error)
@@ -4721,6 +4719,11 @@ def _place(database: Any) -> str:
     """How to call a database in a message."""
     actual = _unproxied(database)
     return f"the database {str(actual.database)!r}" if actual else "a database that is not initialized"
+
+
+def _is_gone(connection: Any) -> bool:
+    """Whether a connection is gone, as an error suggests; asks the server where the driver keeps no account of it."""
+    return _is_dead(connection) or not getattr(connection, "is_connected", lambda: True)()  # mysql-connector
 
 
 def _is_private(database: Database) -> bool:
