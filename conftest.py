@@ -164,6 +164,37 @@ def running_servers() -> Iterator[Servers]:
         yield Servers(cleanup)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tell pytest of --exhaustive."""
+    what = "also run what takes minutes: all crash points on all databases, long random sequences, repeated races"
+    parser.addoption("--exhaustive", action="store_true", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell pytest of the mark that says what --exhaustive adds."""
+    config.addinivalue_line("markers", "exhaustive(*ids): run with --exhaustive alone, where a parameter is one of ids")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is exhaustive, unless that is asked for."""
+
+    def is_left_out(item: pytest.Item) -> bool:
+        parameters = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
+        marks = item.iter_markers("exhaustive")
+        return any(not mark.args or parameters & set(mark.args) for mark in marks)
+
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if is_left_out(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(scope="session")
+def is_exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether --exhaustive is given: for more rounds of the same."""
+    return bool(request.config.getoption("--exhaustive"))
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     """Real servers, started on first use: `servers.empty("postgresql")`, `servers.redis()`."""

@@ -367,8 +367,8 @@ def _create_rounds(number, url, hero_ids, barrier, results):
             results.put(("refused", hero_id, error.workflow_id))
 
 
-def test_of_two_processes_that_create_the_same_workflow_at_once_one_succeeds(database, drive):
-    rounds = 1000
+def test_of_two_processes_that_create_the_same_workflow_at_once_one_succeeds(database, drive, is_exhaustive):
+    rounds = 1000 if is_exhaustive else 200
     hero_ids = list(range(1, rounds + 1))
     database.peewee.close()
     results = in_processes(2, _create_rounds, database.url, hero_ids, fork.Barrier(2))
@@ -387,8 +387,8 @@ def _create_tables(number, url, barrier, results):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_eight_processes_create_the_tables_at_once(servers, kind):
-    for _ in range(20):
+def test_eight_processes_create_the_tables_at_once(servers, kind, is_exhaustive):
+    for _ in range(20 if is_exhaustive else 4):
         url = servers.empty(kind)
         in_processes(8, _create_tables, url, fork.Barrier(8))
         db = open_database(url)
@@ -665,8 +665,8 @@ def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(driv
         @step
         def work(self):
             began, silences = StepExecution.get().started_at, []
-            while not silences or utcnow() < began + timedelta(seconds=10):
-                silences.append(drive.housekeeping()["stuck_in_progress_recovered"])
+            while not silences or utcnow() < began + timedelta(seconds=4):
+                silences.append(housekeeping_elsewhere(drive)["stuck_in_progress_recovered"])
                 time.sleep(0.1)  # for the other thread
             assert set(silences) == {0}
             did("work")
@@ -1162,6 +1162,7 @@ def bring_on(drive):
 
 
 @pytest.mark.parametrize("name", CRASHES)
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name):
     prepare, act, endings = CRASHES[name]
     for moment in itertools.count():
@@ -6089,9 +6090,10 @@ QUEUE = st.builds(Move, st.sampled_from(["alarm", "lose"]), dies=deaths(8))
 MOVES = st.one_of(WORK, WORK, WORK, WORK, WORK, WORK, HAPPEN, HAPPEN, HAPPEN, HAPPEN, QUEUE)
 
 
-def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(db, caplog):
+def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(db, caplog, is_exhaustive):
     caplog.set_level(logging.CRITICAL)
-    examples = int(os.environ.get("GENEVA_DRIVE_TEST_EXAMPLES") or (60 if isinstance(db, SqliteDatabase) else 10))
+    usual = (100 if is_exhaustive else 25) if isinstance(db, SqliteDatabase) else (20 if is_exhaustive else 4)
+    examples = int(os.environ.get("GENEVA_DRIVE_TEST_EXAMPLES") or usual)
 
     @settings(max_examples=examples, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
     @given(
@@ -6170,7 +6172,7 @@ DEADLY = [
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # elsewhere it takes minutes
-@pytest.mark.parametrize("is_embedded", [True, False], ids=["embedded", "outside"])
+@pytest.mark.parametrize("is_embedded", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(db, caplog, is_embedded):
     caplog.set_level(logging.CRITICAL)
     for *before, move in DEADLY:
@@ -7716,6 +7718,7 @@ def test_what_stands_at_a_removed_step_is_shown_as_any_other(command_line, drive
     assert "define it again, put removed_step() in its place, or move on with resume_at()" in " ".join(output.split())
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(db, drive, clock):
     for moment in itertools.count():
         drive.huey.flush()
@@ -7836,6 +7839,7 @@ def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_los
     assert history(workflow) == [("zero", "failed", "failed")]
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_that_puts_off_a_step_it_is_taken_up_again(db, drive, clock):
     for moment in itertools.count():
         drive.huey.flush()
@@ -9103,6 +9107,7 @@ def test_an_upgrade_adds_to_tables_only_what_earlier_code_need_not_know_of(upgra
     assert tables <= {*db.get_tables()}
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_an_upgrade_that_dies_anywhere_is_completed_by_the_next_one(upgrades):
     expected, versions = new_shape(upgrades(is_empty=True)), Counter()
     for moment in itertools.count():
@@ -9125,9 +9130,9 @@ def _upgrade(number, url, barrier, results):
     results.put(drive.doctor())
 
 
-def test_eight_processes_upgrade_at_once(upgrades):
+def test_eight_processes_upgrade_at_once(upgrades, is_exhaustive):
     expected = new_shape(upgrades(is_empty=True))
-    for _ in range(5):
+    for _ in range(5 if is_exhaustive else 1):
         drive, url = upgrades()
         drive.database.close()
         assert in_processes(8, _upgrade, url, fork.Barrier(8)) == [[]] * 8
@@ -11200,6 +11205,7 @@ GONE_FOR_GOOD = {
 
 @pytest.mark.parametrize("case", GONE_FOR_GOOD)
 @pytest.mark.parametrize(("kind", "way"), [("postgresql", "threads"), ("mysql", "processes"), ("postgresql", "run")])
+@pytest.mark.exhaustive("threads", "processes")
 def test_a_consumer_whose_database_is_gone_for_good_ends_when_it_is_told_to(servers, tmp_path, kind, way, case):
     signals, state = GONE_FOR_GOOD[case]
     wire = Wire(servers.empty(kind))
@@ -11267,6 +11273,7 @@ def standing_later():
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_a_rolling_deploy_that_removes_adds_and_renames_steps_strands_no_workflow(servers, tmp_path, kind):
     url = servers.empty(kind)
     with running_app(tmp_path / "old", url) as old:
@@ -12276,6 +12283,7 @@ def benchmark(*options, status=0):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_the_benchmark_example_measures_all_contenders_and_leaves_the_database_empty(servers, kind):
     url = servers.empty(kind)
     results = json.loads(benchmark(url, "--json"))
@@ -12309,6 +12317,7 @@ def test_the_benchmark_example_prints_the_tables_that_the_readme_shows(tmp_path)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_the_benchmark_example_measures_in_a_crowd(servers, kind):
     url = servers.empty(kind)
     results = json.loads(benchmark(url, "--json", "--crowd=1000,2500"))
