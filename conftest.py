@@ -342,10 +342,10 @@ def _given_urls() -> dict[str, str]:
     return given
 
 
-def require_package(name: str) -> None:
+def require_package(name: str, remedy: str | None = None) -> None:
     """Skip the test, or fail it where servers are required, unless a Python package can be imported."""
     if not importlib.util.find_spec(name):
-        _missing(f"the Python package {name}", "pip install -e '.[test]'", instead="")
+        _missing(f"the Python package {name}", remedy or "pip install -e '.[test]'", instead="")
 
 
 def _missing(what: str, remedy: str, instead: str = "; or name a server in GENEVA_DRIVE_TEST_URLS") -> NoReturn:
