@@ -965,6 +965,7 @@ class _Context(dict[str, Any]):
     def __init__(self, text: str) -> None:
         super().__init__(json.loads(text))
         self.read = text
+        self.at_commit: Any = None  # of the transaction in which it was saved
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(key, str):
@@ -990,17 +991,26 @@ class _Context(dict[str, Any]):
 
         Which is what is not JSON, having been put into a value later, and what makes it too long.
         """
-        read, merged, misfits = json.loads(self.read), _Context(text), []
+        read, merged, misfits, growth = json.loads(self.read), _Context(text), [], dict[str, int]()
         for key in read.keys() - self.keys():
             merged.pop(key, None)
-        for key, value in self.items():
+        for key in self:
             try:
-                if key not in read or _encode_json(value) != _encode_json(read[key]):
-                    _dump_json({**merged, key: value}, "the context")
-                    merged[key] = value
-            except (TypeError, ValueError):
+                if key not in read or _encode_json(self[key]) != _encode_json(read[key]):
+                    growth[key] = self._size(key) - merged._size(key)
+            except (TypeError, ValueError, RecursionError):
                 misfits.append(key)
+        excess = sum(map(merged._size, merged)) + sum(growth.values()) - MAX_JSON_BYTES
+        for key in sorted(growth, key=growth.__getitem__, reverse=True):
+            if min(excess, growth[key]) > 0:
+                excess -= growth.pop(key)
+                misfits.append(key)
+        merged.update({key: self[key] for key in growth})
         return _Context(_encode_json(merged)), misfits
+
+    def _size(self, key: str) -> int:
+        """What a key adds to the length of the whole, which is the sum of these."""
+        return len(_encode_json({key: self[key]})) if key in self else 0
 
     def follow(self, other: _Context) -> None:
         """Become another one, into which this one was written; values that are the same stay the same objects."""
@@ -2137,15 +2147,14 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 f"{self._label}: save() keeps the context only, not {', '.join(sorted(touched)) or 'new rows'}: use "
                 "create(), cancel(), pause(), skip(), resume(), or Workflow.update() if you know better"
             )
-        _dump_object(self.context)
-        drive = _drive()
+        context, text, drive = self.context, _dump_object(self.context), _drive()
         may_be_undone = drive._db.in_transaction()
 
         def merge() -> _Context | None:
             row = Workflow._lock(Workflow.id == self.id)
             if row is None:
                 return None
-            merged, misfits = self.context.onto(row.context.read)
+            merged, misfits = context.onto(row.context.read)
             if misfits:
                 problem = f"takes over {MAX_JSON_BYTES} bytes with what others saved meanwhile"
                 raise ValueError(f"{self._label}: the context {problem}: keep large things in own rows")
@@ -2153,14 +2162,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
             return merged
 
         merged = drive._transact(merge)
-        if merged is not None and not may_be_undone:  # else the changes are to be written again
-            self.context.follow(merged)
+        if merged is not None and may_be_undone:  # then the changes are to be written again
+            context.at_commit = drive._after_commit(functools.partial(setattr, context, "read", text))
+        elif merged is not None:
+            context.follow(merged)
         self._dirty.discard("context")
         return int(merged is not None)
 
     def _take_over(self, other: _Record) -> None:
         mine = self.context
         super()._take_over(other)
+        if mine is not None and mine.at_commit in _drive()._db._state.commit_callbacks:
+            mine.at_commit()  # what the transaction under way has saved is in the other one
         if mine is not None and mine.is_changed():  # and not saved: it must not get lost
             self.__data__["context"], _ = mine.onto(self.context.read)
             self.context.read = other.context.read
@@ -3675,12 +3688,12 @@ class GenevaDrive:
             return _Schema(self).problem()
         return None
 
-    def _after_commit(self, work: Callable[[], object]) -> None:
+    def _after_commit(self, work: Callable[[], object]) -> Callable[[], object]:
         """Do something once the outermost transaction is committed, unless it is rolled back to before this call.
 
         Its failure must not make the transaction look failed.
         """
-        self._db.after_commit(functools.partial(_do_after_commit, work))
+        return cast("Callable[[], object]", self._db.after_commit(functools.partial(_do_after_commit, work)))
 
     def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
         """Tell of a transition once it is committed."""

@@ -3595,6 +3595,62 @@ def test_a_context_that_grows_too_long_by_others_is_refused_to_who_saves_and_kee
         workflow.save()
 
 
+def test_what_moves_from_one_key_of_the_context_to_another_is_kept_however_long(drive, hero):
+    class Moves(Workflow):
+        @step
+        def one(self):
+            self.context["to"] = self.context.pop("from")
+
+        @step
+        def two(self):
+            self.context["from"], self.context["to"] = self.context["to"], ""
+
+    workflow = Moves.create(hero=hero, context={"from": "x" * 90_000, "to": ""})
+    scheduled(workflow).execute()
+    scheduled(workflow).execute()
+    workflow = reload(workflow)
+    assert workflow.context == {"from": "x" * 90_000, "to": ""}
+    workflow.context.update({"from": "", "to": "x" * 90_000})
+    workflow.save()
+    assert reload(workflow).context == {"from": "", "to": "x" * 90_000}
+
+
+def test_what_nests_too_deep_in_the_context_by_the_time_that_the_step_ends_is_told_of_and_the_rest_is_kept(drive, hero):
+    class Nests(Workflow):
+        @step
+        def one(self):
+            self.context["receipt"] = "r-1"
+            inner = self.context["list"]
+            for _ in range(100_000):
+                inner.append([])
+                inner = inner[0]
+
+    workflow = Nests.create(hero=hero, context={"list": []})
+    with pytest.raises(ValueError, match=r"the context.*is not JSON"):
+        scheduled(workflow).execute()
+    assert reload(workflow).context == {"list": [], "receipt": "r-1"}
+
+
+def test_what_was_saved_in_a_transaction_is_not_written_again_over_what_others_make_of_it(drive, hero, helpers):
+    class Counts(Workflow):
+        @step
+        def one(self):
+            self.context["count"] += 1
+
+    workflow = Counts.create(hero=hero)
+    with drive.database.atomic():
+        workflow.context["count"] = 1
+        workflow.save()
+        helpers.perform_next_step(workflow)
+        assert workflow.context == {"count": 2}
+        workflow.context["note"] = "new"
+        workflow.save()
+    _note(workflow, count=5)
+    workflow.context["note"] = "newer"
+    workflow.save()
+    assert workflow.context == reload(workflow).context == {"count": 5, "note": "newer"}
+
+
 def test_the_context_of_a_deleted_workflow_is_saved_nowhere(drive, hero):
     workflow = Plain.create(hero=hero)
     Workflow.delete().execute()
