@@ -1030,6 +1030,10 @@ class _Context(dict[str, Any]):
         return new
 
 
+class _ReadText(str):
+    """A context as a row holds it, to be compared with."""
+
+
 class _ContextField(_JsonObjectField):
     __hash__ = peewee.Field.__hash__
 
@@ -1044,7 +1048,7 @@ class _ContextField(_JsonObjectField):
             super().__set__(instance, old.replaced(value) if isinstance(old, _Context) and value is not old else value)
 
     def db_value(self, value: Any) -> str | None:
-        return value if isinstance(value, str) else super().db_value(value)
+        return str(value) if isinstance(value, _ReadText) else super().db_value(value)
 
     def python_value(self, value: Any) -> Any:
         return None if value is None else _Context(value)
@@ -3015,7 +3019,7 @@ class _Attempt:
     def _own_fence(self, changes: dict[str, Any]) -> dict[str, Any]:
         """What finds the workflow's row, unless others said something about it, or wrote the context, meanwhile."""
         fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
-        return {**fence, "context": self.workflow.context.read} if "context" in changes else fence
+        return {**fence, "context": _ReadText(self.workflow.context.read)} if "context" in changes else fence
 
     def _wait_on(self, now: datetime) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""

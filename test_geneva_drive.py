@@ -3568,8 +3568,11 @@ def test_what_no_context_can_hold_is_told_of_by_the_way_to_it_and_the_rest_is_ke
     with pytest.raises(error, match=problem):
         put(outside.context)
         outside.save()
-    with pytest.raises(TypeError, match="the context must be a dict"):
-        outside.context = [1]
+    for other in ([1], "text"):
+        with pytest.raises(TypeError, match="the context must be a dict"):
+            outside.context = other
+        with pytest.raises(TypeError, match="the context must be a dict"):
+            Workflow.update(context=other).execute()
     assert reload(workflow).context == {"list": [], "receipt": "r-1"}
 
 
