@@ -433,7 +433,7 @@ def _require_duration(value: object, where: str, what: str) -> timedelta:
 
 
 def _require_plain(function: Any, where: str, what: str) -> None:
-    _require(not inspect.iscoroutinefunction(function), where, f"{what} must not be async: only the body of a step may")
+    _require(not inspect.iscoroutinefunction(function), where, f"{what} must not be async")
 
 
 def _is_int(value: object) -> bool:
@@ -3597,7 +3597,7 @@ class GenevaDrive:
         :raises UnsupportedDatabaseError: if the database cannot enforce the uniqueness that the library promises.
         :raises GenevaDriveError: inside a transaction on MySQL or MariaDB, whose DDL would commit it.
         """
-        models = list(models)
+        models = [models] if isinstance(models, peewee.ModelBase) else list(models)
         for model in models:
             if not isinstance(model, peewee.ModelBase) or _unproxied(model._meta.database) is not self._db:
                 fix = "create what is on another one with that one's create_tables()"

@@ -27,11 +27,11 @@ class Send(Workflow):
     @step
     def write(self):
         time.sleep(0.1)
-        print(f"written: {self.hero.text}", flush=True)
+        print(f"written: {self.hero.text}\n", end="", flush=True)  # in one piece, for two workers print
 
     @step(options={"priority": 100})  # what is written goes out before anything else is begun
     def post(self):
-        print(f"posted: {self.hero.text}", flush=True)
+        print(f"posted: {self.hero.text}\n", end="", flush=True)
 
 
 class Mailing(Send):
