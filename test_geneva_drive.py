@@ -8825,6 +8825,8 @@ def test_tables_of_another_database_are_not_created_in_passing(db, drive, tmp_pa
         with pytest.raises(gd.ConfigurationError, match="is not a model of the drive's database"):
             drive.create_tables([Author, wrong])
     assert "test_authors" not in db.get_tables()
+    with pytest.raises(gd.ConfigurationError, match="is not a model of the drive's database"):
+        drive.create_tables(Elsewhere)  # one may come without a list
 
 
 @pytest.mark.parametrize("kind", SERVERS)
