@@ -2684,6 +2684,7 @@ class _Attempt:
         except StepNotDefinedError as error:  # no policy has a say in this
             verdict = _Verdict("error", "pause", error=error, surfaces=True)
             return verdict, self._record(verdict)
+        self.drive._open_connection()  # a receiver may have closed it
         is_ours = definition.transactional and not self.drive._db.in_transaction()
         for tries in range(1, TRANSACTION_TRIES + 1):
             try:
@@ -2775,6 +2776,7 @@ class _Attempt:
         return _Verdict("step", "return")
 
     def _begin_user_code(self, must_stay: bool = False) -> None:
+        self.drive._open_connection()  # where autoconnect is off, what ran before may have closed it
         databases, self.must_stay = self.drive._databases(), must_stay
         self.leaving, self.around = None, {each: (each._state.transactions, _depth(each)) for each in databases}
 
@@ -2784,6 +2786,7 @@ class _Attempt:
         result = function(*arguments)
         if result is not None:
             result = _finished(result, f"{self._where}: {_name_of(function)}()", self.must_stay)
+        self.drive._open_connection()
         self._leave_after_all()
         return result
 
@@ -4865,9 +4868,11 @@ def _after_fork_in_child() -> None:
     _heartbeat = _Heartbeat()  # its thread did not come along
     _this_process.cache_clear()
     _host.cache_clear()  # the parent may have given it a namespace of its own
-    if _current_drive is not None:
-        _current_drive._after_fork_in_child(is_of_worker)
-    _after_fork()
+    try:
+        if _current_drive is not None:
+            _current_drive._after_fork_in_child(is_of_worker)
+    finally:
+        _after_fork()  # a child that signals do not reach would be the worse
 
 
 if hasattr(os, "register_at_fork"):
@@ -4954,7 +4959,7 @@ class _Heartbeat:
         """A worker of a consumer starts in this thread; the connection is opened before it takes the last one."""
         self.workers.add(threading.get_ident())
         self._see_to_thread()
-        self._wake()
+        self.hurry.set()
         if self.thread:
             self.connected.wait(1)
 
@@ -5021,7 +5026,7 @@ class _Heartbeat:
 
     def _sleep(self) -> None:
         self.nap = threading.TIMEOUT_MAX  # first: what is added from now on wakes it
-        if self.beating or self.workers:
+        if self.beating or self.workers or self.database:
             self.nap = self._moment()
         self.hurry.wait(self.nap)
         self.hurry.clear()

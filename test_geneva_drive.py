@@ -877,6 +877,17 @@ def test_a_process_that_performs_short_steps_opens_no_other_connection_and_one_f
         watcher.close()
 
 
+def test_a_consumer_that_starts_has_its_heartbeats_connection_at_once(db, drive, monkeypatch):
+    heartbeat = gd._Heartbeat()
+    monkeypatch.setattr(gd, "_heartbeat", heartbeat)
+    began = time.monotonic()
+    heartbeat.enter()
+    assert heartbeat.connected.is_set() and time.monotonic() - began < 0.8  # it looks each second
+    heartbeat.thread.name = "of this test"
+    heartbeat.exit()
+    until(lambda: heartbeat.database is None)
+
+
 def test_there_is_one_heartbeat_thread_whatever_the_number_of_drives(db, drive, hero):
     for _ in range(5):
         GenevaDrive(db)
@@ -10271,6 +10282,52 @@ def test_what_a_body_that_closes_the_connection_did_is_recorded_once(servers, ki
         assert history(again)[0] == ("one", "completed", "success")
     if pooled:
         db.close_all()
+
+
+class ClosingEverywhere(Workflow):
+    def uses(self, *_):
+        with self.hero._meta.database.connection_context():
+            return did(f"in {self.current_step_name}")
+
+    before_step_execution = after_step_execution = uses
+
+    @cancel_if
+    def never(self):
+        self.uses()
+
+    @step(wait_for="go")
+    def one(self):
+        self.uses()
+        raise ZeroDivisionError
+
+    @on_exception(ZeroDivisionError)
+    def handles(self, error):
+        did(f"{User.select().count()} hero")
+        self.uses()
+        self.skip()
+
+    @step(skip_if="uses")
+    def two(self):
+        did("two")
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_conditions_hooks_handlers_and_receivers_may_close_the_connection_too(servers, kind):
+    db = CLOSES[kind][False](**parse(servers.empty(kind)), autoconnect=False)
+    db.connect()
+    with driven(db) as drive:
+        workflow = ClosingEverywhere.create(hero=User.create())
+        workflow.signal("go")
+        receiver = lambda cls, workflow, execution: workflow.uses()  # noqa: E731
+        for event in (gd.step_started, gd.step_finished):
+            event.connect(receiver, name="closing")
+        try:
+            drive.run(until=drive.is_idle)
+        finally:
+            for event in (gd.step_started, gd.step_finished):
+                event.disconnect(receiver, name="closing")
+        assert history(workflow) == [("one", "skipped", "skipped"), ("two", "completed", "success")]
+        assert {"1 hero", "two"} <= set(effects())
 
 
 def test_heroes_in_a_database_without_autoconnect_are_found(db, drive, tmp_path):
