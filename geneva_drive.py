@@ -174,7 +174,7 @@ MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 CURSOR_ALIAS = "geneva_drive_cursor"  # of the key of a row, in queries of the application's
-TRANSACTION_TRIES = 8  # a deadlock or serialization failure on every one of them points at something else
+TRANSACTION_TRIES = 16  # a deadlock or serialization failure on every one of them points at something else
 PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
 EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -3746,8 +3746,9 @@ class GenevaDrive:
 
     def _databases(self) -> set[Database]:
         """The drive's, if it is initialized, and those of the heroes."""
-        found = {self.database, *[model._meta.database for model in list(_hero_models.values())]}
-        return {each for each in map(_unproxied, found) if each is not None}
+        found = {_unproxied(self.database), *[_unproxied(each._meta.database) for each in list(_hero_models.values())]}
+        found.discard(None)
+        return found
 
     def _drop_dead_connection(self, is_dead: Callable[[Any], bool] | None = None) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
@@ -4636,7 +4637,7 @@ def _stop_signals() -> Iterator[Any]:
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield stop
-    except KeyboardInterrupt:
+    except BaseException:  # what the second one interrupts may fail in its own way: a thread that starts, or a driver
         if stop.signals < 2:
             raise
     finally:
