@@ -3789,9 +3789,10 @@ class GenevaDrive:
             return thread.submit(contextvars.copy_context().run, run).result()
 
     def _close_own_connection(self) -> None:
-        """A worker that ends takes its connection along."""
-        if not _is_private(self._db):
-            self._db.close()
+        """A worker that ends takes its connection along, also that of a drive that was replaced meanwhile."""
+        database = _unproxied(self.database)
+        if not _is_private(database):
+            database.close()
 
     def _after_fork_in_child(self, is_of_worker: bool) -> None:
         """A forked process must not share its parent's connections, nor wait for threads that did not come along.

@@ -10372,6 +10372,27 @@ def test_a_priority_is_refused_where_the_queue_knows_none(db, drive, hero, serve
     assert effects() == ["urgent", "one", "two", "three"]
 
 
+def test_run_ends_by_the_second_signal_though_what_that_interrupts_fails_in_its_own_way(drive):
+    def interrupted():
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ZeroDivisionError from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    drive.run(until=interrupted)
+    assert signal.getsignal(signal.SIGTERM) == before
+    until(lambda: not {"Worker-1", "Scheduler"} & {each.name for each in threading.enumerate()})
+
+
+def test_a_worker_of_a_drive_that_was_replaced_closes_its_connection_as_it_ends(db, drive):
+    GenevaDrive(db)
+    db.connect(reuse_if_open=True)
+    drive._end_worker()
+    assert db.is_closed()
+
+
 def test_run_waits_for_the_steps_under_way_no_longer_than_it_is_told_to(db, drive, hero):
     begun, gate = threading.Event(), threading.Event()
 
