@@ -963,7 +963,7 @@ class _Context(dict[str, Any]):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(json.loads(text))
+        super().__init__(json.loads(text) if text != "{}" else ())
         self.read = text
         self.at_commit: Any = None  # of the transaction in which it was saved
 
@@ -1060,14 +1060,24 @@ class _UtcField(_DialectField, peewee.DateTimeField):
     mysql_type = "DATETIME(6)"
 
     def db_value(self, value: datetime | None) -> Any:
-        moment = value.astimezone(timezone.utc).replace(tzinfo=None) if value and value.tzinfo else value
-        if moment is None or _dialect(self.model._meta.get_database_instance()) != "sqlite":
-            return moment
-        return str(moment)  # as sqlite3 would store it; APSW takes text alone
+        return self.storing()(value)
+
+    def storing(self) -> Callable[[datetime | None], Any]:
+        """What stores a value in the database in use, for many of them."""
+        is_text = _dialect(self.model._meta.get_database_instance()) == "sqlite"  # APSW takes no other
+        return _as_utc_text if is_text else _as_utc
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment and moment.replace(tzinfo=timezone.utc)
+
+
+def _as_utc(moment: datetime | None) -> datetime | None:
+    return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment and moment.tzinfo else moment
+
+
+def _as_utc_text(moment: datetime | None) -> str | None:
+    return None if moment is None else str(_as_utc(moment))  # as sqlite3 would store it
 
 
 def _dump_object(value: Any) -> str:
@@ -1159,7 +1169,8 @@ class _Blank:
     """The place of a value in SQL that is built before the value is known."""
 
     def __init__(self, field: peewee.Field[Any], name: str) -> None:
-        self.convert, self.name = None if _is_plain(field) else field.db_value, name
+        stores = field.storing() if isinstance(field, _UtcField) else field.db_value
+        self.convert, self.name = None if _is_plain(field) else stores, name
 
     @classmethod
     def value(cls, field: peewee.Field[Any], name: str) -> peewee.Value:
@@ -2837,7 +2848,8 @@ class _Attempt:
             return replace(self.drive._death(self.execution), error=error, surfaces=True)
         self._begin_user_code()
         if isinstance(error, peewee.PeeweeException):
-            self.drive._drop_dead_connection(_is_gone)  # to the hero's own database, which the next attempt needs
+            for each in self.drive._databases():  # the hero's own among them, which the next attempt needs
+                self.drive._drop_if_dead(each, _is_gone)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
         decision = policy._decide(self.workflow, error, reattempts)
@@ -3616,7 +3628,9 @@ class GenevaDrive:
             raise ConfigurationError(
                 f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
             )
-        database = _unproxied(self.database)
+        database = self.database
+        if isinstance(database, peewee.Proxy):
+            database = database.obj
         if database is None:
             raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
         return database
@@ -3671,7 +3685,7 @@ class GenevaDrive:
         started, tries, is_open = time.monotonic(), 0, not self._db.is_closed()
         patience = insist_seconds or PATIENCE_SECONDS
         while True:
-            self._drop_dead_connection()
+            self._drop_if_dead(self._db)
             tries += 1
             try:
                 if is_open and self._db.is_closed():  # where autoconnect is off, nobody else opens another
@@ -3732,9 +3746,10 @@ class GenevaDrive:
 
     def _connect_worker(self) -> None:
         """For threads that are ours: nobody else opens connections for them where autoconnect is off."""
-        self._drop_dead_connection()
+        self._drop_if_dead(self._db)
         self._open_connection()
         for database in self._databases():
+            self._drop_if_dead(database)
             with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
                 self._open_connection(database)
 
@@ -3750,12 +3765,11 @@ class GenevaDrive:
         found.discard(None)
         return found
 
-    def _drop_dead_connection(self, is_dead: Callable[[Any], bool] | None = None) -> None:
+    def _drop_if_dead(self, database: Database, is_dead: Callable[[Any], bool] | None = None) -> None:
         """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
-        for database in self._databases():
-            is_unused = database.is_closed() or database.in_transaction()
-            if not is_unused and (is_dead or _is_dead)(database.connection()):
-                self._close_dead(database)
+        is_unused = database.is_closed() or database.in_transaction()
+        if not is_unused and (is_dead or _is_dead)(database.connection()):
+            self._close_dead(database)
 
     def _close_dead(self, database: Database) -> None:
         with contextlib.suppress(peewee.PeeweeException):
@@ -3821,7 +3835,8 @@ class GenevaDrive:
 
     def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
         """The statement that a query makes on a database, made when it is first asked for."""
-        database = _unproxied(database) or self._db
+        if isinstance(database, peewee.Proxy):
+            database = database.obj or self._db
         found = self._statements.get((database, key))
         if found is None:
             found = self._statements[database, key] = _Built(database, query())

@@ -1840,7 +1840,7 @@ def test_a_schedule_whose_reading_is_interrupted_keeps_what_was_not_taken(drive,
     finally:
         db.query_hooks.remove(hook)
     assert len(taken) >= 500
-    drive._drop_dead_connection()
+    drive._drop_if_dead(db)
     assert taken + drive.huey.storage.read_schedule(moment) == expected
 
 
