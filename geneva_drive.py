@@ -3746,12 +3746,12 @@ class GenevaDrive:
 
     def _connect_worker(self) -> None:
         """For threads that are ours: nobody else opens connections for them where autoconnect is off."""
-        self._drop_if_dead(self._db)
-        self._open_connection()
         for database in self._databases():
             self._drop_if_dead(database)
-            with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
-                self._open_connection(database)
+            if not database.autoconnect and database is not self._db:
+                with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
+                    self._open_connection(database)
+        self._open_connection()
 
     def _open_connection(self, database: Database | None = None) -> None:
         """Open the connection to the drive's database, or another one, where autoconnect is off: a body closed it."""
