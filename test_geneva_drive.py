@@ -11361,6 +11361,7 @@ def test_a_consumer_whose_database_is_gone_for_good_ends_when_it_is_told_to(serv
         workflow = app.create("Aloof") if state else None
         connected = len(wire.sockets)
         consumer = app.start(*WAYS[way], APP_THRESHOLD="10")
+        until(lambda: app.log().count("Huey consumer started") >= 2)  # of two queues, or told twice
         until(lambda: app.notes() == [f"{workflow} begins"] if state else len(wire.sockets) >= connected + 8)
         if "killed" in case:
             wire.close()
