@@ -4438,7 +4438,9 @@ class GenevaDrive:
             kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them with this code"
             if signal_name in cls._signal_names():
                 kind, now = "changed wait", "that step does not wait for any more"
-            if definition and definition.wait_for is None:
+            if definition is None:
+                fix = "pause() them, and resume_at() another step"
+            elif definition.wait_for is None:
                 fix = "let housekeeping have them go on without it"
             fix = f"keep wait_for={signal_name!r}, or {fix}"
             problem = f"at the step {step_name!r} for the signal {signal_name!r}, which {now}: {fix}"

@@ -7750,6 +7750,8 @@ def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_anothe
     assert stranded(drive) == [("wait", "Claim", "paid", 1)]
     assert drive.doctor() == [each.problem for each in drive._stranded()]
     assert drive.doctor()[0].endswith("keep wait_for='paid', or let housekeeping have them go on without it")
+    waits_for()  # the step is gone
+    assert drive.doctor()[0].endswith("keep wait_for='paid', or pause() them, and resume_at() another step")
     waits_for(None, "paid")
     assert stranded(drive) == [("changed wait", "Claim", "paid", 1)]
     waits_for(removed_step(), "sent")
