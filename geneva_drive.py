@@ -1076,6 +1076,7 @@ def _as_utc(moment: datetime | None) -> datetime | None:
     return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment and moment.tzinfo else moment
 
 
+@functools.lru_cache(maxsize=32)  # one moment goes into several columns, and into many rows
 def _as_utc_text(moment: datetime | None) -> str | None:
     return None if moment is None else str(_as_utc(moment))  # as sqlite3 would store it
 
