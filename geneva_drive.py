@@ -959,7 +959,7 @@ class _JsonObjectField(_JsonField):
 class _Context(dict[str, Any]):
     """The context as it was read, and what was changed in it since; what is not JSON is refused on its way in.
 
-    Who writes it writes the keys that this instance changed, onto what the row holds by then.
+    What is written of it are the keys that this instance changed, onto what the row holds by then.
     """
 
     def __init__(self, text: str) -> None:
@@ -989,7 +989,7 @@ class _Context(dict[str, Any]):
     def onto(self, text: str) -> tuple[_Context, list[str]]:
         """What another context becomes by the changes in this one; and the keys that cannot be kept, left as they were.
 
-        Which is what is not JSON, having been put into a value later, and what makes it too long.
+        These are not JSON, since something was put into their value later, or would make the whole too long.
         """
         read, merged, misfits, growth = json.loads(self.read), _Context(text), [], dict[str, int]()
         for key in read.keys() - self.keys():
@@ -2667,7 +2667,7 @@ class _Attempt:
             _finished(result, f"{self.workflow.type}.after_step_execution()")
         except BaseException as error:
             if isinstance(error, SystemExit) or _ends_process(error):
-                if following:  # which nobody performs now: let it fall silent, to be recovered
+                if following:  # which nobody performs now: without a heartbeat it is recovered
                     _heartbeat.remove(following)
                 raise
             self.workflow.logger.exception("after_step_execution failed")
@@ -3553,9 +3553,10 @@ class GenevaDrive:
     def __init__(self, database: Any, huey: Huey | None = None, *, queues: _Queues = None, **settings: Any) -> None:
         if not isinstance(database, (Database, peewee.Proxy)):
             raise ConfigurationError(f"GenevaDrive() takes a Peewee database, not {database!r}")
-        _check_class(_unproxied(database))
-        if isinstance(database, peewee.Proxy):
-            database.attach_callback(_check_class)
+        for prepare in (_check_class, _track_savepoints):
+            prepare(_unproxied(database))
+            if isinstance(database, peewee.Proxy):  # which may stand for another one later
+                database.attach_callback(prepare)
         for name in settings.keys() - SETTINGS:
             raise ConfigurationError(f"unknown setting {name!r} of GenevaDrive: use {', '.join(SETTINGS)}")
         for name, (default, _, _) in SETTINGS.items():
@@ -3572,9 +3573,6 @@ class GenevaDrive:
         self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
-        if isinstance(database, peewee.Proxy):
-            database.attach_callback(_track_savepoints)
-        _track_savepoints(database.obj if isinstance(database, peewee.Proxy) else database)
         global _current_drive
         if _current_drive is not None and (earlier := _unproxied(_current_drive.database)) is not None:
             _earlier_databases.add(earlier)
@@ -4170,9 +4168,10 @@ class GenevaDrive:
         performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
         gone = self._repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
         moment = self._now() - self.stuck_in_progress_threshold
-        dead = in_progress & StepExecution.performed_by.in_(gone)
+        is_dead = StepExecution.performed_by.in_(gone)
         if _heartbeat.is_silence_death():
-            dead = in_progress & ((StepExecution.heartbeat_at < moment) | StepExecution.performed_by.in_(gone))
+            is_dead = (StepExecution.heartbeat_at < moment) | is_dead
+        dead = in_progress & is_dead
         recovered = 0
         for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
             for execution in executions:
@@ -4948,8 +4947,8 @@ def _is_process_gone(name: str | None) -> bool:
 class _Heartbeat:
     """Renews the heartbeat of the executions that this process performs, from one background thread.
 
-    The thread keeps a connection of its own, so that whoever takes all others cannot silence a step: as long as workers
-    of a consumer are there, or an attempt that takes longer than most do.
+    The thread keeps a connection of its own as long as there are workers of a consumer, or an attempt that takes longer
+    than most do: so the heartbeat goes on though others take all connections.
     """
 
     def __init__(self) -> None:
