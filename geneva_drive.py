@@ -48,6 +48,7 @@ import contextvars
 import copyreg
 import decimal
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -55,6 +56,7 @@ import json
 import logging
 import math
 import numbers
+import operator
 import os
 import pkgutil
 import random
@@ -68,6 +70,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import unicodedata
 import uuid
 import weakref
@@ -75,15 +78,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, overload
 
 import peewee
 from huey import Huey, crontab
-from huey.api import Task
-from huey.constants import WORKER_THREAD
-from huey.consumer import Consumer, Scheduler, ThreadEnvironment, Worker
+from huey.api import PeriodicTask
+from huey.consumer import Consumer
 from huey.contrib.sql_huey import SqlStorage
-from huey.serializer import Serializer
 from huey.signals import SIGNAL_ENQUEUED, SIGNAL_SCHEDULED
 from huey.storage import BaseStorage
 from peewee import SQL, Database, Model, MySQLDatabase, PostgresqlDatabase, SqliteDatabase
@@ -113,9 +114,10 @@ T = TypeVar("T")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Receiver = TypeVar("_Receiver")
 _Row = TypeVar("_Row", bound=Model)
-_Route: TypeAlias = "tuple[str, int | None]"  # the name of a queue, and the priority in it
+_Route: TypeAlias = "tuple[str, int]"  # the name of a queue, and the priority in it
 _Json: TypeAlias = "dict[str, Any] | None"
 _Queues: TypeAlias = "Mapping[str, Huey] | Iterable[str] | None"
+_Check: TypeAlias = "Callable[[Any, str], Any]"  # of a value and its name; returns what is kept
 
 # ==== States, and what an outcome does to them ========================================================================
 
@@ -163,9 +165,6 @@ ALLOWED_FROM = {
 }
 
 ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
-TERMINAL_ACTIONS = ("pause", "cancel", "skip")
-ON_TIMEOUT_ACTIONS = ("pause", "skip", "cancel", "run")
-REPORTS = ("terminal_only", "always", "never")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NO_WAIT = timedelta(0)
@@ -179,6 +178,10 @@ PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at mo
 EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
+SCHEMA_PATIENCE_SECONDS = 600  # how long a change of the schema waits for the ends of transactions on its table
+SHORTEST_NAP, LONGEST_NAP = 0.01, 0.04  # seconds between two looks into an empty queue
+MAX_KNOWN_PRIORITIES = 20  # that are asked for though there is nothing of them at present
+STOP_SECONDS = 0.2  # until a worker that waits to be told sees that its consumer stops
 
 # ==== Errors and events ===============================================================================================
 
@@ -281,12 +284,12 @@ class UnknownSignalError(GenevaDriveError, ValueError):
 
 
 class SignalTimeoutError(GenevaDriveError, TimeoutError):
-    """A step waited for its signal in vain. It is recorded, not raised."""
+    """The signal that a step waited for did not come in time. It is recorded, not raised."""
 
     def __init__(self, workflow: Workflow, definition: StepDefinition) -> None:
         super().__init__(
-            f"{workflow._label}: the step {definition.name} waited for the signal {definition.wait_for!r} in vain, for "
-            f"{_span(definition.timeout or NO_WAIT)}"
+            f"{workflow._label}: the step {definition.name} waited for the signal {definition.wait_for!r} for "
+            f"{_span(definition.timeout or NO_WAIT)}, and it did not come"
         )
 
 
@@ -373,14 +376,12 @@ class _Event(Signal, Generic[_Receiver]):
         """
         super().connect(receiver, name, sender)
 
-    def send(self, instance: Any, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
-        responses = []
+    def send(self, instance: Any, *args: Any, **kwargs: Any) -> None:
         for name, receiver, sender in self._receiver_list:
             if sender is None or isinstance(instance, sender):
                 with _logged("the receiver %s failed on an event of %s", name, instance._label):
                     result = receiver(type(instance), instance, *args, **kwargs)
-                    responses.append((receiver, _finished(result, f"the receiver {name}")))
-        return responses
+                    _finished(result, f"the receiver {name}")
 
 
 step_started: _Event[_OnAttempt] = _Event(
@@ -400,8 +401,8 @@ def _utcnow() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _duration(value: object, what: str) -> timedelta:
-    """A timedelta or a number of seconds, never negative, as a timedelta; else a ValueError says what is wrong."""
+def _duration(value: object, what: str, kind: type[Exception] = ValueError) -> timedelta:
+    """A timedelta or a number of seconds, never negative, as a timedelta; else an error of that kind says why not."""
     duration = value
     if _is_number(value):
         try:
@@ -409,9 +410,9 @@ def _duration(value: object, what: str) -> timedelta:
         except OverflowError:
             duration = timedelta.max
     if not isinstance(duration, timedelta):
-        raise ValueError(f"{what} must be a timedelta or a number of seconds, not {value!r}")
+        raise kind(f"{what} must be a timedelta or a number of seconds, not {value!r}")
     if not NO_WAIT <= duration <= LONGEST_WAIT:
-        raise ValueError(f"{what} must be neither negative nor over a hundred years, not {_as_given(value)}")
+        raise kind(f"{what} must be neither negative nor over a hundred years, not {_as_given(value)}")
     return duration
 
 
@@ -425,15 +426,38 @@ def _require(condition: object, where: str, problem: str) -> None:
         raise StepConfigurationError(f"{where}: {problem}")
 
 
-def _require_duration(value: object, where: str, what: str) -> timedelta:
-    try:
-        return _duration(value, f"{where}: {what}")
-    except ValueError as error:
-        raise StepConfigurationError(str(error)) from None
-
-
 def _require_plain(function: Any, where: str, what: str) -> None:
     _require(not inspect.iscoroutinefunction(function), where, f"{what} must not be async")
+
+
+def _checked(options: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -> dict[str, Any]:
+    """Options as their checks return them; else a StepConfigurationError says which one is wrong."""
+    for name, value in options.items():
+        _require(name in checks, where, f"unknown option {name!r}: use {', '.join(checks)}")
+        _require_plain(value, where, name)
+    return {name: checks[name](value, f"{where}: {name}") for name, value in options.items()}
+
+
+def _checks_of(kind: type) -> dict[str, _Check]:
+    """The checks that stand beside the types in a class's annotations."""
+    return {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+
+
+def _must_be(description: str, is_right: Callable[[Any], object]) -> _Check:
+    def check(value: Any, what: str) -> Any:
+        if not is_right(value):
+            raise StepConfigurationError(f"{what} must be {description}, not {value!r}")
+        return value
+
+    return check
+
+
+def _one_of(*choices: str) -> _Check:
+    return _must_be(f"one of {', '.join(choices)}", choices.__contains__)
+
+
+def _optional(check: _Check) -> _Check:
+    return lambda value, what: None if value is None else check(value, what)
 
 
 def _is_int(value: object) -> bool:
@@ -442,6 +466,25 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
+
+
+def _error_kinds(value: Any, what: str) -> tuple[Any, ...]:
+    kinds = tuple(value) if isinstance(value, (tuple, list, set)) else (value,)
+    for kind in kinds:
+        if not (isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException))):
+            raise StepConfigurationError(f"{what} must name exception classes, not {kind!r}")
+    return kinds
+
+
+_A_DURATION = functools.partial(_duration, kind=StepConfigurationError)
+_A_FACTOR = _must_be("a number, at least 1", lambda value: _is_number(value) and value >= 1)
+_A_FRACTION = _must_be("a fraction from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_A_LIMIT = _optional(_must_be("None or an int, at least 0", lambda value: _is_int(value) and value >= 0))
+_A_LAST_ACTION = _one_of("pause", "cancel", "skip")
 
 
 @dataclass(frozen=True)
@@ -460,54 +503,38 @@ class ExceptionPolicy:
     :raises StepConfigurationError: if any of them is wrong.
     """
 
-    action: str
-    matching: Any = None
-    wait: timedelta | float = 1
-    backoff: float = 2
-    jitter: float = 0.1
-    max_wait: timedelta | float = timedelta(minutes=10)
-    max_reattempts: int | None = 100
-    terminal_action: str = "pause"
-    report: str = "terminal_only"
+    action: Annotated[str, _one_of(*ON_EXCEPTION_ACTIONS)]
+    matching: Annotated[Any, _optional(_error_kinds)] = None
+    wait: Annotated[timedelta | float, _A_DURATION] = 1
+    backoff: Annotated[float, _A_FACTOR] = 2
+    jitter: Annotated[float, _A_FRACTION] = 0.1
+    max_wait: Annotated[timedelta | float, _A_DURATION] = timedelta(minutes=10)
+    max_reattempts: Annotated[int | None, _A_LIMIT] = 100
+    terminal_action: Annotated[str, _A_LAST_ACTION] = "pause"
+    report: Annotated[str, _one_of("terminal_only", "always", "never")] = "terminal_only"
 
     def __post_init__(self) -> None:
-        where, limit = f"ExceptionPolicy({self.action!r})", self.max_reattempts
-        for choice, name, among in (
-            (self.action, "the action", ON_EXCEPTION_ACTIONS),
-            (self.terminal_action, "terminal_action", TERMINAL_ACTIONS),
-            (self.report, "report", REPORTS),
-        ):
-            _require(choice in among, where, f"{name} must be one of {', '.join(among)}, not {choice!r}")
-        _require(limit is None or (_is_int(limit) and limit >= 0), where, "max_reattempts must be an int or None")
-        _require(_is_number(self.backoff) and self.backoff >= 1, where, "backoff must be a number, at least 1")
-        _require(_is_number(self.jitter) and 0 <= self.jitter <= 1, where, "jitter must be a fraction from 0 to 1")
-        object.__setattr__(self, "wait", _require_duration(self.wait, where, "wait"))
-        object.__setattr__(self, "max_wait", _require_duration(self.max_wait, where, "max_wait"))
-        if self.matching is not None:
-            several = isinstance(self.matching, (tuple, list, set))
-            object.__setattr__(self, "matching", tuple(self.matching if several else (self.matching,)))
-        for kind in self.matching or ():
-            is_matcher = isinstance(kind, str) or (isinstance(kind, type) and issubclass(kind, BaseException))
-            _require(is_matcher, where, f"matching must name exception classes, not {kind!r}")
+        given = {option: getattr(self, option) for option in POLICY_OPTIONS}
+        vars(self).update(_checked(given, POLICY_OPTIONS, f"ExceptionPolicy({self.action!r})"))  # it is frozen
 
     def matches(self, error: BaseException) -> bool:
         """Whether the policy is meant for `error`."""
         return self.matching is None or any(_matches(kind, error) for kind in self.matching)
 
     def delay(self, reattempts: int) -> timedelta:
-        """The wait before the next reattempt, after so many of them."""
-        wait, longest = cast(timedelta, self.wait), cast(timedelta, self.max_wait)
-        if not wait:
-            return NO_WAIT
+        """The wait before the next reattempt, when there were `reattempts` of them already."""
+        wait, longest = (cast(timedelta, each).total_seconds() for each in (self.wait, self.max_wait))
         try:
-            seconds = wait.total_seconds() * self.backoff**reattempts
+            seconds = min(wait * self.backoff**reattempts, longest)
         except OverflowError:
-            seconds = math.inf
-        seconds = min(seconds, longest.total_seconds()) * random.uniform(1 - self.jitter, 1 + self.jitter)
-        return min(timedelta(seconds=seconds), longest)
+            seconds = longest if wait else 0
+        return timedelta(seconds=min(seconds * random.uniform(1 - self.jitter, 1 + self.jitter), longest))
 
     def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> _FlowControl:
         return _FlowControl(self.action, self.delay(reattempts))
+
+
+POLICY_OPTIONS = _checks_of(ExceptionPolicy)
 
 
 @dataclass(frozen=True)
@@ -574,25 +601,52 @@ class UndefinedStep(NamedTuple):
 # ==== The language in which steps are declared ========================================================================
 
 
-class _StepOptions(TypedDict, total=False):
-    wait: timedelta | float
-    skip_if: Callable[[Any], object] | str | bool | None
-    on_exception: Callable[[Any, Any], object] | ExceptionPolicy | str | None
-    max_reattempts: int | None
-    terminal_action: str
-    before_step: str | None
-    after_step: str | None
-    transactional: bool
-    resumable: bool
-    options: Mapping[str, Any]
-    name: str
-    wait_for: str | None
-    timeout: timedelta | float | None
-    on_timeout: str
-    matching: Callable[[Any], object] | None
+def _is_condition(value: Any) -> bool:
+    return isinstance(value, (bool, str)) or callable(value)
 
 
-STEP_OPTIONS = tuple(_StepOptions.__annotations__)
+def _is_reaction(value: Any) -> bool:
+    is_handler = callable(value) and not isinstance(value, type)
+    return is_handler or isinstance(value, ExceptionPolicy) or value in ON_EXCEPTION_ACTIONS
+
+
+_A_BOOL = _must_be("a bool", lambda value: isinstance(value, bool))
+_A_CONDITION = _optional(_must_be("a callable, a method's name or a bool", _is_condition))
+_A_MATCHER = _optional(_must_be("a callable of the signal's payload", callable))
+_A_STEP = _optional(_must_be("a step's name", _is_name))
+_A_REACTION = _must_be(f"{', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy or a callable", _is_reaction)
+
+
+HUEY_OPTIONS = {"queue": _must_be("a queue's name", _is_name), "priority": _must_be("an int", _is_int)}
+
+
+def _checked_options(options: Any, where: str) -> dict[str, Any]:
+    """Huey's options for steps, if they are sound; else a StepConfigurationError says what is wrong."""
+    _require(isinstance(options, Mapping), where, f'must be a dict such as {{"queue": "premium"}}, not {options!r}')
+    return _checked(options, HUEY_OPTIONS, where)
+
+
+class _StepOptions(typing.TypedDict, total=False):
+    """The options of a step: their types, for type checkers, and what checks them when the class is defined."""
+
+    wait: Annotated[timedelta | float, _A_DURATION]
+    skip_if: Annotated[Callable[[Any], object] | str | bool | None, _A_CONDITION]
+    on_exception: Annotated[Callable[[Any, Any], object] | ExceptionPolicy | str | None, _optional(_A_REACTION)]
+    max_reattempts: Annotated[int | None, _A_LIMIT]
+    terminal_action: Annotated[str, _A_LAST_ACTION]
+    before_step: Annotated[str | None, _A_STEP]
+    after_step: Annotated[str | None, _A_STEP]
+    transactional: Annotated[bool, _A_BOOL]
+    resumable: Annotated[bool, _A_BOOL]
+    options: Annotated[Mapping[str, Any], _checked_options]
+    name: Annotated[str, _must_be(f"text of 1 to {MAX_NAME_CHARS} printable characters", _is_name)]
+    wait_for: Annotated[str | None, _optional(_must_be("a signal's name", _is_name))]
+    timeout: Annotated[timedelta | float | None, _optional(_A_DURATION)]
+    on_timeout: Annotated[str, _one_of("pause", "skip", "cancel", "run")]
+    matching: Annotated[Callable[[Any], object] | None, _A_MATCHER]
+
+
+STEP_OPTIONS = _checks_of(_StepOptions)
 
 
 @dataclass(frozen=True)
@@ -653,8 +707,8 @@ def removed_step(name: str | None = None, *, before_step: str | None = None, aft
     :param before_step: as the step had it. `after_step` likewise: what comes next is told by the place.
     :raises StepConfigurationError: when the class is defined, if any of it is wrong.
     """
-    options = {"name": name, "before_step": before_step, "after_step": after_step}
-    return _Declaration({key: value for key, value in options.items() if value is not None}, is_removed=True)
+    options = {"before_step": before_step, "after_step": after_step, "skip_if": True}
+    return _Declaration(options if name is None else {**options, "name": name}, is_removed=True)
 
 
 def cancel_if(condition: _Function) -> _Function:
@@ -718,22 +772,12 @@ class _Blueprint:
         """Add what the body of one class declares, in its order."""
         declared: set[str] = set()
         for key, value in vars(cls).items():
-            where = f"{self.cls.__name__}.{key}"
-            for name, body, options in _declared_steps(key, value):
-                self._add_step(f"{self.cls.__name__}.{name}", key, name, body, options, declared)
-            inner = getattr(value, "__func__", getattr(value, "fget", None))  # of a class method, of a property
-            _require(not hasattr(inner, "_geneva_drive_step"), where, "a step must be a method, and called as one")
-            if getattr(value, "_geneva_drive_cancel_if", False) and key not in self.cancel_ifs:
-                _require_plain(value, where, "a condition")
-                self.cancel_ifs.append(key)
-            if hasattr(value, "_geneva_drive_handles"):
-                _require_plain(value, where, "a handler")
-                self.policies = [each for each in self.policies if getattr(each, "handler", None) != key]
-                self.policies.append(_HandlerPolicy("pause", matching=value._geneva_drive_handles or None, handler=key))
-            if key == "exception_policies":
-                self._add_policies(where, value)
-            if key == "step_options":
-                self.step_options.update(_checked_options(value, where))
+            for body, options in _declared_steps(key, value):
+                where = f"{self.cls.__name__}.{options['name']}"
+                self._add_step(key, body, options, where)
+                _require(options["name"] not in declared, where, "the step is declared twice: rename one of them")
+                declared.add(options["name"])
+            self._add_rules(key, value, f"{self.cls.__name__}.{key}")
 
     def methods(self) -> set[str]:
         """The names of the methods that declarations rely on."""
@@ -741,67 +785,64 @@ class _Blueprint:
         bodies = (definition.body for definition in self.steps if not definition.removed)
         return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
 
-    def _add_step(
-        self, where: str, key: str, name: str, body: str | None, options: dict[str, Any], declared: set[str]
-    ) -> None:
-        _require(_is_name(name), where, f"a step's name must be text of 1 to {MAX_NAME_CHARS} characters")
-        _require(name not in declared, where, "the step is declared twice: rename one of them")
-        declared.add(name)
-        for each in (key, name) if body else (key,):  # the name of one that is gone may have become an attribute
-            problem = f"a step must not be called {each!r}, an attribute of Workflow: rename it"
-            _require(each not in self.reserved, where, problem)
-        for option in options:
-            _require(option in STEP_OPTIONS, where, f"unknown option {option!r}: use {', '.join(STEP_OPTIONS)}")
-        place = options.get("before_step"), options.get("after_step")
-        if body is None:
-            self._place(where, StepDefinition(name, "", skip_if=True, removed=True), *place)
-            return
+    def _add_step(self, key: str, body: str | None, options: dict[str, Any], where: str) -> None:
+        """Add a step that an attribute declares; one without a body was removed."""
+        options = _checked(options, STEP_OPTIONS, where)
+        _check_together(options, where)
+        # The name of one that was removed may have become an attribute.
+        for name in (key, options["name"]) if body else (key,):
+            problem = f"a step must not be called {name!r}, an attribute of Workflow: rename it"
+            _require(name not in self.reserved, where, problem)
+        if body:
+            self._check_methods(body, options.get("skip_if"), where)
+        defined = {option: value for option, value in options.items() if option in StepDefinition.__dataclass_fields__}
+        definition = StepDefinition(**defined, body=body or "", policy=_step_policy(options, where), removed=not body)
+        self._place(definition, options.get("before_step"), options.get("after_step"), where)
+
+    def _check_methods(self, body: str, skip_if: Any, where: str) -> None:
         method = getattr(self.cls, body, None)
         is_method = callable(method) or (isinstance(method, _Declaration) and method.is_removed)  # by a child
         _require(is_method, where, f"its body {body!r} is not a method of the class")
         is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
         _require(not is_generator, where, f"its body {body!r} is a generator, which nothing would run: do not yield")
-        skip_if, transactional = options.get("skip_if"), options.get("transactional", False)
-        is_condition = skip_if is None or isinstance(skip_if, (bool, str)) or callable(skip_if)
-        _require(is_condition, where, f"skip_if must be a callable, a method's name or a bool, not {skip_if!r}")
         if isinstance(skip_if, str):
-            _require(callable(getattr(self.cls, skip_if, None)), where, f"skip_if names no method: {skip_if!r}")
-        _require_plain(getattr(self.cls, skip_if) if isinstance(skip_if, str) else skip_if, where, "skip_if")
-        _require(isinstance(transactional, bool), where, "transactional must be a bool")
-        resumable = options.get("resumable", False)
-        _require(isinstance(resumable, bool), where, "resumable must be a bool")
-        problem = "resumable and transactional exclude each other: what rolls back the body would take its cursor along"
-        _require(not (resumable and transactional), where, problem)
-        wait = _require_duration(options.get("wait", 0), where, "wait")
-        huey_options = _checked_options(options.get("options", {}), f"{where}: options")
-        policy, signal = _step_policy(where, options), _step_signal(where, options)
-        definition = StepDefinition(
-            name, body, wait, skip_if, policy, transactional, huey_options, resumable=resumable, **signal
-        )
-        self._place(where, definition, *place)
+            condition = getattr(self.cls, skip_if, None)
+            _require(callable(condition), where, f"skip_if names no method: {skip_if!r}")
+            _require_plain(condition, where, "skip_if")
 
-    def _place(self, where: str, definition: StepDefinition, before: Any, after: Any) -> None:
-        _require(before is None or after is None, where, "before_step and after_step exclude each other")
+    def _place(self, definition: StepDefinition, before: str | None, after: str | None, where: str) -> None:
         names = [each.name for each in self.steps]
-        place = names.index(definition.name) if definition.name in names else len(names)
-        if place < len(names):
+        place = len(names)
+        if definition.name in names:
+            place = names.index(definition.name)
             del self.steps[place], names[place]
-        beside = after if before is None else before
-        if beside is not None:
+        if beside := before or after:
             known = ", ".join(names) or "none"
             _require(beside in names, where, f"there is no step {beside!r} yet to be placed beside: use {known}")
-            place = names.index(beside) + (before is None)
+            place = names.index(beside) + bool(after)
         self.steps.insert(place, definition)
 
-    def _add_policies(self, where: str, policies: Any) -> None:
-        _require(isinstance(policies, (list, tuple)), where, "must be a list of ExceptionPolicy")
-        for policy in policies:
-            _require(isinstance(policy, ExceptionPolicy), where, f"must hold ExceptionPolicy objects, not {policy!r}")
-            self.policies.append(policy)
+    def _add_rules(self, key: str, value: Any, where: str) -> None:
+        """Add what an attribute declares for all steps: a condition, policies, options."""
+        inner = getattr(value, "__func__", getattr(value, "fget", None))  # of a class method, of a property
+        _require(not hasattr(inner, "_geneva_drive_step"), where, "a step must be a method, and called as one")
+        if getattr(value, "_geneva_drive_cancel_if", False) and key not in self.cancel_ifs:
+            _require_plain(value, where, "a condition")
+            self.cancel_ifs.append(key)
+        if hasattr(value, "_geneva_drive_handles"):
+            _require_plain(value, where, "a handler")
+            self.policies = [each for each in self.policies if getattr(each, "handler", None) != key]
+            self.policies.append(_HandlerPolicy("pause", matching=value._geneva_drive_handles or None, handler=key))
+        if key == "exception_policies":
+            is_list = isinstance(value, (list, tuple)) and all(isinstance(each, ExceptionPolicy) for each in value)
+            _require(is_list, where, f"must be a list of ExceptionPolicy objects, not {value!r}")
+            self.policies.extend(value)
+        if key == "step_options":
+            self.step_options.update(_checked_options(value, where))
 
 
-def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """The name, body and options of each step that an attribute of a class declares; a removed one has no body."""
+def _declared_steps(key: str, value: Any) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """The body (of one that was removed, None) and the options of each step that an attribute of a class declares."""
     if isinstance(value, (list, tuple)) and any(isinstance(each, _Declaration) for each in value):
         items = [(f"{key}_{number}", each) for number, each in enumerate(value, 1)]
     else:
@@ -809,103 +850,53 @@ def _declared_steps(key: str, value: Any) -> Iterator[tuple[str, str | None, dic
     for name, declaration in items:
         if isinstance(declaration, _Declaration):
             body = None if declaration.is_removed else declaration.body or key
-            yield declaration.options.get("name", name), body, declaration.options
+            yield body, {"name": name, **declaration.options}
 
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+def _check_together(options: dict[str, Any], where: str) -> None:
+    for option, needed in (("timeout", "wait_for"), ("matching", "wait_for"), ("on_timeout", "timeout")):
+        is_right = option not in options or options.get(needed) is not None
+        _require(is_right, where, f"{option} goes with {needed} only")
+    has_two_places = options.get("before_step") and options.get("after_step")
+    _require(not has_two_places, where, "before_step and after_step exclude each other")
+    problem = "resumable and transactional exclude each other: what rolls back the body would take its cursor along"
+    _require(not (options.get("resumable") and options.get("transactional")), where, problem)
 
 
-def _step_policy(where: str, options: dict[str, Any]) -> ExceptionPolicy | None:
+def _step_policy(options: dict[str, Any], where: str) -> ExceptionPolicy | None:
     """The policy that `on_exception`, `max_reattempts` and `terminal_action` of a step make."""
     reaction = options.get("on_exception")
     limits = {key: options[key] for key in ("max_reattempts", "terminal_action") if key in options}
     for key in limits:
         _require(reaction == "reattempt", where, f'{key} goes with on_exception="reattempt" only')
-    if reaction is None or isinstance(reaction, ExceptionPolicy):
-        return reaction
-    if callable(reaction) and not isinstance(reaction, type):
-        _require_plain(reaction, where, "on_exception")
-        return _HandlerPolicy("pause", handler=reaction)
-    problem = f"on_exception must be {', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy or a callable"
-    _require(isinstance(reaction, str) and reaction in ON_EXCEPTION_ACTIONS, where, f"{problem}, not {reaction!r}")
-    try:
+    if isinstance(reaction, str):
         return ExceptionPolicy(reaction, **limits)
-    except StepConfigurationError as error:
-        raise StepConfigurationError(f"{where}: {error}") from None
-
-
-def _step_signal(where: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a step waits for, and how long: the options that are about signals, checked."""
-    given: dict[str, Any] = {
-        key: options[key] for key in ("wait_for", "timeout", "on_timeout", "matching") if key in options
-    }
-    name, timeout = given.get("wait_for"), given.get("timeout")
-    _require(name is None or _is_name(name), where, f"wait_for must be a signal's name, not {name!r}")
-    for key in given:
-        _require(key == "wait_for" or name is not None, where, f"{key} goes with wait_for only")
-    if timeout is not None:
-        given["timeout"] = _require_duration(timeout, where, "timeout")
-    if "on_timeout" in given:
-        action, among = given["on_timeout"], ", ".join(ON_TIMEOUT_ACTIONS)
-        _require(timeout is not None, where, "on_timeout goes with timeout only")
-        _require(action in ON_TIMEOUT_ACTIONS, where, f"on_timeout must be one of {among}, not {action!r}")
-    matching = given.get("matching")
-    is_matcher = matching is None or callable(matching)
-    _require(is_matcher, where, f"matching must be a callable of the signal's payload, not {matching!r}")
-    _require_plain(matching, where, "matching")
-    return given
-
-
-def _checked_options(options: Any, where: str) -> dict[str, Any]:
-    """Huey's options for steps, if they are sound; else a StepConfigurationError says what is wrong."""
-    _require(isinstance(options, Mapping), where, f'must be a dict such as {{"queue": "premium"}}, not {options!r}')
-    for key, value in options.items():
-        _require(key in ("queue", "priority"), where, f"unknown option {key!r}: use queue or priority")
-        _require(key != "queue" or _is_name(value), where, f"queue must be a queue's name, not {value!r}")
-        _require(key != "priority" or _is_int(value), where, f"priority must be an int, not {value!r}")
-    return dict(options)
+    return _HandlerPolicy("pause", handler=reaction) if callable(reaction) else reaction
 
 
 # ==== Fields: one form of a value on every database ===================================================================
 
 
-def _dialect(database: Database) -> str:
-    dialect = _dialect_of(cast(Any, type(database)))
-    if dialect is None:
-        raise UnsupportedDatabaseError(database)
-    return dialect
+class _OwnTypeField(peewee.Field):
+    """A field whose column has a type of the library's own on some databases: see `_Dialect.column_types`."""
 
-
-@functools.cache
-def _dialect_of(kind: type[Database]) -> str | None:
-    if issubclass(kind, CockroachDatabase):
-        return None
-    dialects = {SqliteDatabase: "sqlite", PostgresqlDatabase: "postgresql", MySQLDatabase: "mysql"}
-    return next((dialect for base, dialect in dialects.items() if issubclass(kind, base)), None)
-
-
-class _DialectField(peewee.Field):
-    """A field whose column needs a type of its own on MySQL and MariaDB."""
-
-    mysql_type = ""
+    kind = ""
 
     def ddl_datatype(self, ctx: Any) -> Any:
-        if _dialect(self.model._meta.get_database_instance()) == "mysql":
-            return SQL(self.mysql_type)
-        return super().ddl_datatype(ctx)
+        own = _dialect(self.model._meta.get_database_instance()).column_types.get(self.kind)
+        return SQL(own) if own else super().ddl_datatype(ctx)
 
 
-class _NameField(_DialectField, peewee.CharField):
-    """Short text of our own making. The server's default character set may be latin1, its collation ignores case."""
+class _NameField(_OwnTypeField, peewee.CharField):
+    """Short text of our own making, compared by its code points."""
 
-    mysql_type = f"VARCHAR({MAX_NAME_CHARS}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+    kind = "name"
 
 
-class _ExactField(_DialectField, peewee.CharField):
-    """Short text compared byte by byte: every collation that MySQL and MariaDB share ignores trailing spaces."""
+class _ExactField(_OwnTypeField, peewee.CharField):
+    """Short text compared byte by byte."""
 
-    mysql_type = f"VARBINARY({4 * MAX_NAME_CHARS})"
+    kind = "exact"
 
     def python_value(self, value: Any) -> Any:
         return _as_text(value)
@@ -925,10 +916,10 @@ class _TypeField(_ExactField):
                 instance.__class__ = _workflow_classes.get(value, Workflow)
 
 
-class _LongTextField(_DialectField, peewee.TextField):
-    """Text of any length: TEXT on MySQL ends at 64 KB. Holds nothing that some database refuses."""
+class _LongTextField(_OwnTypeField, peewee.TextField):
+    """Text of any length. Holds nothing that some database refuses."""
 
-    mysql_type = "LONGTEXT CHARACTER SET utf8mb4"
+    kind = "text"
 
     def db_value(self, value: str | None) -> str | None:
         return value and _storable(value)
@@ -939,10 +930,10 @@ def _storable(text: str, charset: str = "utf-8") -> str:
     return text.replace("\0", "\\x00").encode(charset, "backslashreplace").decode()
 
 
-class _JsonField(_DialectField, peewee.TextField):
+class _JsonField(_OwnTypeField, peewee.TextField):
     """A JSON value as text. A database's own JSON type would reorder its keys and refuse some of its strings."""
 
-    mysql_type = _LongTextField.mysql_type
+    kind = "text"
 
     def db_value(self, value: Any) -> str | None:
         return None if value is None else _dump_json(value, f"the {self.name}")
@@ -951,9 +942,33 @@ class _JsonField(_DialectField, peewee.TextField):
         return None if value is None else json.loads(value)
 
 
+class _ReadText(str):
+    """A JSON object as a row holds it, to be compared with."""
+
+
+class _ReadObject(dict[str, Any]):
+    """A JSON object, and the text that was read."""
+
+    read = "{}"
+
+
 class _JsonObjectField(_JsonField):
+    __hash__ = peewee.Field.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        # It is compared with what was read: byte by byte, where a collation would take "Ada" for "ADA".
+        exact = _dialect(self.model._meta.get_database_instance()).exactly(self)
+        return peewee.Expression(exact, peewee.OP.EQ, other)
+
     def db_value(self, value: Any) -> str | None:
-        return None if value is None else _dump_object(value)
+        return value if value is None or isinstance(value, _ReadText) else _dump_object(value)
+
+    def python_value(self, value: Any) -> Any:
+        if value is None:
+            return None
+        read = _ReadObject(json.loads(value))
+        read.read = value
+        return read
 
 
 class _Context(dict[str, Any]):
@@ -981,10 +996,7 @@ class _Context(dict[str, Any]):
         return self
 
     def is_changed(self) -> bool:
-        try:
-            return _encode_json(self) != self.read
-        except (TypeError, ValueError, RecursionError):
-            return True
+        return (self.read != "{}" or len(self) > 0) and _encoded_or_none(self) != self.read
 
     def onto(self, text: str) -> tuple[_Context, list[str]]:
         """What another context becomes by the changes in this one; and the keys that cannot be kept, left as they were.
@@ -994,12 +1006,12 @@ class _Context(dict[str, Any]):
         read, merged, misfits, growth = json.loads(self.read), _Context(text), [], dict[str, int]()
         for key in read.keys() - self.keys():
             merged.pop(key, None)
-        for key in self:
-            try:
-                if key not in read or _encode_json(self[key]) != _encode_json(read[key]):
-                    growth[key] = self._size(key) - merged._size(key)
-            except (TypeError, ValueError, RecursionError):
+        for key, value in self.items():
+            encoded = _encoded_or_none(value)
+            if encoded is None:
                 misfits.append(key)
+            elif key not in read or encoded != _encode_json(read[key]):
+                growth[key] = self._size(key) - merged._size(key)
         excess = sum(map(merged._size, merged)) + sum(growth.values()) - MAX_JSON_BYTES
         for key in sorted(growth, key=growth.__getitem__, reverse=True):
             if min(excess, growth[key]) > 0:
@@ -1030,42 +1042,27 @@ class _Context(dict[str, Any]):
         return new
 
 
-class _ReadText(str):
-    """A context as a row holds it, to be compared with."""
-
-
 class _ContextField(_JsonObjectField):
-    __hash__ = peewee.Field.__hash__
-
-    def __eq__(self, other: Any) -> Any:
-        # It is compared with what was read: byte by byte, where a collation would take "Ada" for "ADA".
-        is_mysql = _dialect(self.model._meta.get_database_instance()) == "mysql"
-        return peewee.Expression(self.cast("binary") if is_mysql else self, peewee.OP.EQ, other)
-
     class accessor_class(peewee.FieldAccessor):
         def __set__(self, instance: Workflow, value: Any) -> None:
             old = instance.__data__.get(self.name)
             super().__set__(instance, old.replaced(value) if isinstance(old, _Context) and value is not old else value)
 
-    def db_value(self, value: Any) -> str | None:
-        return str(value) if isinstance(value, _ReadText) else super().db_value(value)
-
     def python_value(self, value: Any) -> Any:
         return None if value is None else _Context(value)
 
 
-class _UtcField(_DialectField, peewee.DateTimeField):
+class _UtcField(_OwnTypeField, peewee.DateTimeField):
     """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is taken for UTC."""
 
-    mysql_type = "DATETIME(6)"
+    kind = "moment"
 
     def db_value(self, value: datetime | None) -> Any:
         return self.storing()(value)
 
     def storing(self) -> Callable[[datetime | None], Any]:
         """What stores a value in the database in use, for many of them."""
-        is_text = _dialect(self.model._meta.get_database_instance()) == "sqlite"  # APSW takes no other
-        return _as_utc_text if is_text else _as_utc
+        return _dialect(self.model._meta.get_database_instance()).store_moment
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
@@ -1091,6 +1088,13 @@ def _dump_object(value: Any) -> str:
 _encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
+def _encoded_or_none(value: Any) -> str | None:
+    """Any JSON value as text; None for what is not JSON."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        return _encode_json(value)
+    return None
+
+
 def _encode(value: Any, what: str) -> str:
     """Any JSON value as text; else a TypeError or a ValueError says where in `what` something is not JSON."""
     try:
@@ -1105,9 +1109,7 @@ def _way_to_misfit(value: Any, depth: int = 20) -> str:
     """The way to the first part of a value that is not JSON: `["lines"][3]["at"]`."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, part in parts if depth else ():
-        try:
-            _encode_json(part)
-        except (TypeError, ValueError, RecursionError):
+        if _encoded_or_none(part) is None:
             return f"[{json.dumps(key, default=repr)}]{_way_to_misfit(part, depth - 1)}"
     return ""
 
@@ -1145,7 +1147,7 @@ def _finished(result: Any, where: str, must_stay: bool = False) -> Any:
         result.close()  # or Python would warn that it was never awaited
     problem = "an event loop runs in this thread, and another one would be outside of the step's transaction: perform "
     _require(not must_stay, where, problem + "the transactional step through asyncio.to_thread()")
-    return _finished(_drive()._run_beside(lambda: asyncio.run(wait()), where), where)
+    return _finished(_drive()._access.run_beside(lambda: asyncio.run(wait()), where), where)
 
 
 def _is_loop_running() -> bool:
@@ -1167,15 +1169,18 @@ def _own_context() -> contextvars.Context:
 
 
 class _Blank:
-    """The place of a value in SQL that is built before the value is known."""
+    """The place of a value in SQL that is built before the value is known.
 
-    def __init__(self, field: peewee.Field[Any], name: str) -> None:
+    :param name: of the value, in the mapping that is given in this `place`, from 0, when the SQL is sent.
+    """
+
+    def __init__(self, field: peewee.Field[Any], name: str, place: int) -> None:
         stores = field.storing() if isinstance(field, _UtcField) else field.db_value
-        self.convert, self.name = None if _is_plain(field) else stores, name
+        self.convert, self.name, self.place = None if _is_plain(field) else stores, name, place
 
     @classmethod
-    def value(cls, field: peewee.Field[Any], name: str) -> peewee.Value:
-        return peewee.Value(cls(field, name), converter=False)
+    def value(cls, field: peewee.Field[Any], name: str, place: int = 0) -> peewee.Value:
+        return peewee.Value(cls(field, name, place), converter=False)
 
 
 def _is_plain(field: peewee.Field[Any]) -> bool:
@@ -1192,27 +1197,27 @@ class _Built:
     def __init__(self, database: Database, query: Any) -> None:
         self.database, self.query = database, query
         self.sql, parameters = database.get_sql_context().sql(query).query()
-        blanks = [each if isinstance(each, _Blank) else None for each in parameters]
-        self.parameters: list[tuple[Any, Any, Any]] = [
-            (each and each.name, each and each.convert, value) for each, value in zip(blanks, parameters)
+        self.parameters: list[tuple[int | None, str, Any]] = [
+            (each.place, each.name, each.convert) if isinstance(each, _Blank) else (None, "", each)
+            for each in parameters
         ]
-        self.names = [name for name, _, _ in self.parameters]
-        self.rows: Any = None
+        dialect = _dialect_of(cast(Any, type(database))) or _Dialect()  # a hero's may be one that we do not know
+        self.send, self.rows = dialect.execute, cast(Any, None)
 
-    def filled(self, values: Mapping[str, Any]) -> list[Any]:
+    def filled(self, *values: Mapping[str, Any]) -> list[Any]:
         """The parameters, with these values in the blanks, each as its field stores it."""
         return [
-            constant if name is None else values[name] if convert is None else convert(values[name])
-            for name, convert, constant in self.parameters
+            convert if place is None else values[place][name] if convert is None else convert(values[place][name])
+            for place, name, convert in self.parameters  # or, without a place, a constant
         ]
 
-    def execute(self, values: Mapping[str, Any]) -> Any:
+    def execute(self, *values: Mapping[str, Any]) -> Any:
         """Send it; returns the driver's cursor."""
-        return self.database.execute_sql(self.sql, self.filled(values))
+        return self.send(self.database, self.sql, self.filled(*values))
 
-    def first(self, values: Mapping[str, Any]) -> Any:
+    def first(self, *values: Mapping[str, Any]) -> Any:
         """Send it; returns the first row as Peewee would make it, or None."""
-        cursor = self.execute(values)
+        cursor = self.execute(*values)
         row = cursor.fetchone()
         if row is not None and self.rows is None:
             rows = self.query._get_model_cursor_wrapper(cursor)
@@ -1230,9 +1235,26 @@ def _inserting(model: Any, new: Mapping[Any, Any], _: Any) -> Any:
     return model.insert(new)
 
 
-def _as_conditions(where: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of conditions by the names of their blanks, which differ from those of new values."""
-    return {f"={name}": value for name, value in where.items()}
+def _conditions(where: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of conditions that a row has these values: each one's name, and whether the value is null."""
+    if None not in where.values():
+        return tuple(where)
+    return tuple(name if value is not None else f"{name} is null" for name, value in where.items())
+
+
+def _blanks(model: Any, names: Iterable[str], place: int) -> dict[Any, Any]:
+    """Fields, and blanks for their new values in the mapping at `place`."""
+    return {model._meta.fields[name]: _Blank.value(model._meta.fields[name], name, place) for name in names}
+
+
+def _found_by(model: Any, conditions: Iterable[str], place: int) -> list[Any]:
+    """The conditions of `_conditions()`, with blanks for the values in the mapping at `place`."""
+    found = []
+    for condition in conditions:
+        name = condition.removesuffix(" is null")
+        column = getattr(model, name)
+        found.append(column.is_null() if name != condition else column == _Blank.value(column, name, place))
+    return found
 
 
 # ==== Types and heroes: classes by the names under which rows know them ===============================================
@@ -1267,12 +1289,10 @@ def _hero_type(model: type[Model]) -> str:
 
 def _hero_model(hero_type: str) -> type[Model] | None:
     """The model called `hero_type`, or None; several are a ConfigurationError."""
-    if hero_type not in _hero_models:
-        model = _find_hero_model(hero_type)
-        if model is None:
-            return None
+    model = _hero_models.get(hero_type) or _find_hero_model(hero_type)
+    if model:
         _hero_models[hero_type] = model
-    return _hero_models[hero_type]
+    return model
 
 
 def _hero_problem(hero_type: str) -> str | None:
@@ -1309,8 +1329,46 @@ def _hero_row(model: type[Model], key: Any) -> Model | None:
     if database is None or getattr(model.select, "__func__", None) is not cast(Any, Model.select).__func__:
         return cast("Model | None", model.select().where(field == key).get_or_none())
     read_from = (model, meta.schema, meta.table_name, *meta.sorted_field_names)
-    built = _drive()._statement(database, read_from, lambda: model.select().where(field == _Blank.value(field, "key")))
+    built = _drive()._access.statement(
+        database, read_from, lambda: model.select().where(field == _Blank.value(field, "key"))
+    )
     return cast("Model | None", built.first({"key": key}))
+
+
+def _hero_key(hero: Any) -> tuple[str, str]:
+    """The type and id under which a workflow knows its hero; else a TypeError or a ValueError says what is wrong."""
+    if not isinstance(hero, Model):
+        raise TypeError(f"a hero must be a saved instance of a Peewee model, not {hero!r}")
+    model, hero_id = type(hero), _hero_id(hero)
+    if len(hero_id) > MAX_NAME_CHARS:
+        raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
+    if _storable(hero_id) != hero_id:
+        raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
+    _check_place(model)
+    hero_type = _hero_type(model)
+    if _hero_models.get(hero_type) is not model:
+        _find_hero_model(hero_type)  # for the error, if there are others of the name
+        _hero_models[hero_type] = model
+    return hero_type, hero_id
+
+
+def _hero_id(hero: Model) -> str:
+    """The key of a hero as text, there and back, so that 7 and "7", or a UUID and its hex digits, are one hero."""
+    model, key = type(hero), hero._pk
+    if model._meta.primary_key is False or model._meta.composite_key:
+        raise TypeError(f"{model.__name__} cannot be a hero: it has no primary key of one column; use a row that has")
+    if key is None:
+        raise ValueError(f"this {model.__name__} has no id yet: save it before it becomes a hero")
+    field = _key_field(model)
+    if isinstance(field, (peewee.UUIDField, peewee.BinaryUUIDField)):
+        is_raw = isinstance(key, (bytes, memoryview))
+        return str(uuid.UUID(bytes=bytes(key)) if is_raw else uuid.UUID(str(key)))
+    stored = field.db_value(key)
+    hero_id = str(field.python_value(stored))
+    with contextlib.suppress(Exception):  # of a field of the application's own
+        if field.db_value(hero_id) == stored:
+            return hero_id
+    raise TypeError(f"{model.__name__} cannot be a hero: its key is lost as text; use int, UUID or text for it")
 
 
 def _key_field(model: type[Model]) -> peewee.Field:
@@ -1320,44 +1378,13 @@ def _key_field(model: type[Model]) -> peewee.Field:
     return field
 
 
-def _hero_key(hero: Any) -> tuple[str, str]:
-    """The type and id under which a workflow knows its hero; else a TypeError or a ValueError says what is wrong."""
-    if not isinstance(hero, Model):
-        raise TypeError(f"a hero must be a saved instance of a Peewee model, not {hero!r}")
-    model = type(hero)
-    meta = model._meta
-    if meta.primary_key is False or meta.composite_key:
-        raise TypeError(f"{model.__name__} cannot be a hero: it has no primary key of one column; use a row that has")
-    if hero._pk is None:
-        raise ValueError(f"this {model.__name__} has no id yet: save it before it becomes a hero")
-    # There and back, so that 7 and "7", or a UUID and its hex digits, are one hero.
-    key, hero_id = _key_field(model), str(hero._pk)
-    if isinstance(key, (peewee.UUIDField, peewee.BinaryUUIDField)):
-        is_raw = isinstance(hero._pk, (bytes, memoryview))
-        hero_id = str(uuid.UUID(bytes=bytes(hero._pk)) if is_raw else uuid.UUID(hero_id))
-    else:
-        stored = key.db_value(hero._pk)
-        hero_id = str(key.python_value(stored))
-        try:
-            is_kept = key.db_value(hero_id) == stored
-        except Exception:  # a field of the application's own
-            is_kept = False
-        if not is_kept:
-            raise TypeError(f"{model.__name__} cannot be a hero: its key is lost as text; use int, UUID or text for it")
-    if len(hero_id) > MAX_NAME_CHARS:
-        raise ValueError(f"the id of this {model.__name__} has {len(hero_id)} characters, over {MAX_NAME_CHARS}")
-    if "\0" in hero_id or any("\ud800" <= character <= "\udfff" for character in hero_id):
-        raise ValueError(f"the id of this {model.__name__} holds a NUL or a lone surrogate: {hero_id!r}")
-    database, ours = _unproxied(meta.database), _unproxied(_drive().database)
+def _check_place(model: type[Model]) -> None:
+    """Refuse a model on the database of an earlier drive: its workflows would be kept in another one."""
+    database, ours = _unproxied(model._meta.database), _unproxied(_drive().database)
     is_earlier = database is not ours and database in _earlier_databases
     if is_earlier and _address(database) != _address(ours):
         problem = f"{model.__name__} is in {_place(database)}, whose GenevaDrive was replaced by one on {_place(ours)}"
         raise ConfigurationError(f"{problem}, which would keep the workflow: make one drive for each process")
-    hero_type = _hero_type(model)
-    if _hero_models.get(hero_type) is not model:
-        _find_hero_model(hero_type)  # for the error, if there are others of the name
-        _hero_models[hero_type] = model
-    return hero_type, hero_id
 
 
 # ==== Workflows =======================================================================================================
@@ -1446,8 +1473,8 @@ class _Record(Model):
     @classmethod
     def _update_row(cls, changes: Mapping[str, Any], **where: Any) -> int:
         """Update the row with these values; returns 1, or 0 if there is none."""
-        built = cls._built("update", changes, where, _updating)
-        return cast(int, built.database.rows_affected(built.execute({**changes, **_as_conditions(where)})))
+        built = cls._built("update", changes, _conditions(where), _updating)
+        return cast(int, built.database.rows_affected(built.execute(changes, where)))
 
     @classmethod
     def _insert_row(cls, values: Mapping[str, Any]) -> int:
@@ -1468,8 +1495,8 @@ class _Record(Model):
     @classmethod
     def _row(cls, **where: Any) -> Any:
         """The row with these values, or None."""
-        built = cls._built("select", (), where, lambda model, _, found: model.select().where(*found))
-        values = built.execute(_as_conditions(where)).fetchone()
+        built = cls._built("select", (), _conditions(where), lambda model, _, found: model.select().where(*found))
+        values = built.execute({}, where).fetchone()
         return values and cls._from_columns(values)
 
     @classmethod
@@ -1502,14 +1529,12 @@ class _Record(Model):
 
     @classmethod
     def _built(cls, verb: str, columns: Iterable[str], where: Iterable[str], make: Any) -> _Built:
-        model, fields = cls._meta.model, cls._meta.fields
+        model = cls._meta.model
 
         def query() -> Any:
-            new = {fields[name]: _Blank.value(fields[name], name) for name in columns}
-            found = [fields[name] == _Blank.value(fields[name], f"={name}") for name in where]
-            return make(model, new, found)
+            return make(model, _blanks(model, columns, 0), _found_by(model, where, 1))
 
-        return _drive()._statement(cls._meta.database, (model, verb, *columns, "where", *where), query)
+        return _drive()._access.statement(cls._meta.database, (model, verb, *columns, "where", *where), query)
 
     def _write(self, **values: Any) -> None:
         """Update this row, which the caller has locked, and the instance with it."""
@@ -1523,16 +1548,14 @@ class _Record(Model):
     @classmethod
     def _lock(cls, *where: Any, skip_locked: bool = False) -> Any:
         """The row, or None, locked until the transaction ends."""
-        return _drive()._repeat(cls._locking(cls._meta.model.select().where(*where), skip_locked).get_or_none)
+        return _drive()._access.repeat(cls._locking(cls._meta.model.select().where(*where), skip_locked).get_or_none)
 
     @classmethod
     def _locking(cls, query: Any, skip_locked: bool = False) -> Any:
         """A query that locks its rows: a plain one could be served from an old snapshot."""
-        database = cls._meta.database
-        # SQLite's transactions hold the one write lock anyway; outside of one there is neither snapshot nor lock.
-        if not database.for_update or not database.in_transaction():
-            return query
-        return query.for_update(_drive()._skip_locked if skip_locked else True)
+        database = _unproxied(cls._meta.database)
+        # Outside of a transaction there is neither snapshot nor lock.
+        return _dialect(database).locking(query, database, skip_locked) if database.in_transaction() else query
 
 
 def _in_state(state: str, doc: str) -> _StateQuery:
@@ -1606,16 +1629,15 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises StepConfigurationError: if the class has no steps or the options are wrong.
         :raises UnknownQueueError: if a step asks for a queue that the drive does not have.
         """
-        drive = _drive()
-        options = cls._checked_start(drive, allow_multiple, context, options)
+        start = _Start(cls, allow_multiple, context, options)
         key = (None, None) if hero is None and cls.may_proceed_without_hero else _hero_key(hero)
-        values = cls._new_values(drive, key, allow_multiple, context, options)
+        values = start.values(*key)
         for _ in range(TRANSACTION_TRIES):
             try:
-                workflow = drive._transact(lambda: cls._insert(drive, values))
+                workflow = start.insert(values)
                 break
             except peewee.IntegrityError as error:
-                ongoing = cls._ongoing_id(values)
+                ongoing = _ongoing_id(values)
                 if ongoing is not None:
                     raise AlreadyOngoingError(values, ongoing) from error
                 collision = error  # it ended in between: try again
@@ -1623,7 +1645,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             raise collision
         if hero is not None:
             workflow._hero = hero
-        return workflow
+        return cast("Self", workflow)
 
     @classmethod
     def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Self, bool]:
@@ -1632,9 +1654,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :param kwargs: as for :meth:`create`, for a new one.
         :returns: the workflow, and whether it was created.
         """
-        key = {} if hero is None else dict(zip(("hero_type", "hero_id"), _hero_key(hero), strict=True))
+        key = dict(zip(("hero_type", "hero_id"), (None, None) if hero is None else _hero_key(hero), strict=True))
         for _ in range(TRANSACTION_TRIES):
-            ongoing = None if hero is None else cls._ongoing_id(key)
+            ongoing = None if hero is None else _ongoing_id({**key, "type": cls.workflow_type})
             if ongoing is None:
                 try:
                     return cls.create(hero=hero, **kwargs), True
@@ -1655,92 +1677,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """
         if on_conflict not in ("raise", "ignore"):
             raise ValueError(f'{cls.__name__}.create_many(): on_conflict must be "raise" or "ignore"')
-        drive = _drive()
-        cls._checked_start(drive, False, None, None)
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        start, rows = _Start(cls), dict[tuple[str, str], dict[str, Any]]()
         for hero in heroes:
             key = _hero_key(hero)
             if key not in rows:
-                rows[key] = cls._new_values(drive, key, False, None, None)
+                rows[key] = start.values(*key)
             elif on_conflict == "raise":
                 raise AlreadyOngoingError(rows[key], None)
 
         def insert() -> int:
-            return sum(
-                cls._insert_many(drive, list(batch), on_conflict) for batch in peewee.chunked(rows.values(), 1000)
-            )
+            return sum(start.insert_many(list(batch), on_conflict) for batch in peewee.chunked(rows.values(), 1000))
 
-        return drive._transact(insert)
-
-    @classmethod
-    def _checked_start(cls, drive: GenevaDrive, allow_multiple: bool, context: _Json, options: _Json) -> _Json:
-        """Check all of a start but the hero, before anything is written; returns the options."""
-        where = f"{cls.__name__}.create()"
-        _require(cls.steps, where, "the class has no steps; was a @step decorator forgotten?")
-        if not isinstance(allow_multiple, bool):
-            raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
-        if context is not None:
-            _dump_object(context)
-        if options is not None:
-            options = _checked_options(options, f"{where}: options")
-        for definition in cls.steps:
-            drive._check_route(f"{cls.__name__}.{definition.name}", cls._huey_options(definition.name, options))
-        return options
-
-    @classmethod
-    def _new_values(
-        cls, drive: GenevaDrive, key: tuple[Any, Any], allow_multiple: bool, context: _Json, options: _Json
-    ) -> dict[str, Any]:
-        """The columns of a new workflow of the hero with this type and id."""
-        return {
-            **Workflow._meta.get_default_dict(),
-            "type": cls.workflow_type,
-            "hero_type": key[0],
-            "hero_id": key[1],
-            "current_step_name": cls.steps[0].name,
-            "allow_multiple": allow_multiple,
-            "context": _Context("{}" if context is None else _dump_object(context)),
-            "options": options,
-            "token": uuid.uuid4().hex,
-            "created_at": drive._now(),
-            "transitioned_at": None,
-        }
-
-    @classmethod
-    def _insert(cls, drive: GenevaDrive, values: dict[str, Any]) -> Self:
-        workflow = cls._made(values, Workflow._insert_row(values))
-        drive._announce(workflow, None, READY)  # before its message wakes a worker, which announces what follows
-        StepExecution._schedule(workflow, 1, cls.steps[0].name, values["created_at"] + cls.steps[0].wait)
-        return workflow
-
-    @classmethod
-    def _insert_many(cls, drive: GenevaDrive, rows: list[dict[str, Any]], on_conflict: str) -> int:
-        ignore = "IGNORE" if drive._dialect == "mysql" else "NOTHING"
-        Workflow._insert_rows(rows, lambda model, new: model.insert(new).on_conflict(action=ignore))
-        # Found through the index of ongoing workflows; the token tells ours from those that were there before.
-        query = Workflow.select(Workflow.token, Workflow.id).where(
-            (Workflow.type == cls.workflow_type)
-            & Workflow.hero_type.in_({row["hero_type"] for row in rows})
-            & Workflow.hero_id.in_([row["hero_id"] for row in rows])
-            & _ongoing_rows()
-        )
-        ids = dict(query.tuples())
-        created = [cls._made(row, ids[row["token"]]) for row in rows if row["token"] in ids]
-        if len(created) < len(rows) and on_conflict == "raise":
-            row = next(row for row in rows if row["token"] not in ids)
-            raise AlreadyOngoingError(row, cls._ongoing_id(row))
-        for workflow in created:
-            drive._announce(workflow, None, READY)
-        if created:
-            StepExecution._schedule_first(created)
-        return len(created)
-
-    @classmethod
-    def _ongoing_id(cls, values: Mapping[str, Any]) -> int | None:
-        """The id of the ongoing workflow of this class and hero, if there is one, in spite of any old snapshot."""
-        hero = (Workflow.hero_type == values["hero_type"]) & (Workflow.hero_id == values["hero_id"])
-        workflow = Workflow._lock((Workflow.type == cls.workflow_type) & hero & _ongoing_rows())
-        return workflow and workflow.id
+        return start.drive._access.transact(insert)
 
     # -- flow control -----------------------------------------------------------------------------------------------
 
@@ -1827,7 +1775,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             drive._announce(row, before, row.state)
             return row
 
-        self._take_over(drive._transact(locked_change))
+        self._take_over(drive._access.transact(locked_change))
 
     @classmethod
     def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
@@ -1858,7 +1806,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         values = {"workflow": self.id, "name": name, "payload": payload, "idempotency_key": idempotency_key}
         drive = _drive()
         try:
-            return drive._transact(lambda: _received(drive, self, values))
+            return drive._access.transact(lambda: _received(drive, self, values))
         except peewee.IntegrityError:
             if idempotency_key is None:
                 raise
@@ -1876,15 +1824,15 @@ class Workflow(_Record, metaclass=_WorkflowType):
         drive, query, key = _drive(), cls.for_hero(hero), WorkflowSignal.idempotency_key == idempotency_key
         if idempotency_key is not None:  # a key is one event's, whichever of the hero's workflows had it
             before = query.join(WorkflowSignal).where((WorkflowSignal.name == name) & key)
-            if drive._repeat(before.exists):
+            if drive._access.repeat(before.exists):
                 return False
         of_hero = cls._locking(query.where(Workflow.state.in_(ONGOING)).order_by(Workflow.id))
-        ongoing = drive._repeat(functools.partial(list[Any], of_hero))
+        ongoing = drive._access.repeat(functools.partial(list[Any], of_hero))
         about = f"{cls.__name__}.signal_hero({_hero_label(*_hero_key(hero))})"
         if len(ongoing) > 1:
             ids = ", ".join(str(each.id) for each in ongoing)
             raise ValueError(f"{about}: the workflows {ids} are ongoing; call signal() of the one that is meant")
-        workflow = ongoing[0] if ongoing else drive._repeat(query.order_by(Workflow.id.desc()).first)
+        workflow = ongoing[0] if ongoing else drive._access.repeat(query.order_by(Workflow.id.desc()).first)
         if workflow is None:
             raise cls.DoesNotExist(f"{about}: there is no {cls.__name__} about it: create() one first")
         return workflow.signal(name, payload, idempotency_key)
@@ -1908,7 +1856,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
         :raises StepConfigurationError: elsewhere.
         """
-        return self._attempt_that_keeps("cursor").cursor()
+        return self._progress("cursor").cursor()
 
     def checkpoint(self, value: Any) -> None:
         """In a resumable step: keep how far it came; the next attempt at it goes on there.
@@ -1922,7 +1870,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises StepConfigurationError: elsewhere, and beside :meth:`resume_over`.
         :raises TypeError, ValueError: if the value is not acceptable.
         """
-        self._attempt_that_keeps("checkpoint()").checkpoint(value)
+        self._progress("checkpoint()").checkpoint(value)
 
     def resume_over(self, items: Iterable[T], key: Any = None, every: int = 100) -> Iterator[T]:
         """In a resumable step: go over items, with a :meth:`checkpoint` after each `every` of them and at the end.
@@ -1937,17 +1885,17 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises StepConfigurationError: if the items cannot be resumed, or were others when the cursor was kept; if the
             step is not resumable, or uses its cursor already.
         """
-        return self._attempt_that_keeps("resume_over()").resume_over(items, key, every)
+        return self._progress("resume_over()").resume_over(items, key, every)
 
-    def _attempt_that_keeps(self, call: str) -> _Attempt:
-        """The attempt under way at a resumable step; else a StepConfigurationError."""
+    def _progress(self, call: str) -> _Progress:
+        """Of the attempt under way at a resumable step; else a StepConfigurationError."""
         attempt = self._attempt
         if attempt is None:
             raise StepConfigurationError(f"{self._label}: {call} is for the body of a step with @step(resumable=True)")
         name = attempt.execution.step_name
         is_resumable = self._definition(name).resumable
         _require(is_resumable, f"{self.type}.{name}", f"{call} needs a cursor: declare it with @step(resumable=True)")
-        return attempt
+        return attempt.progress
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -1975,24 +1923,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     @classmethod
     def graph(cls) -> str:
         """The class as a Mermaid flowchart: its steps, the waits between them, conditions and policies."""
-        lines, last = ["flowchart TD", _mermaid_node("start", "([{}])", cls.__name__)], "start"
-        for number, each in enumerate(cls.steps, 1):
-            notes = [_signal_note(each)] if each.wait_for else []
-            notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
-            notes += ["transactional"] if each.transactional else []
-            notes += ["resumable"] if each.resumable else []
-            notes += [_policy_note(each.policy)] if each.policy else []
-            wait = f'|"{_span(each.wait)}"|' if each.wait else ""
-            lines.append(_mermaid_node(f"{last} -->{wait} step{number}", "[{}]", each.name, *notes))
-            last = f"step{number}"
-        lines.append(_mermaid_node(f"{last} --> finished", "([{}])", "finished"))
-        conditions, policies = cls._blueprint.cancel_ifs, cls._blueprint.policies
-        if conditions:
-            lines.append(_mermaid_node("conditions", "[{}]", "before each step: cancel if", *conditions))
-            lines.append(_mermaid_node("conditions -.-> canceled", "([{}])", "canceled"))
-        if policies:
-            lines.append(_mermaid_node("policies", "[{}]", "in every step", *map(_policy_note, reversed(policies))))
-        return "\n".join(lines)
+        return _flowchart(cls)
 
     @property
     def previous_step_name(self) -> str | None:
@@ -2164,7 +2095,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 "create(), cancel(), pause(), skip(), resume(), or Workflow.update() if you know better"
             )
         context, text, drive = self.context, _dump_object(self.context), _drive()
-        may_be_undone = drive._db.in_transaction()
+        may_be_undone = drive._access.database.in_transaction()
 
         def merge() -> _Context | None:
             row = Workflow._lock(Workflow.id == self.id)
@@ -2177,18 +2108,24 @@ class Workflow(_Record, metaclass=_WorkflowType):
             row._write(context=merged)
             return merged
 
-        merged = drive._transact(merge)
+        merged = drive._access.transact(merge)
         if merged is not None and may_be_undone:  # then the changes are to be written again
-            context.at_commit = drive._after_commit(functools.partial(setattr, context, "read", text))
+            context.at_commit = drive._access.after_commit(functools.partial(setattr, context, "read", text))
         elif merged is not None:
             context.follow(merged)
         self._dirty.discard("context")
         return int(merged is not None)
 
+    def _as_read(self) -> dict[str, Any]:
+        """What finds the row as long as nobody wrote what others may write to at any time."""
+        options = self.options
+        read = None if options is None else _ReadText(getattr(options, "read", None) or _encode_json(options))
+        return {"context": _ReadText(self.context.read), "options": read}
+
     def _take_over(self, other: _Record) -> None:
         mine = self.context
         super()._take_over(other)
-        if mine is not None and mine.at_commit in _drive()._db._state.commit_callbacks:
+        if mine is not None and mine.at_commit in _drive()._access.database._state.commit_callbacks:
             mine.at_commit()  # what the transaction under way has saved is in the other one
         if mine is not None and mine.is_changed():  # and not saved: it must not get lost
             self.__data__["context"], _ = mine.onto(self.context.read)
@@ -2208,8 +2145,106 @@ def _count_ongoing(query: Any, *columns: Any) -> list[Any]:
 
 Workflow._blueprint = _Blueprint(Workflow, frozenset())
 
-#: What others may write to while a step is performed, and the next one is to see. The rest of the row is known.
-OF_OTHERS: list[Any] = [Workflow.context, Workflow.options]
+# ==== Starting: workflows and their first executions ==================================================================
+
+
+class _Start:
+    """Starts workflows of one class; all of it but the heroes is checked before anything is written."""
+
+    def __init__(
+        self, cls: type[Workflow], allow_multiple: bool = False, context: _Json = None, options: _Json = None
+    ) -> None:
+        where, self.cls, self.drive = f"{cls.__name__}.create()", cls, _drive()
+        _require(cls.steps, where, "the class has no steps; was a @step decorator forgotten?")
+        if not isinstance(allow_multiple, bool):
+            raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
+        if options is not None:
+            options = _checked_options(options, f"{where}: options")
+        for definition in cls.steps:
+            asked = cls._huey_options(definition.name, options)
+            self.drive._dispatch.check_route(f"{cls.__name__}.{definition.name}", asked)
+        self.columns = {
+            **Workflow._meta.get_default_dict(),
+            "type": cls.workflow_type,
+            "current_step_name": cls.steps[0].name,
+            "allow_multiple": allow_multiple,
+            "context": _Context("{}" if context is None else _dump_object(context)),
+            "options": options,
+            "transitioned_at": None,
+        }
+
+    def values(self, hero_type: str | None, hero_id: str | None) -> dict[str, Any]:
+        """The columns of a new workflow of a hero."""
+        hero = {"hero_type": hero_type, "hero_id": hero_id}
+        return {**self.columns, **hero, "token": uuid.uuid4().hex, "created_at": self.drive._now()}
+
+    def insert(self, values: dict[str, Any]) -> Workflow:
+        """Insert a workflow, with its first execution."""
+        access, tried_on = self.drive._access, list[Any]()
+        is_atomic = access.dialect.is_one_statement and not self.drive._dispatch.has_shared
+
+        def insert() -> Workflow:
+            tried_on.append(access.database.connection())
+            return self._inserted(values, is_again=tried_on[0] is not tried_on[-1])
+
+        return access.transact(insert, is_atomic=is_atomic)
+
+    def _inserted(self, values: dict[str, Any], is_again: bool) -> Workflow:
+        """Insert it; or find it, where a try before was committed as its connection went."""
+        first, workflow, access = self.cls.steps[0], self.cls._made(values, 0), self.drive._access
+        begins = StepExecution._scheduled_values(workflow, 1, first.name, values["created_at"] + first.wait)
+        ids = self._ids(values) if is_again else None
+        workflow.__data__["id"], execution_id = ids or access.dialect.create(access.database, values, begins)
+        self.drive._announce(workflow, None, READY)  # before a worker is woken, which announces what follows
+        self.drive._dispatch.send([StepExecution._made({**begins, "workflow": workflow.id}, execution_id)])
+        return cast(Workflow, workflow)
+
+    @staticmethod
+    def _ids(values: dict[str, Any]) -> tuple[int, int] | None:
+        """The ids of the workflow that was inserted with these values, if it was, and of its first execution."""
+        workflow = Workflow._row(**{name: values[name] for name in ("hero_type", "hero_id", "token")})
+        first = workflow and StepExecution._row(workflow=workflow.id, number=1)
+        return first and (workflow.id, first.id)
+
+    def insert_many(self, rows: list[dict[str, Any]], on_conflict: str) -> int:
+        """Insert workflows, with their first executions; returns how many were."""
+        ignore = self.drive._access.dialect.ignore
+        Workflow._insert_rows(rows, lambda model, new: model.insert(new).on_conflict(action=ignore))
+        # Found through the index of ongoing workflows; the token tells ours from those that were there before.
+        query = Workflow.select(Workflow.token, Workflow.id).where(
+            (Workflow.type == self.cls.workflow_type)
+            & Workflow.hero_type.in_({row["hero_type"] for row in rows})
+            & Workflow.hero_id.in_([row["hero_id"] for row in rows])
+            & _ongoing_rows()
+        )
+        ids = dict(query.tuples())
+        created = [self.cls._made(row, ids[row["token"]]) for row in rows if row["token"] in ids]
+        if len(created) < len(rows) and on_conflict == "raise":
+            row = next(row for row in rows if row["token"] not in ids)
+            raise AlreadyOngoingError(row, _ongoing_id(row))
+        for workflow in created:
+            self.drive._announce(workflow, None, READY)
+        if created:
+            self._schedule(created)
+        return len(created)
+
+    def _schedule(self, workflows: list[Workflow]) -> None:
+        """Insert the first executions of new workflows."""
+        first, now = self.cls.steps[0], self.drive._now()
+        same = StepExecution._scheduled_values(workflows[0], 1, first.name, now + first.wait)
+        rows = [{**same, "workflow": each.id, "job_id": _job_id(now)} for each in workflows]
+        StepExecution._insert_rows(rows, lambda model, new: model.insert(new))
+        of_these = StepExecution.workflow.in_([each.id for each in workflows])
+        ids = dict(StepExecution.select(StepExecution.workflow, StepExecution.id).where(of_these).tuples())
+        self.drive._dispatch.send([StepExecution._made(row, ids[row["workflow"]]) for row in rows])
+
+
+def _ongoing_id(values: Mapping[str, Any]) -> int | None:
+    """The id of the ongoing workflow of this type and hero, if there is one, in spite of any old snapshot."""
+    same = [getattr(Workflow, name) == values[name] for name in ("type", "hero_type", "hero_id")]
+    workflow = Workflow._lock(*same, _ongoing_rows())
+    return workflow and workflow.id
+
 
 # ==== Calls from outside of a step ====================================================================================
 
@@ -2246,8 +2281,7 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
 def _wake(drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> None:
     """Have an execution that waits run: not before its time, and to see for itself what signals there are."""
     due = max(execution.scheduled_for, drive._now())
-    route = drive._route(workflow, execution.step_name)
-    drive._enqueue_again(execution, route, state=SCHEDULED, scheduled_for=due)
+    drive._dispatch.put_in_queue(workflow, execution, state=SCHEDULED, scheduled_for=due)
 
 
 def _must_wait(workflow: Workflow, definition: StepDefinition, execution: StepExecution | None = None) -> bool:
@@ -2281,16 +2315,18 @@ def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | No
     workflow._write(state=CANCELED, current_step_name=None, transitioned_at=drive._now(), pause_requested=False)
 
 
-def _paused(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+def _paused(drive: GenevaDrive, workflow: Workflow, active: Any) -> None:
     if workflow.state == PERFORMING:
         workflow._write(pause_requested=True)  # obeyed by whoever records the running step
     else:
         workflow._write(state=PAUSED, transitioned_at=drive._now())
+        if active:
+            active._write(queue=None)
 
 
 def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
     following, now = workflow._step_after(cast(str, workflow.current_step_name)), drive._now()
-    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now, "signal_id": None}
+    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now, "signal_id": None, "queue": None}
     WorkflowSignal._consume_given(workflow, workflow.current_step_name, now)
     if active:
         active._write(**ended)
@@ -2308,11 +2344,11 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     if active:
         waits_for = definition.wait_for if active.state == WAITING else active.waiting_for  # it may have been renamed
         active._write(reattempts=0, recoveries=0, waiting_for=waits_for)
+        workflow._write(state=READY, transitioned_at=None)
         if active.state == WAITING and not _must_wait(workflow, definition, active):
             _wake(drive, workflow, active)
         else:
-            drive._enqueue_again(active, drive._route(workflow, definition.name))
-        workflow._write(state=READY, transitioned_at=None)
+            drive._dispatch.put_in_queue(workflow, active)
     else:
         number = StepExecution.number == workflow.execution_count
         newest = StepExecution._lock(number & (StepExecution.workflow == workflow.id))
@@ -2331,7 +2367,7 @@ def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None,
 
 def _drop(drive: GenevaDrive, active: StepExecution | None) -> None:
     if active and active.state != IN_PROGRESS:  # which records by itself what came of it
-        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now(), signal_id=None)
+        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now(), signal_id=None, queue=None)
 
 
 def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
@@ -2358,6 +2394,11 @@ class StepExecution(_Record):
     state: peewee.Field[str] = _NameField()
     outcome: peewee.Field[str | None] = _NameField(null=True)
     scheduled_for: peewee.Field[datetime] = _UtcField()
+    #: The queue that gives it out, with which priority, and when; null while nobody is to take it.
+    queue: peewee.Field[str | None] = _NameField(null=True)
+    priority: peewee.Field[int | None] = peewee.IntegerField(null=True)
+    due_at: peewee.Field[datetime | None] = _UtcField(null=True)
+    #: When a message for it was last sent, where its queue is a Huey of the application's.
     enqueued_at: peewee.Field[datetime | None] = _UtcField(null=True)
     started_at: peewee.Field[datetime | None] = _UtcField(null=True)
     heartbeat_at: peewee.Field[datetime | None] = _UtcField(null=True)
@@ -2390,7 +2431,7 @@ class StepExecution(_Record):
     @property
     def _due(self) -> datetime | None:
         """When it is to be performed; None if it waits for a signal without a limit."""
-        return self.times_out_at if self.state == WAITING else self.scheduled_for
+        return _due(self.__data__)
 
     def execute(self) -> bool:
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
@@ -2414,25 +2455,24 @@ class StepExecution(_Record):
         return True
 
     @classmethod
-    def _with_workflow(cls, execution_id: int, as_json: bool = False) -> Any:
-        """The row and its workflow's in one statement, or None; the statement may make one column of them."""
+    def _with_workflow(cls, execution_id: int) -> StepExecution | None:
+        """The row and its workflow's, read together."""
+        blank = _Blank.value(cast(Any, cls.id), "id")
+        built = _drive()._access.statement(cls._meta.database, "claim", lambda: cls._joined().where(cls.id == blank))
+        values = built.execute({"id": execution_id}).fetchone()
+        return cls._from_joined(values) if values else None
 
-        def query() -> Any:
-            columns: list[Any] = [*cls._meta.sorted_fields, *Workflow._meta.sorted_fields]
-            if as_json:
-                columns = [peewee.fn.json_array(*map(_as_bytes, columns))]
-            return cls.select(*columns).join(Workflow).where(cls.id == _Blank.value(cast(Any, cls.id), "id"))
+    @classmethod
+    def _joined(cls) -> Any:
+        """A query of executions and of their workflows, for `_from_joined()`."""
+        return cls.select(*cls._meta.sorted_fields, *Workflow._meta.sorted_fields).join(Workflow)
 
-        found = _drive()._statement(cls._meta.database, ("claim", as_json), query).execute({"id": execution_id})
-        values = found.fetchone()
-        if as_json and values:
-            values = values[0] and json.loads(values[0])  # nothing, where max_allowed_packet is too small for it
-        if not values:
-            return None
+    @classmethod
+    def _from_joined(cls, values: Sequence[Any]) -> StepExecution:
         width = len(cls._columns())
         execution = cls._from_columns(values[:width])
         execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
-        return execution
+        return cast(StepExecution, execution)
 
     @classmethod
     def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
@@ -2448,35 +2488,49 @@ class StepExecution(_Record):
         return {**cls._meta.get_default_dict(), **values, "created_at": _drive()._now()}
 
     @classmethod
-    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any) -> StepExecution:
-        """Insert an execution: queued for its time, or waiting for a signal."""
+    def _scheduled_values(
+        cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any
+    ) -> dict[str, Any]:
+        """The columns of one that is to be performed, or to wait; in its queue, if its workflow is ready."""
         values = cls._new_values(workflow, number, step_name, due, **carried)
         values.update(_beginning(workflow, values))
-        values.update(cls._queued(values))
+        return {**values, **_place_in_queue(workflow, values, workflow.state)}
+
+    @classmethod
+    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any) -> StepExecution:
+        """Insert one that is to be performed, or to wait."""
+        values = cls._scheduled_values(workflow, number, step_name, due, **carried)
         execution = cls._made(values, cls._insert_row(values))
-        _drive()._enqueue([execution], _drive()._route(workflow, step_name))
-        return execution
+        _drive()._dispatch.send([execution])
+        return cast(StepExecution, execution)
 
-    @classmethod
-    def _queued(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns for a message, if a new execution is to have one: not if it waits without a limit."""
-        if values["state"] == WAITING and not values["times_out_at"]:
-            return {}
-        return {"enqueued_at": values["created_at"], "job_id": _job_id(values["created_at"])}
 
-    @classmethod
-    def _schedule_first(cls, workflows: list[Workflow]) -> None:
-        """Insert and queue the first executions of new workflows of one class."""
-        drive = _drive()
-        first, now = workflows[0].steps[0], drive._now()
-        same = cls._new_values(workflows[0], 1, first.name, now + first.wait)
-        same.update(_beginning(workflows[0], same), enqueued_at=now)
-        rows = [{**same, "workflow": workflow.id, "job_id": _job_id(now)} for workflow in workflows]
-        cls._insert_rows(rows, lambda model, new: model.insert(new))
-        query = cls.select(cls.workflow, cls.id).where(cls.workflow.in_([workflow.id for workflow in workflows]))
-        ids = dict(query.tuples())
-        executions = [cls._made(row, ids[row["workflow"]]) for row in rows]
-        drive._enqueue(executions, drive._route(workflows[0], first.name))
+def _due(values: Mapping[str, Any]) -> datetime | None:
+    """When an execution with these columns is to be performed; None if it waits for a signal without a limit."""
+    return cast("datetime | None", values["times_out_at" if values["state"] == WAITING else "scheduled_for"])
+
+
+def _place_in_queue(
+    workflow: Workflow,
+    values: Mapping[str, Any],
+    workflow_state: str,
+    not_before: datetime = EPOCH,
+    route: _Route | None = None,
+) -> dict[str, Any]:
+    """The columns by which an execution is given out: this is where it is decided which are.
+
+    What is scheduled, or waits with a limit, is in a queue as long as its workflow is ready, and nothing else is.
+
+    :param values: the execution's columns.
+    :param route: the queue and priority, where the class is not to be asked.
+    """
+    due, drive = _due(values), _drive()
+    if workflow_state != READY or values["state"] not in TO_CLAIM or due is None:
+        return {"queue": None}
+    queue, priority = route or drive._dispatch.route(workflow, values["step_name"])
+    now = drive._now()
+    place = {"queue": queue, "priority": priority, "due_at": max(due, not_before), "job_id": _job_id(now)}
+    return {**place, "enqueued_at": now}
 
 
 class WorkflowSignal(_Record):
@@ -2534,33 +2588,30 @@ class _Verdict:
     rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
 
 
-#: What was written: to the workflow, and to the execution; the attempt at the step that follows, if it is claimed.
-_Recorded: TypeAlias = "tuple[dict[str, Any], dict[str, Any], _Attempt | None]"
-
-
 class _Attempt:
     """An execution that this process has claimed."""
 
-    def __init__(
-        self,
-        drive: GenevaDrive,
-        workflow: Workflow,
-        execution: StepExecution,
-        is_run_on: bool = False,
-        reserved_id: int | None = None,
-    ):
-        self.drive, self.workflow, self.execution, self.is_run_on = drive, workflow, execution, is_run_on
+    def __init__(self, drive: GenevaDrive, execution: StepExecution, is_run_on: bool = False) -> None:
+        self.drive, self.workflow, self.execution, self.is_run_on = drive, execution.workflow, execution, is_run_on
+        self.is_begun = False
         self.signal: WorkflowSignal | None = None  # the one that the body is given
-        self.has_looked = execution.signal_id is not None  # at signals that were not for it, before this attempt
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
         self.around: dict[Database, tuple[Any, int]] = {}  # the transactions around the user code under way
         self.leaving: BaseException | None = None  # what that raised by calling a flow control method
         self.must_stay = False  # in this thread, on its connection
-        self.has_loop, self.has_checkpoint = False, False
-        self.charset = "utf-8"  # of the texts that it records
-        # Of the execution that follows, for its message; on MariaDB, what stands there for it.
-        self.reserved_id = STAND_IN if drive._dialect == "mysql" else reserved_id
+        self.progress = _Progress(self)
+
+    # -- claiming ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def take(cls, drive: GenevaDrive, queue: str) -> _Attempt | None:
+        """Claim what is due first in a queue of the drive's own; None if nothing is."""
+        while execution := drive._access.dialect.take(drive, queue):
+            if attempt := cls(drive, execution)._accepted(queue):
+                _heartbeat.add(attempt)  # it has to outlive Huey's hooks
+                return attempt
+        return None
 
     @classmethod
     def claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None = None) -> _Attempt | None:
@@ -2569,57 +2620,85 @@ class _Attempt:
         :param queue: the one whose message asks for it: what is not due yet, or not defined here, is queued again.
         :returns: None if it is not to be run, or not by us.
         """
-        # The message is gone from the queue: without a claim, the execution waits until it is overdue.
-        return drive._transact(
-            lambda: cls._claim(drive, execution_id, queue),
-            PATIENCE_SECONDS,
-            lambda: cls._claim_at_once(drive, execution_id),
-        )
+        for _ in range(TRANSACTION_TRIES):
+            execution = cls._claimable(drive, execution_id, queue)
+            # The message is gone from the queue: without a claim, the execution waits until it is overdue.
+            if execution is None or cls._get(drive, execution, PATIENCE_SECONDS):
+                return execution and cls(drive, execution)._accepted(queue)
+            # Claimed meanwhile, or changed in what does not matter: its context, most likely.
+        return None
 
     @classmethod
-    def _claim(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> _Attempt | None:
-        execution = StepExecution._with_workflow(execution_id)
+    def _claimable(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> StepExecution | None:
+        """The execution with its workflow, if it is to be run, and by us."""
+        execution = drive._access.repeat(lambda: cls._read(drive, execution_id), PATIENCE_SECONDS)
         if execution is None or execution.state not in TO_CLAIM or execution.workflow.state != READY:
             return None
-        workflow, due, now = execution.workflow, execution._due, drive._now()
-        problem = workflow._undefined()
-        if problem:
+        problem, due = execution.workflow._undefined(), execution._due
+        if problem and not queue:
             logger.error("execution %s stays scheduled: %s", execution_id, problem)
             return None
-        is_early = due is None or due > now
-        if is_early and queue:
-            drive._enqueue_again(execution, drive._route(workflow, execution.step_name))
-        if is_early and (queue or execution.state == WAITING):
-            return None
-        if queue and drive._put_off(execution, queue):
-            return None
-        if not Workflow._update_row({"state": PERFORMING}, **_fence(workflow, execution, READY)):
-            return None
-        execution._write(**_claim_columns(now))
-        return cls._begun(drive, workflow, execution)
+        if due is None or due > drive._now():
+            if queue and due:
+                drive._dispatch.send([execution])
+            if queue or execution.state == WAITING:
+                return None
+        return execution
 
     @classmethod
-    def _claim_at_once(cls, drive: GenevaDrive, execution_id: int) -> _Attempt | None:
-        """What `_claim()` does most of the time, in one statement besides the reading; None if it is another time."""
-        execution, now = StepExecution._with_workflow(execution_id, drive._dialect in READ_AS_JSON), drive._now()
-        if execution is None or execution.state != SCHEDULED or execution.scheduled_for > now:
-            return None
-        workflow, claim = execution.workflow, _claim_columns(now)
-        if workflow._undefined() or workflow._find(execution.step_name) is None:
-            return None
-        moved = _Move({"state": PERFORMING}, _fence(workflow, execution, READY), claim, execution_id).at_once()
-        if moved is None:
-            return None
-        execution.__data__.update(claim)
-        return cls._begun(drive, workflow, execution, moved.reserved_id)
+    def _read(cls, drive: GenevaDrive, execution_id: int) -> StepExecution | None:
+        execution = StepExecution._with_workflow(execution_id)
+        if execution and drive._access.database.in_transaction():  # whose snapshot may be old: locks tell what is there
+            workflow = Workflow._lock(Workflow.id == execution.workflow_id)
+            execution = workflow and StepExecution._lock(StepExecution.id == execution_id)
+            if execution:
+                execution.__rel__["workflow"] = workflow
+        return execution
 
     @classmethod
-    def _begun(
-        cls, drive: GenevaDrive, workflow: Workflow, execution: StepExecution, reserved_id: int | None = None
-    ) -> _Attempt:
+    def _get(cls, drive: GenevaDrive, execution: StepExecution, insist_seconds: float | None = None) -> bool:
+        """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours."""
+        workflow, claim = execution.workflow, _claim_columns(drive._now())
+        fence = {**_fence(workflow, execution, READY), **workflow._as_read()}
+        move = _Move({"state": PERFORMING}, fence, claim, {"id": execution.id, "due_at": execution.due_at})
+        if drive._access.move(move, insist_seconds) is None:
+            return False
         workflow.__data__["state"] = PERFORMING
-        drive._announce(workflow, READY, PERFORMING)
-        return cls(drive, workflow, execution, reserved_id=reserved_id)
+        execution.__data__.update(claim)
+        return True
+
+    def _accepted(self, queue: str | None) -> _Attempt | None:
+        """Itself; None where its step is not defined here, as in a deploy, for which other code runs beside ours."""
+        workflow, execution = self.workflow, self.execution
+        problem = workflow._undefined()
+        if queue and not problem and workflow._find(execution.step_name) is None:
+            overdue = self._overdue()
+            # In immediate mode there is no other consumer of the queue, and what is scheduled never comes.
+            if overdue < self.drive.undefined_step_grace and not self.drive.queues[queue].immediate:
+                problem = str(StepNotDefinedError(workflow, execution.step_name))
+        if problem:
+            self.put_off(problem, cast(str, queue))
+            return None
+        self.drive._announce(workflow, READY, PERFORMING)
+        return self
+
+    def put_off(self, problem: str, queue: str) -> None:
+        """Give the claim back, for a little later, in the same queue: the longer it has been due, the later."""
+        shortest, longest = PUT_OFF_FOR
+        delay = min(max(self._overdue(), shortest), longest)
+        _heartbeat.remove(self)
+        with contextlib.suppress(_ClaimLost):
+            route = queue, self.execution.priority or 0  # what does not define the step does not know it
+            _Recording(self).put_back({"state": SCHEDULED}, self.drive._now() + delay, route)
+        note = "execution %s is put off for %s: %s", self.execution.id, _span(delay), problem
+        self.drive._access.after_commit(lambda: logger.warning(*note))
+
+    def _overdue(self) -> timedelta:
+        """For how long it has been due: since its time to wait for a signal was over, if it was."""
+        now, moments = self.drive._now(), (self.execution.scheduled_for, self.execution.times_out_at)
+        return now - max((each for each in moments if each and each <= now), default=now)
+
+    # -- one attempt ------------------------------------------------------------------------------------------------
 
     def run(
         self, may_run_on: Callable[[], bool] = lambda: False, is_draining: Callable[[], bool] = lambda: False
@@ -2631,7 +2710,7 @@ class _Attempt:
         :returns: the attempt at the next step, if it was claimed.
         :raises BaseException: the step's error, if it is to leave the task.
         """
-        following, recorded = None, True
+        following, recorded, self.is_begun = None, True, True
         self.workflow._attempt, self.is_draining = self, is_draining
         _heartbeat.add(self)
         try:
@@ -2682,13 +2761,12 @@ class _Attempt:
         is_late = time.monotonic() - self.claimed > 1 or has_hooks or step_finished._receiver_list
         if not self.is_run_on or not is_late:
             return None
-        row = self.drive._repeat(lambda: Workflow.get_or_none(Workflow.id == self.workflow.id))
-        execution = self.drive._repeat(lambda: StepExecution.get_or_none(StepExecution.id == self.execution.id))
-        if row is None or execution is None or execution.state != IN_PROGRESS:
+        execution = self.drive._access.repeat(lambda: StepExecution._with_workflow(self.execution.id))
+        if execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost(_Verdict("step", "return"))
-        if row.state == CANCELED:
+        if execution.workflow.state == CANCELED:
             return _Verdict("step", "cancel")
-        return _Verdict("step", "pause") if row.pause_requested else None
+        return _Verdict("step", "pause") if execution.workflow.pause_requested else None
 
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
         try:
@@ -2696,19 +2774,20 @@ class _Attempt:
         except StepNotDefinedError as error:  # no policy has a say in this
             verdict = _Verdict("error", "pause", error=error, surfaces=True)
             return verdict, self._record(verdict)
-        self.drive._open_connection()  # a receiver may have closed it
-        is_ours = definition.transactional and not self.drive._db.in_transaction()
+        access = self.drive._access
+        access.open()  # a receiver may have closed it
+        is_ours = definition.transactional and not access.database.in_transaction()
         for tries in range(1, TRANSACTION_TRIES + 1):
             try:
                 if definition.transactional:
-                    with self.drive._begin():
+                    with access.begin():
                         verdict = self._perform(definition)
                         return verdict, self._record(verdict, may_run_on)
                 verdict = self._perform(definition)
             except _ClaimLost:
                 raise
             except BaseException as error:
-                if is_ours and tries < TRANSACTION_TRIES and _is_transient(error):
+                if is_ours and tries < TRANSACTION_TRIES and access.is_transient(error):
                     _give_way(tries)
                     self._start_over()
                     continue
@@ -2721,22 +2800,22 @@ class _Attempt:
     def _start_over(self) -> None:
         """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
         self.workflow._attempt = self.signal = None
-        self.workflow = self.drive._repeat(lambda: Workflow.get_by_id(self.workflow.id))
+        self.workflow = self.drive._access.repeat(lambda: Workflow.get_by_id(self.workflow.id))
         self.workflow._attempt = self
 
     # -- performing -------------------------------------------------------------------------------------------------
 
     def _perform(self, definition: StepDefinition) -> _Verdict:
         """Run the step; raises whatever its body raised."""
-        db = self.drive._db
-        if not db.in_transaction():
+        database = self.drive._access.database
+        if not database.in_transaction():
             return self._perform_checked(definition)
         # In a transaction of the caller's, a test's most likely: an error of the database would doom all of it on
         # PostgreSQL. The savepoint is released after other errors: what the body wrote before them stays, as it does
         # where each statement commits by itself.
         failure: BaseException | None = None
         try:
-            with db.atomic():
+            with database.atomic():
                 try:
                     return self._perform_checked(definition)
                 except BaseException as error:
@@ -2747,11 +2826,11 @@ class _Attempt:
 
     def _perform_checked(self, definition: StepDefinition) -> _Verdict:
         self._begin_user_code(definition.transactional)
-        depth = self._depth_around(self.drive._db)
+        depth = self.depth_around(self.drive._access.database)
         try:
             verdict = self._flow(definition)
         finally:
-            left_open = self.drive._roll_back_to(depth)
+            left_open = self.drive._access.roll_back_to(depth)
         if left_open:
             raise TransactionLeftOpenError(f"the step {self.execution.step_name}")
         if self.workflow.context.is_changed():
@@ -2788,8 +2867,8 @@ class _Attempt:
         return _Verdict("step", "return")
 
     def _begin_user_code(self, must_stay: bool = False) -> None:
-        self.drive._open_connection()  # where autoconnect is off, what ran before may have closed it
-        databases, self.must_stay = self.drive._databases(), must_stay
+        self.drive._access.open()  # where autoconnect is off, what ran before may have closed it
+        databases, self.must_stay = self.drive._access.databases(), must_stay
         self.leaving, self.around = None, {each: (each._state.transactions, _depth(each)) for each in databases}
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2797,8 +2876,8 @@ class _Attempt:
         self._leave_after_all()  # what surrounds a body may have swallowed a call before it
         result = function(*arguments)
         if result is not None:
-            result = _finished(result, f"{self._where}: {_name_of(function)}()", self.must_stay)
-        self.drive._open_connection()
+            result = _finished(result, f"{self.where}: {_name_of(function)}()", self.must_stay)
+        self.drive._access.open()
         self._leave_after_all()
         return result
 
@@ -2806,7 +2885,7 @@ class _Attempt:
         """End the user code that calls a flow control method; one that was refused remains its error."""
         if not isinstance(self.leaving, FlowControlInTransactionError):
             self.leaving = _FlowControl(call, wait, rewind)
-            if any(_depth(each) > self._depth_around(each) for each in self.drive._databases()):
+            if any(_depth(each) > self.depth_around(each) for each in self.drive._access.databases()):
                 self.leaving = FlowControlInTransactionError(self.workflow, call, self.execution.step_name)
         raise self.leaving
 
@@ -2817,10 +2896,15 @@ class _Attempt:
             self.workflow.logger.warning(problem, self.leaving)
             raise self.leaving
 
-    def _depth_around(self, database: Database) -> int:
+    def depth_around(self, database: Database) -> int:
         """The depth of transactions at which the user code began; another thread or connection began at none."""
         transactions, depth = self.around.get(database, (None, 0))
         return depth if transactions is database._state.transactions else 0
+
+    @property
+    def where(self) -> str:
+        """How to call the step in a message."""
+        return f"{self.workflow.type}.{self.execution.step_name}"
 
     def _find_signal(self, definition: StepDefinition) -> bool:
         """Give the workflow the first signal that is for the step, and tell whether there is one."""
@@ -2828,7 +2912,7 @@ class _Attempt:
         while True:
             pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
             query = WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page)
-            found = self.drive._repeat(functools.partial(list[Any], query))
+            found = self.drive._access.repeat(functools.partial(list[Any], query))
             for each in found:
                 if definition.matching is None or self.call(definition.matching, each.payload):
                     self.signal, self.workflow.signal_payload = each, each.payload
@@ -2843,14 +2927,17 @@ class _Attempt:
             return self.call(getattr(self.workflow, condition))
         return self.call(condition, self.workflow) if callable(condition) else condition
 
+    # -- judging ----------------------------------------------------------------------------------------------------
+
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
-        if _ends_process(error) or self.drive._is_connection_lost(error):  # which is the server's fault
-            return replace(self.drive._death(self.execution), error=error, surfaces=True)
+        access = self.drive._access
+        if _ends_process(error) or access.is_lost(error):  # which is the server's fault
+            return replace(self.drive._recovery.death(self.execution), error=error, surfaces=True)
         self._begin_user_code()
         if isinstance(error, peewee.PeeweeException):
-            for each in self.drive._databases():  # the hero's own among them, which the next attempt needs
-                self.drive._drop_if_dead(each, _is_gone)
+            for each in access.databases():  # the hero's own among them, which the next attempt needs
+                access.drop_if_dead(each, _is_gone)
         reattempts = self.execution.reattempts
         policy = self._policy_for(definition, error)
         decision = policy._decide(self.workflow, error, reattempts)
@@ -2869,161 +2956,144 @@ class _Attempt:
         specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
         return specific_first[0] if specific_first else PAUSE
 
-    # -- keeping a cursor -------------------------------------------------------------------------------------------
-
-    def cursor(self) -> Any:
-        """How far the step came. Read each time: a checkpoint may have been rolled back with the body's transaction."""
-        self.drive._open_connection()
-        return self.drive._repeat(
-            StepExecution.select(StepExecution.cursor).where(StepExecution.id == self.execution.id).scalar
-        )
-
-    def checkpoint(self, value: Any) -> None:
-        problem = "checkpoint() beside resume_over() would take its cursor away: make two steps of them"
-        _require(not self.has_loop, self._where, problem)
-        self._keep(value)
-
-    def resume_over(self, items: Any, key: Any, every: Any) -> Iterator[Any]:
-        where = f"{self._where}: resume_over()"
-        problem = "the step's one cursor is in use, by checkpoint() or another resume_over(): make two steps of them"
-        _require(not (self.has_loop or self.has_checkpoint), where, problem)
-        _require(_is_int(every) and every > 0, where, f"every must be a positive int, not {every!r}")
-        if isinstance(items, peewee.ModelBase):
-            items = items.select()
-        loop = (_Pages if isinstance(items, peewee.BaseQuery) else _Items)(where, items, key, every)
-        rest = loop.behind(self.cursor(), self._keep_place)
-        self.has_loop = True
-        return rest
-
-    @property
-    def _where(self) -> str:
-        return f"{self.workflow.type}.{self.execution.step_name}"
-
-    def _keep_place(self, cursor: Any) -> None:
-        problem = "resume_over() within a transaction would keep nothing before its end: begin transactions in the loop"
-        _require(_depth(self.drive._db) <= self._depth_around(self.drive._db), self._where, problem)
-        self._keep(cursor)
-
-    def _keep(self, value: Any) -> None:
-        cursor = json.loads(_dump_json(value, "the cursor"))  # as the next attempt will see it
-        self.has_checkpoint = True
-        self.drive._open_connection()
-        end = self.drive._transact(lambda: self._kept(cursor))
-        self.execution.__data__["cursor"] = cursor
-        if end is None and self.is_draining():
-            self.workflow.logger.info("handed on at a checkpoint, for the consumer drains")
-            end = "reattempt"
-        if end:
-            raise _FlowControl(end)
-
-    def _kept(self, cursor: Any) -> str | None:
-        """Write the cursor, with a heartbeat; returns how the body is to end, if it is."""
-        mine = (StepExecution.id == self.execution.id) & (StepExecution.state == IN_PROGRESS)
-        changes = {"cursor": cursor, "heartbeat_at": self.drive._now()}
-        kept = StepExecution._update_row(changes, id=self.execution.id, state=IN_PROGRESS)
-        if not kept and StepExecution._lock(mine) is None:  # MySQL counts no row that is as it was
-            return "cancel"  # recovered or deleted: whatever is said here, it will not be recorded
-        row = Workflow._row(id=self.workflow.id)  # not locked: whoever locks the two does so in the other order
-        if row is None or row.state == CANCELED:
-            return "cancel"
-        return "pause" if row.pause_requested else None
-
-    # -- recording --------------------------------------------------------------------------------------------------
-
     def _record(self, verdict: _Verdict, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
         """Commit the outcome and what follows it: the next execution, claimed already if it may run on.
 
         Raises _ClaimLost, and writes nothing, if the execution is not ours any more.
         """
-        run_on = not verdict.surfaces and may_run_on()
-        self.drive._open_connection()  # where autoconnect is off, the body may have closed it
+        run_on, access = not verdict.surfaces and may_run_on(), self.drive._access
+        access.open()  # where autoconnect is off, the body may have closed it
         try:
             try:
-                changes, outcome, following = self._commit(verdict, run_on)
+                following = _Recording(self, run_on).end(verdict)
             except (UnicodeError, peewee.PeeweeException) as error:
                 # The text of an error, which may be anything: not each connection and database takes each character.
-                is_of_text = not _is_transient(error) and not self.drive._is_connection_lost(error)
+                is_of_text = not access.is_transient(error) and not access.is_lost(error)
                 if not is_of_text or "".join(_error_columns(verdict.error).values()).isascii():
                     raise
-                self.charset = "ascii"
-                changes, outcome, following = self._commit(verdict, run_on)
+                following = _Recording(self, run_on, "ascii").end(verdict)
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         self.patience_ends = math.inf
-        before = self.workflow.state
-        self.workflow.__data__.update(changes)
-        self.execution.__data__.update(outcome)
-        self.drive._announce(self.workflow, before, self.workflow.state)
         if verdict.note:
-            self.drive._after_commit(lambda: self.workflow.logger.info("%s", verdict.note))
+            access.after_commit(lambda: self.workflow.logger.info("%s", verdict.note))
         return following
 
-    def _commit(self, verdict: _Verdict, run_on: bool) -> _Recorded:
-        # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
-        patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
-        self.patience_ends = time.monotonic() + patience
-        return self.drive._transact(
-            lambda: self._conclude(verdict, run_on), patience, lambda: self._conclude_at_once(verdict, run_on)
-        )
 
-    def _conclude(self, verdict: _Verdict, run_on: bool) -> _Recorded:
-        now = self.drive._now()
+# ==== Recording: what came of an attempt, and what follows ============================================================
+
+
+class _Move(NamedTuple):
+    """A workflow's move: its changes, if the fence holds; its execution's; the columns of the one that follows, if any.
+
+    A dialect carries it out, all or nothing.
+    """
+
+    changes: dict[str, Any]
+    fence: dict[str, Any]
+    columns: dict[str, Any]
+    execution: dict[str, Any]  # what finds its row
+    begins: _Json = None
+
+
+class _Overtaken(Exception):
+    """Rolls back a move of whose two rows one is as it was read, and the other is not."""
+
+
+class _Recording:
+    """Writes what came of an attempt: as it is planned, under the fence; or, if others said something, amended."""
+
+    def __init__(self, attempt: _Attempt, run_on: bool = False, charset: str = "utf-8") -> None:
+        self.attempt, self.run_on, self.charset = attempt, run_on, charset
+        self.drive, self.workflow, self.execution = attempt.drive, attempt.workflow, attempt.execution
+        self.access, self.now = self.drive._access, self.drive._now()
+        self.changes: dict[str, Any] = {}  # of the workflow
+        self.columns: dict[str, Any] = {}  # of the execution
+        self.follows: _Json = None  # what the next execution is made of
+        self.waits_for: StepDefinition | None = None  # the step whose execution is put back to wait
+        self.not_before = EPOCH  # for one that is put back
+        self.route: _Route | None = None  # likewise: the class's, unless it is given
+        self.consumes = False  # whether the signals that the step was given are done with
+
+    def end(self, verdict: _Verdict) -> _Attempt | None:
+        """Record the outcome; returns the attempt that follows, if it is claimed.
+
+        :raises _ClaimLost: if the execution is not ours any more; nothing is written.
+        """
         if verdict.action == "wait":
-            return *self._wait_on(now), None
-        changes, ended, follows = self._decide(verdict, run_on, now)
-        if not Workflow._update_row(changes, **self._own_fence(changes)):
-            follows = self._interrupted(changes, follows, now)
-        StepExecution._update_row(ended, id=self.execution.id)
-        _, _, then = EFFECTS[verdict.cause, verdict.action]
-        if then in ("advance", "finish") and (self.signal or self.execution.waiting_for):
-            WorkflowSignal._consume_given(self.workflow, self.execution.step_name, now)
-        return changes, ended, self._go_on(follows, changes, now) if follows else None
-
-    def _conclude_at_once(self, verdict: _Verdict, run_on: bool) -> _Recorded | None:
-        """What `_conclude()` does most of the time, with fewer statements; None if it is another time."""
-        if verdict.action == "wait" or self.signal or self.execution.waiting_for:
+            self._wait()
             return None
-        now = self.drive._now()
-        changes, ended, follows = self._decide(verdict, run_on, now)
-        if follows and self._waits(follows):  # whether its signal came is known under the lock alone
-            return None
-        begins, message = follows and self._next_values(follows, changes["state"], now), None
-        if begins and begins["state"] == SCHEDULED:
-            route = self.drive._route(self.workflow, begins["step_name"])
-            huey = self.drive.queues[route[0]]
-            if self.drive._commits_with(huey):
-                if not self.reserved_id or not isinstance(huey, _EmbeddedHuey):
-                    return None
-                begins["id"] = self.reserved_id
-                message = _Message(huey, self.drive._task(StepExecution._made(begins, self.reserved_id), route))
-        moved = _Move(changes, self._own_fence(changes), ended, self.execution.id, begins, message).at_once()
-        if moved is None:
-            return None
-        if message:
-            message.sent(cast(int, moved.execution_id))
-        return changes, ended, self._follow(changes, begins, moved) if begins and not message else None
-
-    def _decide(self, verdict: _Verdict, run_on: bool, now: datetime) -> tuple[dict[str, Any], dict[str, Any], _Json]:
-        """What is to be written: to the workflow, to the execution, and of the one that follows, if any."""
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
-        ended = {"state": state, "outcome": outcome, "finished_at": now}
-        ended.update(_error_columns(verdict.error, self.charset))
-        ended["signal_id"] = self.signal and self.signal.id
-        follows = self._what_follows(verdict, then, now)
-        workflow_state = WORKFLOW_STATE_AFTER[then] if follows or then != "advance" else FINISHED
-        if follows and run_on and self._runs_on(follows, now):
+        signal = self.attempt.signal
+        self.columns = {"state": state, "outcome": outcome, "finished_at": self.now, "signal_id": signal and signal.id}
+        self.columns.update(_error_columns(verdict.error, self.charset))
+        self.follows = self._what_follows(verdict, then)
+        self.consumes = then in ("advance", "finish") and bool(signal or self.execution.waiting_for)
+        workflow_state = WORKFLOW_STATE_AFTER[then] if self.follows or then != "advance" else FINISHED
+        if self.follows and self.run_on and self._runs_on(self.follows):
             workflow_state = PERFORMING
-        changes = {
+        self.changes = {
             "state": workflow_state,
-            "current_step_name": follows["step_name"] if follows else None,
-            "execution_count": self.execution.number + bool(follows),
-            "transitioned_at": None if workflow_state in (READY, PERFORMING) else now,
+            "current_step_name": self.follows["step_name"] if self.follows else None,
+            "execution_count": self.execution.number + bool(self.follows),
+            "transitioned_at": None if workflow_state in (READY, PERFORMING) else self.now,
         }
         if then == "pause":
-            changes["current_step_name"] = self.execution.step_name
+            self.changes["current_step_name"] = self.execution.step_name
         if self.workflow.context.is_changed():
-            changes["context"] = self._merged_context(self.workflow.context.read)
-        return changes, ended, follows
+            self.changes["context"] = self._merged_context(self.workflow.context.read)
+        return self._commit()
+
+    def put_back(self, columns: dict[str, Any], not_before: datetime = EPOCH, route: _Route | None = None) -> None:
+        """Give the claim back: the execution is in its queue again, with these columns.
+
+        :raises _ClaimLost: if the execution is not ours any more; nothing is written.
+        """
+        self.changes, self.not_before, self.route = {"state": READY}, not_before, route
+        self.columns = {"started_at": None, "heartbeat_at": None, "performed_by": None, **columns}
+        self._commit()
+
+    def _wait(self) -> None:
+        """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""
+        definition, limit = self.workflow._definition(self.execution.step_name), self.execution.times_out_at
+        if limit is None and definition.timeout is not None:  # it began when the step did not wait yet
+            limit = self.now + definition.timeout
+        self.waits_for = definition
+        waits: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
+        self.put_back({**waits, "signal_id": self.execution.signal_id})
+
+    # -- planning ---------------------------------------------------------------------------------------------------
+
+    def _what_follows(self, verdict: _Verdict, then: str) -> dict[str, Any] | None:
+        """The columns of the next execution that the decision makes, or None."""
+        execution, progress = self.execution, self.attempt.progress
+        if then == "advance":
+            definition = self.workflow._step_after(execution.step_name)
+            return {"step_name": definition.name, "due": self.now + definition.wait} if definition else None
+        if then == "repeat":
+            cursor = progress.cursor() if progress.has_checkpoint else execution.cursor
+            return {
+                "step_name": execution.step_name,
+                "due": self.now + verdict.wait,
+                "reattempts": execution.reattempts + (verdict.cause == "error"),
+                "recoveries": execution.recoveries + (verdict.cause == "death"),
+                "times_out_at": execution.times_out_at,
+                "cursor": None if verdict.rewind else cursor,
+            }
+        return None
+
+    def _runs_on(self, follows: dict[str, Any]) -> bool:
+        """Whether the next execution is due now, on the queue and with the priority that we are on."""
+        # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
+        if follows["due"] > self.now or self._has_to_wait(follows):
+            return False
+        route = functools.partial(self.drive._dispatch.route, self.workflow)
+        return route(follows["step_name"]) == route(self.execution.step_name)
+
+    def _has_to_wait(self, follows: dict[str, Any]) -> bool:
+        """Whether the step that follows is one that waits for a signal."""
+        definition = self.workflow._find(follows["step_name"])
+        return definition is not None and definition.wait_for is not None
 
     def _merged_context(self, text: str) -> _Context:
         """A context, by the changes that the attempt made in its own."""
@@ -3032,128 +3102,137 @@ class _Attempt:
             self.workflow.logger.warning("of the context, what is not JSON or too long was not kept: %s", misfits)
         return merged
 
-    def _own_fence(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """What finds the workflow's row, unless others said something about it, or wrote the context, meanwhile."""
+    # -- committing -------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> _Attempt | None:
+        # As long as the claim is ours: then another process may perform the step, and this one's outcome is void.
+        patience = max(PATIENCE_SECONDS, self.drive.stuck_in_progress_threshold.total_seconds())
+        self.attempt.patience_ends = time.monotonic() + patience
+        written = None if self._needs_lock() else self._write_as_planned(patience)
+        return self._apply(written or self.access.transact(self._write_amended, patience))
+
+    def _needs_lock(self) -> bool:
+        """Whether what is to be written is known under the lock alone, or a message is to be sent along with it."""
+        is_about_signals = self.waits_for or self.consumes or (self.follows and self._has_to_wait(self.follows))
+        return bool(is_about_signals) or self.drive._dispatch.has_shared
+
+    def _write_as_planned(self, patience: float) -> _Written | None:
+        """In one move, as most outcomes of most steps are; None, and nothing is written, if the fence does not hold."""
+        state = self.changes["state"]
+        columns, begins = self._placed(self.columns, state), self._next(state)
+        move = _Move(self.changes, self._fence(), columns, {"id": self.execution.id}, begins)
+        following_id = self.access.move(move, patience)
+        return None if following_id is None else _Written(self.changes, columns, begins, following_id)
+
+    def _fence(self) -> dict[str, Any]:
+        """What finds the workflow's row, unless others said something, or wrote what is to be read, meanwhile."""
         fence = {**_fence(self.workflow, self.execution, PERFORMING), "pause_requested": False}
-        return {**fence, "context": _ReadText(self.workflow.context.read)} if "context" in changes else fence
+        as_read = self.workflow._as_read()
+        if self.changes["state"] == PERFORMING:
+            fence.update(as_read)
+        elif "context" in self.changes:
+            fence["context"] = as_read["context"]
+        return fence
 
-    def _wait_on(self, now: datetime) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""
-        execution, route = self.execution, self.drive._route(self.workflow, self.execution.step_name)
-        definition, limit = self.workflow._definition(execution.step_name), execution.times_out_at
-        if limit is None and definition.timeout is not None:  # it began when the step did not wait yet
-            limit = now + definition.timeout
-        columns: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
-        columns.update(signal_id=execution.signal_id, started_at=None, heartbeat_at=None, performed_by=None)
-        changes: dict[str, Any] = {"state": READY}
-        if not Workflow._update_row(changes, **self._own_fence(changes)):
-            self._interrupted(changes, columns, now)
-        if changes["state"] == CANCELED:
-            columns = {"state": CANCELED, "outcome": "canceled", "finished_at": now, "signal_id": None}
-        elif changes["state"] == READY and not _must_wait(self.workflow, definition, execution):
-            columns["state"] = SCHEDULED
-        # Where a signal was there at its beginning, nothing was queued for its timeout.
-        is_limited = limit is not None and not (self.has_looked and limit == execution.times_out_at)
-        is_queued = changes["state"] == READY and (columns["state"] == SCHEDULED or is_limited)
-        columns["enqueued_at"] = now  # also of one that is not: for housekeeping, since when it waits
-        if is_queued:
-            columns["job_id"] = _job_id(now)
-        StepExecution._update_row(columns, id=execution.id)
-        if is_queued:
-            self.drive._enqueue([StepExecution(**{**execution.__data__, **columns})], route)
-        return changes, columns
+    def _write_amended(self) -> _Written:
+        """Others paused or canceled the workflow, wrote its context or took the claim; or signals are to be seen to."""
+        row = self._locked_row()
+        before, changes, columns, is_going_on = row.state, dict(self.changes), self.columns, True
+        if before == CANCELED:
+            is_going_on = False
+            for name in ("state", "current_step_name", "execution_count", "transitioned_at"):
+                changes[name] = row.__data__[name]
+            if "outcome" not in columns:  # it was to be put back
+                columns = {"state": CANCELED, "outcome": "canceled", "finished_at": self.now, "signal_id": None}
+        elif row.pause_requested:
+            changes["pause_requested"] = False
+            if self.follows or "outcome" not in columns:
+                changes.update(state=PAUSED, transitioned_at=self.now)
+        if "context" in changes:
+            changes["context"] = self._merged_context(row.context.read)
+        if self.waits_for and changes["state"] == READY and not _must_wait(row, self.waits_for, self.execution):
+            columns = {**columns, "state": SCHEDULED}
+        columns = self._placed(columns, changes["state"])
+        row._write(**changes)
+        StepExecution._update_row(columns, id=self.execution.id)
+        if self.consumes:  # before it is looked whether there is one for the next step
+            WorkflowSignal._consume_given(row, self.execution.step_name, self.now)
+        begins = self._next(changes["state"]) if is_going_on else None
+        written = _Written(changes, columns, begins, StepExecution._insert_row(begins) if begins else 0, row, before)
+        self._send(written, along=True)
+        return written
 
-    def _interrupted(
-        self, changes: dict[str, Any], follows: dict[str, Any] | None, now: datetime
-    ) -> dict[str, Any] | None:
-        """Others paused or canceled the workflow, wrote its context or took the claim: amend `changes` to that."""
+    def _locked_row(self) -> Workflow:
+        """The workflow's row, locked, if this execution is its newest still, and ours; else a _ClaimLost."""
         row = Workflow._lock(Workflow.id == self.workflow.id)
         execution = StepExecution._lock(StepExecution.id == self.execution.id)
         newest = row is not None and row.execution_count == self.execution.number
         if not newest or execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost
-        if row.state == CANCELED:
-            self.workflow.__data__["state"] = CANCELED  # announced when it was canceled
-            for column in ("state", "current_step_name", "execution_count", "transitioned_at"):
-                changes[column] = row.__data__[column]
-            follows = None
-        elif row.pause_requested:
-            changes["pause_requested"] = False
-            if follows:
-                changes.update(state=PAUSED, transitioned_at=now)
-        if "context" in changes:
-            changes["context"] = self._merged_context(row.context.read)
-        row._write(**changes)
-        return follows
+        return cast(Workflow, row)
 
-    def _what_follows(self, verdict: _Verdict, then: str, now: datetime) -> dict[str, Any] | None:
-        """The columns of the next execution that the decision makes, or None."""
-        execution = self.execution
-        if then == "advance":
-            definition = self.workflow._step_after(execution.step_name)
-            return {"step_name": definition.name, "due": now + definition.wait} if definition else None
-        if then == "repeat":
-            return {
-                "step_name": execution.step_name,
-                "due": now + verdict.wait,
-                "reattempts": execution.reattempts + (verdict.cause == "error"),
-                "recoveries": execution.recoveries + (verdict.cause == "death"),
-                "times_out_at": execution.times_out_at,
-                "cursor": None if verdict.rewind else self.cursor() if self.has_checkpoint else execution.cursor,
-            }
-        return None
+    def _placed(self, columns: dict[str, Any], workflow_state: str) -> dict[str, Any]:
+        """The execution's columns, with its place in the queue if it is put back."""
+        if "outcome" in columns:
+            return columns
+        values = {**self.execution.__data__, **columns}
+        return {**columns, **_place_in_queue(self.workflow, values, workflow_state, self.not_before, self.route)}
 
-    def _runs_on(self, follows: dict[str, Any], now: datetime) -> bool:
-        """Whether the next execution is due now, on the queue and with the priority that we are on."""
-        # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
-        if follows["due"] > now or self._waits(follows):
-            return False
-        route = functools.partial(self.drive._route, self.workflow)
-        return route(follows["step_name"]) == route(self.execution.step_name)
+    def _next(self, workflow_state: str) -> _Json:
+        """The columns of the next execution, if any, in a workflow of this state: claimed, in its queue, or neither."""
+        if self.follows is None:
+            return None
+        values = StepExecution._new_values(self.workflow, self.execution.number + 1, **self.follows)
+        if workflow_state == PERFORMING:
+            return {**values, **_claim_columns(self.now), "job_id": self.execution.job_id}
+        values.update(_beginning(self.workflow, values))
+        return {**values, **_place_in_queue(self.workflow, values, workflow_state)}
 
-    def _waits(self, follows: dict[str, Any]) -> bool:
-        """Whether the step that follows is one that waits for a signal."""
-        definition = self.workflow._find(follows["step_name"])
-        return definition is not None and definition.wait_for is not None
+    # -- what follows -----------------------------------------------------------------------------------------------
 
-    def _go_on(self, follows: dict[str, Any], changes: dict[str, Any], now: datetime) -> _Attempt | None:
-        """Insert the next execution: claimed, scheduled and queued, or, in a paused workflow, scheduled alone."""
-        state = changes["state"]
-        begins = self._next_values(follows, state, now)
-        next_id, fresh = StepExecution._insert_row(begins), ()
-        if state == PERFORMING:
-            built = Workflow._built(
-                "fresh", (), ("id",), lambda model, _, found: model.select(*OF_OTHERS).where(*found)
-            )
-            fresh = built.execute({"=id": self.workflow.id}).fetchone()
-        return self._follow(changes, begins, _Moved(next_id, fresh))
+    def _apply(self, written: _Written) -> _Attempt | None:
+        """Have the instances show what was written, and tell of it; returns the attempt that follows, if claimed."""
+        self.workflow.__data__.update(written.changes)
+        self.execution.__data__.update(written.columns)
+        self.drive._announce(self.workflow, written.before, self.workflow.state)
+        self._send(written, along=False)
+        if written.begins is None or written.begins["state"] != IN_PROGRESS:
+            return None
+        # What others may have written to meanwhile is as they left it; and what the body did to its values is not seen.
+        seen = written.row or self.workflow
+        options = Workflow.options.python_value(seen._as_read()["options"])
+        row = {**self.workflow.__data__, "context": _Context(seen.context.read), "options": options}
+        execution = StepExecution._made(written.begins, written.following_id)
+        execution.__rel__["workflow"] = type(self.workflow)._made(row, self.workflow.id)
+        return _Attempt(self.drive, execution, is_run_on=True)
 
-    def _next_values(self, follows: dict[str, Any], state: str, now: datetime) -> dict[str, Any]:
-        """The columns of the next execution, in a workflow of this state."""
-        values = StepExecution._new_values(self.workflow, self.execution.number + 1, **follows)
-        if state == PERFORMING:
-            values.update(_claim_columns(now), job_id=self.execution.job_id)
-        else:
-            values.update(_beginning(self.workflow, values))
-        if state == READY:
-            values.update(StepExecution._queued(values))
-        return values
+    def _send(self, written: _Written, along: bool) -> None:
+        """Tell the queue of what is in it by this.
 
-    def _follow(self, changes: dict[str, Any], begins: dict[str, Any], moved: _Moved) -> _Attempt | None:
-        """Queue the next execution, which is inserted, or go on with it."""
-        execution = StepExecution._made(begins, cast(int, moved.execution_id))
-        if execution.state == IN_PROGRESS:
-            fresh = {field.name: field.python_value(value) for field, value in zip(OF_OTHERS, moved.fresh)}
-            row = {**self.workflow.__data__, **changes, **fresh}
-            workflow = type(self.workflow)._made(row, self.workflow.id)
-            return _Attempt(self.drive, workflow, execution, True, moved.reserved_id)
-        if execution.job_id:  # in a paused workflow, resume() will queue it
-            self.drive._enqueue([execution], self.drive._route(self.workflow, execution.step_name))
-        return None
+        :param along: whether this is within the transaction, for a message that is a part of it.
+        """
+        values, execution_id = written.columns, self.execution.id
+        if written.begins:
+            values, execution_id = written.begins, written.following_id
+        queue = values.get("queue")
+        if queue and self.drive._dispatch.is_sent_along(queue) is along:
+            self.drive._dispatch.send([StepExecution._made({**self.execution.__data__, **values}, execution_id)])
+
+
+class _Written(NamedTuple):
+    """What was written: to the workflow, to the execution; the columns of the one that follows, and its id."""
+
+    changes: dict[str, Any]
+    columns: dict[str, Any]
+    begins: _Json
+    following_id: int
+    row: Workflow | None = None  # as it is now, if it was locked
+    before: str = PERFORMING  # the workflow's state
 
 
 def _claim_columns(now: datetime) -> dict[str, Any]:
-    return {"state": IN_PROGRESS, "started_at": now, "heartbeat_at": now, "performed_by": _this_process()}
+    claim = {"state": IN_PROGRESS, "queue": None, "started_at": now, "heartbeat_at": now}
+    return {**claim, "performed_by": _this_process()}
 
 
 def _fence(workflow: Workflow, execution: StepExecution, state: str) -> dict[str, Any]:
@@ -3184,143 +3263,69 @@ def _shown(what: str, show: Callable[[], str]) -> str:
         return f"(its {what} cannot be shown: {type(failure).__name__})"
 
 
-# ==== Fast paths: several statements as one, where a dialect has it ===================================================
+# ==== Resumable steps: a cursor, and loops that keep it ===============================================================
 
 
-class _Moved(NamedTuple):
-    """What came of the move of a workflow to another execution, or of one to another state."""
+class _Progress:
+    """How far an attempt at a resumable step came."""
 
-    execution_id: int | None = None  # of the next one
-    fresh: Sequence[Any] = ()  # what is in the workflow's columns that others write to, if the next one is claimed
-    reserved_id: int | None = None  # for the one after that, on PostgreSQL
+    def __init__(self, attempt: _Attempt) -> None:
+        self.attempt, self.drive = attempt, attempt.drive
+        self.has_loop, self.has_checkpoint = False, False
 
+    def cursor(self) -> Any:
+        """How far the step came. Read each time: a checkpoint may have been rolled back with the body's transaction."""
+        self.drive._access.open()
+        mine = StepExecution.id == self.attempt.execution.id
+        return self.drive._access.repeat(StepExecution.select(StepExecution.cursor).where(mine).scalar)
 
-class _Move(NamedTuple):
-    """A workflow's move: its changes, if the fence holds; its execution's; the columns of the next one; its message."""
+    def checkpoint(self, value: Any) -> None:
+        problem = "checkpoint() beside resume_over() would take its cursor away: make two steps of them"
+        _require(not self.has_loop, self.attempt.where, problem)
+        self._keep(value)
 
-    changes: dict[str, Any]
-    fence: dict[str, Any]
-    columns: dict[str, Any]
-    execution_id: int
-    begins: _Json = None
-    message: _Message | None = None
+    def resume_over(self, items: Any, key: Any, every: Any) -> Iterator[Any]:
+        where = f"{self.attempt.where}: resume_over()"
+        problem = "the step's one cursor is in use, by checkpoint() or another resume_over(): make two steps of them"
+        _require(not (self.has_loop or self.has_checkpoint), where, problem)
+        _require(_is_int(every) and every > 0, where, f"every must be a positive int, not {every!r}")
+        if isinstance(items, peewee.ModelBase):
+            items = items.select()
+        loop = (_Pages if isinstance(items, peewee.BaseQuery) else _Items)(where, items, key, every)
+        rest = loop.behind(self.cursor(), self._keep_place)
+        self.has_loop = True
+        return rest
 
-    def at_once(self) -> _Moved | None:
-        """Do what `_Attempt._claim()` and `_Attempt._conclude()` do with several statements.
+    def _keep_place(self, cursor: Any) -> None:
+        problem = "resume_over() within a transaction would keep nothing before its end: begin transactions in the loop"
+        database = self.drive._access.database
+        _require(_depth(database) <= self.attempt.depth_around(database), self.attempt.where, problem)
+        self._keep(cursor)
 
-        :returns: None, and nothing is written, if the fence does not hold. The execution must be there.
-        """
-        return AT_ONCE[_drive()._dialect](*self)
+    def _keep(self, value: Any) -> None:
+        cursor = json.loads(_dump_json(value, "the cursor"))  # as the next attempt will see it
+        self.has_checkpoint = True
+        self.drive._access.open()
+        end = self.drive._access.transact(lambda: self._kept(cursor))
+        self.attempt.execution.__data__["cursor"] = cursor
+        if end is None and self.attempt.is_draining():
+            self.attempt.workflow.logger.info("handed on at a checkpoint, for the consumer drains")
+            end = "reattempt"
+        if end:
+            raise _FlowControl(end)
 
-
-def _move_on_postgresql(
-    changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, message: Any
-) -> _Moved | None:
-    # One statement. Each part waits for what the one before it returns: this is their order.
-    is_moved, runs_on = SQL("exists (select 1 from moved)"), begins and begins["state"] == IN_PROGRESS
-    returned = OF_OTHERS if runs_on else [Workflow.id]
-    moved = Workflow._built(
-        "move and return" if runs_on else "move",
-        changes,
-        fence,
-        lambda model, new, found: model.update(new).where(*found).returning(*returned),
-    )
-    ended = StepExecution._built(
-        "end", columns, ("id",), lambda model, new, found: model.update(new).where(*found, is_moved).returning(model.id)
-    )
-    sql = f"with moved as ({moved.sql}), ended as ({ended.sql})"
-    parameters = moved.filled({**changes, **_as_conditions(fence)}) + ended.filled({**columns, "=id": execution_id})
-    if begins:
-        begun = StepExecution._built(
-            "begin",
-            begins,
-            (),
-            lambda model, new, _: model.insert_from(peewee.Select([SQL("ended")], [*new.values()]), [*new]),
-        )
-        sql += f", begun as ({begun.sql})"
-        parameters += begun.filled(begins)
-    if message:
-        sql += f", sent as ({_insertion(message.table)} select %s, %s, %s from begun)"
-        parameters += message.parameters
-    reserved = _drive()._next_execution_id()
-    if runs_on:
-        sql += f" select moved.*, begun.id, {reserved} from moved, begun"
-    else:
-        sql += " select id from begun" if begins else f" select {reserved} from ended"
-    row = _drive()._db.execute_sql(sql, parameters).fetchone()
-    if row is None:
-        return None
-    return _Moved(row[-2], row[:-2], row[-1]) if runs_on else _Moved(row[0]) if begins else _Moved(reserved_id=row[0])
-
-
-def _move_on_mariadb(
-    changes: Any, fence: Any, columns: Any, execution_id: int, begins: Any, message: Any
-) -> _Moved | None:
-    # One block, the transaction of the plain form.
-    moved = Workflow._built("update", changes, fence, _updating)
-    ended = StepExecution._built("update", columns, ("id",), _updating)
-    body, found = [ended.sql], "select null"
-    parameters = moved.filled({**changes, **_as_conditions(fence)}) + ended.filled({**columns, "=id": execution_id})
-    if begins:
-        new = {name: value for name, value in begins.items() if name != "id"}
-        begun = StepExecution._built("insert", new, (), _inserting)
-        body += [begun.sql, "set next_id = last_insert_id()"]
-        parameters, found = parameters + begun.filled(new), "select next_id"
-    if message:
-        (queue, data, kept), serializer = message.parameters, message.huey.serializer
-        halves = data.split(STAND_IN_BYTES)
-        # Into what the application has had signed or compressed, nothing can be put.
-        if len(halves) != 2 or type(serializer) is not Serializer or serializer.comp:
-            return None
-        body += [f"{_insertion(message.table)} values (%s, concat(%s, {STAND_IN_SQL.format('next_id')}, %s), %s)"]
-        parameters += [queue, *halves, kept]
-    elif begins and begins["state"] == IN_PROGRESS:
-        fresh = Workflow._built(
-            "number and fresh",
-            (),
-            ("id",),
-            lambda model, _, found: model.select(SQL("next_id"), *OF_OTHERS).where(*found),
-        )
-        found, parameters = fresh.sql, parameters + fresh.filled({"=id": fence["id"]})
-    values = _drive()._execute_block(
-        f"declare next_id bigint; start transaction; {moved.sql}; if row_count() = 0 then rollback; "
-        f"select null limit 0; else {'; '.join(body)}; {found}; commit; end if;",
-        parameters,
-    )
-    return values and _Moved(values[0], values[1:])
-
-
-def _take_on_postgresql(drive: GenevaDrive, first: str, queue: str) -> bytes | None:
-    taken = f"delete from {TASK_TABLE} where id = (select id {first} for update skip locked) returning data"
-    row = drive._db.execute_sql(taken, (queue,)).fetchone()
-    return row and bytes(row[0])
-
-
-def _take_on_mariadb(drive: GenevaDrive, first: str, queue: str) -> bytes | None:
-    row = drive._execute_block(
-        "declare found_id bigint; declare found longblob; "
-        f"repeat set found_id = null, found = null; select id, data into found_id, found {first}; "
-        f"delete from {TASK_TABLE} where id = found_id; until found_id is null or row_count() end repeat; "
-        "select found;",
-        (queue,),
-    )
-    return cast("bytes | None", row[0])
-
-
-#: By dialect: what makes a `_Move`, and what `_EmbeddedStorage.dequeue()` does. On MySQL itself it is the plain form.
-AT_ONCE = {"postgresql": _move_on_postgresql, "mysql": _move_on_mariadb}
-TAKE_AT_ONCE = {"postgresql": _take_on_postgresql, "mysql": _take_on_mariadb}
-
-#: Where a claim reads two rows as one column: PyMySQL takes longer for each column than MariaDB for the rows.
-READ_AS_JSON = ("mysql",)
-
-
-def _as_bytes(column: Any) -> Any:
-    """A column for MariaDB's JSON_ARRAY(), which garbles text that stands beside bytes."""
-    return column.cast("binary") if isinstance(column, (peewee.CharField, peewee.TextField)) else column
-
-
-# ==== Loops that can be resumed =======================================================================================
+    def _kept(self, cursor: Any) -> str | None:
+        """Write the cursor, with a heartbeat; returns how the body is to end, if it is."""
+        execution_id, changes = self.attempt.execution.id, {"cursor": cursor, "heartbeat_at": self.drive._now()}
+        kept = StepExecution._update_row(changes, id=execution_id, state=IN_PROGRESS)
+        mine = (StepExecution.id == execution_id) & (StepExecution.state == IN_PROGRESS)
+        if not kept and StepExecution._lock(mine) is None:  # MySQL counts no row that is as it was
+            return "cancel"  # recovered or deleted: whatever is said here, it will not be recorded
+        # Not locked: whoever locks the two does so in the other order.
+        row = Workflow._row(id=self.attempt.workflow.id)
+        if row is None or row.state == CANCELED:
+            return "cancel"
+        return "pause" if row.pause_requested else None
 
 
 class _Items:
@@ -3344,15 +3349,13 @@ class _Items:
         return self._each(rest, done, keep)
 
     def _each(self, rest: Iterator[Any], done: int, keep: Callable[[int], None]) -> Iterator[Any]:
-        kept = done
-        for item in rest:
+        number = 0
+        for number, item in enumerate(rest, 1):
             yield item
-            done += 1
-            if done == kept + self.every:
-                keep(done)
-                kept = done
-        if done > kept:
-            keep(done)
+            if number % self.every == 0:
+                keep(done + number)
+        if number % self.every:
+            keep(done + number)
 
 
 class _Pages:
@@ -3361,11 +3364,9 @@ class _Pages:
     def __init__(self, where: str, query: Any, key: Any, every: int) -> None:
         self.where, self.query, self.every = where, query, every
         _require(isinstance(query, peewee.ModelSelect), where, "takes the select() of a model, no other kind of query")
-        is_ordering = isinstance(key, peewee.Ordering)
-        self.key = self._checked_key(key.node if is_ordering else key)
-        self.is_descending = is_ordering and key.direction == "DESC"
-        has_collation = is_ordering and key.collation
-        _require(not has_collation, where, "key must be ordered as its column is: leave out collate()")
+        ordering = key if isinstance(key, peewee.Ordering) else peewee.Asc(key)
+        self.key, self.is_descending = self._checked_key(ordering.node), ordering.direction == "DESC"
+        _require(not ordering.collation, where, "key must be ordered as its column is: leave out collate()")
         self._check_query()
         self.key_of = self._way_to_key()
 
@@ -3418,16 +3419,7 @@ class _Pages:
     def _rows(self, last: Any, keep: Callable[[Any], None]) -> Iterator[Any]:
         is_over = False
         while not is_over:
-            page = self.query
-            if last is not None:
-                page = page.where(self.key < last if self.is_descending else self.key > last)
-            order = self.key.desc() if self.is_descending else self.key.asc()
-            # All at once: on SQLite a write fails while a read is half done. With the next row, which must be another.
-            rows = list(page.order_by(order).limit(self.every + 1))
-            keys = [self.key_of(row) for row in rows]
-            is_unique = len({last, *keys}) == len(keys) + 1 and None not in keys
-            problem = f"the key {self.key.name} is there twice, or null: a join repeats rows: use distinct()"
-            _require(is_unique, self.where, problem)
+            rows, keys = self._page(last)
             is_over = len(rows) <= self.every
             del rows[self.every :]
             if rows:
@@ -3435,6 +3427,18 @@ class _Pages:
                 cursor = self._cursor_at(last)
                 yield from rows
                 keep(cursor)
+
+    def _page(self, last: Any) -> tuple[list[Any], list[Any]]:
+        """The rows behind the last key, with the first one of the next page, which must be another; and their keys."""
+        page = self.query.order_by(self.key.desc() if self.is_descending else self.key.asc())
+        if last is not None:
+            page = page.where(self.key < last if self.is_descending else self.key > last)
+        rows = list(page.limit(self.every + 1))  # all at once: on SQLite a write fails while a read is half done
+        keys = [self.key_of(row) for row in rows]
+        is_unique = len({*keys} - {None, last}) == len(keys)
+        problem = f"the key {self.key.name} is there twice, or null: a join repeats rows: use distinct()"
+        _require(is_unique, self.where, problem)
+        return rows, keys
 
     def _cursor_at(self, key: Any) -> int | str:
         """The key as JSON; there and back, so that nothing is passed over where it is less exact as text."""
@@ -3466,21 +3470,7 @@ def _require_fit(is_fit: bool, where: str, cursor: Any) -> None:
     _require(is_fit, where, f"{problem}resume_at(), or with reattempt(rewind=True)")
 
 
-# ==== The drive: database, queues, housekeeping =======================================================================
-
-
-def perform_step(execution_id: int, drive: GenevaDrive, queue: str) -> None:
-    """The Huey task behind every step; each queue has its own, which knows its drive and its name."""
-    drive._perform(execution_id, queue)
-
-
-def housekeeping() -> None:
-    """The periodic Huey task."""
-    _drive().housekeeping()
-
-
-# Huey names tasks by module and function: on one side of a queue the module may be vendored, and called otherwise.
-perform_step.__module__ = housekeeping.__module__ = "geneva_drive"
+# ==== The drive: settings, and those who do the work ==================================================================
 
 
 #: Each setting of the drive: its default, and a check with its description; without a check, it is a duration.
@@ -3497,7 +3487,6 @@ SETTINGS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {
     "clock": (_utcnow, lambda value: callable(value) and value().tzinfo, "a callable that returns an aware datetime"),
 }
 
-QUEUE_TABLE_PREFIX = "geneva_drive_huey_"
 DEFAULT_QUEUE = "default"
 
 _current_drive: GenevaDrive | None = None
@@ -3510,17 +3499,12 @@ def _drive() -> GenevaDrive:
     return _current_drive
 
 
-def _repeated(look: Callable[[GenevaDrive], T]) -> Callable[[GenevaDrive], T]:
-    """Of a method that only reads: run by `_repeat()`."""
-    return functools.wraps(look)(lambda drive: drive._repeat(lambda: look(drive)))
-
-
 class GenevaDrive:
     """Binds the workflows to a database and to the queues that run them. One per process; the latest counts.
 
     :param database: a Peewee database, a pool, or a DatabaseProxy (which may be initialized later).
-    :param huey: the default queue; None makes an embedded one, in tables of its own in the same database.
-    :param queues: further queues: a dict of names and Hueys, or a list of names for embedded ones.
+    :param huey: the default queue; None makes one of the drive's own, which gives out the executions in the tables.
+    :param queues: further queues: a dict of names and Hueys, or a list of names for the drive's own.
     :raises ConfigurationError: if something is unknown or of the wrong type. Nothing is executed on the database.
 
     Settings, each an attribute too, with their defaults; durations are timedeltas or seconds:
@@ -3562,15 +3546,9 @@ class GenevaDrive:
         for name, (default, _, _) in SETTINGS.items():
             setattr(self, name, settings.get(name, default))
         self.database = database
-        self._consumers: dict[str, Consumer] = {}
-        self._handlers: dict[int, Any] = {}  # of signals, as they were before the consumers
-        self._performing: set[_Attempt] = set()  # for queues
-        self._statements: dict[Any, _Built] = {}
-        self._looked_at: dict[str, int] = {}
-        self._turn = threading.RLock()
-        self._answers: dict[tuple[Database, str], Any] = {}
-        self.queues = self._checked_queues(huey, queues)
-        self._tasks = {name: self._register(name, each) for name, each in self.queues.items()}
+        self._access = _Access(self)
+        self.queues = _checked_queues(self, huey, queues)
+        self._dispatch, self._recovery, self._reports = _Dispatch(self), _Recovery(self), _Reports(self)
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
@@ -3613,491 +3591,10 @@ class GenevaDrive:
         """
         models = [models] if isinstance(models, peewee.ModelBase) else list(models)
         for model in models:
-            if not isinstance(model, peewee.ModelBase) or _unproxied(model._meta.database) is not self._db:
+            if not isinstance(model, peewee.ModelBase) or _unproxied(model._meta.database) is not self._access.database:
                 fix = "create what is on another one with that one's create_tables()"
                 raise ConfigurationError(f"create_tables(): {model!r} is not a model of the drive's database: {fix}")
         _Schema(self).complete(peewee.sort_models(models))
-
-    # -- the database -----------------------------------------------------------------------------------------------
-
-    @property
-    def _db(self) -> Database:
-        if self is not _current_drive:
-            problem = f"this GenevaDrive, on {_place(self.database)}, was replaced by a later one"
-            raise ConfigurationError(
-                f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
-            )
-        database = self.database
-        if isinstance(database, peewee.Proxy):
-            database = database.obj
-        if database is None:
-            raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
-        return database
-
-    @property
-    def _dialect(self) -> str:
-        return _dialect(self._db)
-
-    def _now(self) -> datetime:
-        return self.clock()
-
-    def _begin(self) -> Any:
-        """A transaction, or a savepoint inside the caller's."""
-        # A transaction that reads before it writes fails at once on SQLite if another one wrote in between.
-        return _InTurn(self._db, self._turn) if self._dialect == "sqlite" else self._db.atomic()
-
-    def _transact(
-        self,
-        work: Callable[[], T],
-        insist_seconds: float | None = None,
-        at_once: Callable[[], T | None] = lambda: None,
-    ) -> T:
-        """Run `work` in a transaction; see `_repeat()`.
-
-        :param at_once: the same in one statement, where the dialect has it; what returns None has done nothing.
-        """
-        is_done = False
-
-        def transaction() -> T:
-            nonlocal is_done
-            is_done = False
-            # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
-            result = at_once() if not self._db.in_transaction() and self._has_fast_paths() else None
-            if result is None:
-                with self._begin():
-                    result = work()
-                    is_done = True  # what fails now is the commit, and may have succeeded all the same
-            return result
-
-        return self._repeat(transaction, insist_seconds, lambda: is_done)
-
-    def _repeat(
-        self, work: Callable[[], T], insist_seconds: float | None = None, is_done: Callable[[], bool] = lambda: False
-    ) -> T:
-        """Run `work`; again, if that failed through no fault of its own and is ours to repeat.
-
-        :param insist_seconds: for so long, whatever the number of tries and though the database itself is away: for
-            work that nobody repeats soon if it is not done now.
-        :param is_done: whether it is not to be repeated after a loss of the connection.
-        :raises GenevaDriveError: if the tables are missing or too old.
-        """
-        started, tries, is_open = time.monotonic(), 0, not self._db.is_closed()
-        patience = insist_seconds or PATIENCE_SECONDS
-        while True:
-            self._drop_if_dead(self._db)
-            tries += 1
-            try:
-                if is_open and self._db.is_closed():  # where autoconnect is off, nobody else opens another
-                    self._db.connect(reuse_if_open=True)
-                return work()
-            except peewee.PeeweeException as error:
-                is_gone = not is_done() and self._is_connection_lost(error)
-                may_be_repeated = (is_gone or _is_transient(error)) and not self._db.in_transaction()
-                limit = math.inf if insist_seconds else 2 if is_gone else TRANSACTION_TRIES
-                if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
-                    if problem := _is_about_schema(error) and self._schema_problem():
-                        raise GenevaDriveError(problem) from error
-                    raise
-                logger.debug("repeating what failed: %s", error)
-                if is_gone:  # which a driver may not tell of its connection
-                    self._close_dead(self._db)
-            _give_way(tries)
-
-    def _schema_problem(self) -> str | None:
-        with contextlib.suppress(peewee.PeeweeException):  # in a transaction that PostgreSQL has given up
-            return _Schema(self).problem()
-        return None
-
-    def _after_commit(self, work: Callable[[], object]) -> Callable[[], object]:
-        """Do something once the outermost transaction is committed, unless it is rolled back to before this call.
-
-        Its failure must not make the transaction look failed.
-        """
-        return cast("Callable[[], object]", self._db.after_commit(functools.partial(_do_after_commit, work)))
-
-    def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
-        """Tell of a transition once it is committed."""
-        if old == new or not (workflow_transitioned._receiver_list or logger.isEnabledFor(logging.INFO)):
-            return
-
-        def tell() -> None:
-            logger.info("%s: %s -> %s", workflow._label, old or "new", new)
-            workflow_transitioned.send(workflow, old, new)
-
-        self._after_commit(tell)
-
-    # -- connections ------------------------------------------------------------------------------------------------
-
-    def _roll_back_to(self, depth: int) -> bool:
-        """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
-        db, left_open = self._db, _depth(self._db) > depth
-        is_gone = db.is_closed() or _is_dead(db.connection())
-        while _depth(db) > depth:
-            left = (_open_savepoints(db) or db._state.transactions).pop()
-            # A transaction of the caller's around it is not ours to roll back, a lost one nobody's.
-            is_ours = isinstance(left, _Savepoint) or not db.transaction_depth()
-            if is_ours and not is_gone and hasattr(left, "rollback"):
-                left.rollback(False)
-        if not depth and not is_gone and _is_in_transaction(db.connection()):
-            left_open = True
-            db.rollback()
-        return left_open and not is_gone
-
-    def _connect_worker(self) -> None:
-        """For threads that are ours: nobody else opens connections for them where autoconnect is off."""
-        for database in self._databases():
-            self._drop_if_dead(database)
-            if not database.autoconnect and database is not self._db:
-                with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
-                    self._open_connection(database)
-        self._open_connection()
-
-    def _open_connection(self, database: Database | None = None) -> None:
-        """Open the connection to the drive's database, or another one, where autoconnect is off: a body closed it."""
-        database = database or self._db
-        if not database.autoconnect and database.is_closed():
-            database.connect()
-
-    def _databases(self) -> set[Database]:
-        """The drive's, if it is initialized, and those of the heroes."""
-        found = {_unproxied(self.database), *[_unproxied(each._meta.database) for each in list(_hero_models.values())]}
-        found.discard(None)
-        return found
-
-    def _drop_if_dead(self, database: Database, is_dead: Callable[[Any], bool] | None = None) -> None:
-        """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
-        is_unused = database.is_closed() or database.in_transaction()
-        if not is_unused and (is_dead or _is_dead)(database.connection()):
-            self._close_dead(database)
-
-    def _close_dead(self, database: Database) -> None:
-        with contextlib.suppress(peewee.PeeweeException):
-            database.close()
-
-    def _is_connection_lost(self, error: BaseException) -> bool:
-        """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
-        is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
-        # Peewee's own, without an original, says that a body has closed the connection.
-        is_of_driver = is_fitting and _original(error) is not None
-        return is_of_driver and (self._db.is_closed() or _is_gone(self._db.connection()))
-
-    def _run_beside(self, work: Callable[[], T], where: str) -> T:
-        """Do something in a thread of its own, in a copy of this one's context, and on connections of its own."""
-
-        def run() -> T:
-            self._open_connection()
-            depth = _depth(self._db)  # not 0 where threads share a connection
-            try:
-                result = work()
-            finally:
-                left_open = self._roll_back_to(depth)
-                for database in self._databases():
-                    if not _is_private(database):
-                        database.close()
-            if left_open:
-                raise TransactionLeftOpenError(where)
-            return result
-
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(contextvars.copy_context().run, run).result()
-
-    def _close_own_connection(self) -> None:
-        """A worker that ends takes its connection along, also that of a drive that was replaced meanwhile."""
-        database = _unproxied(self.database)
-        if not _is_private(database):
-            database.close()
-
-    def _after_fork_in_child(self, is_of_worker: bool) -> None:
-        """A forked process must not share its parent's connections, nor wait for threads that did not come along.
-
-        :param is_of_worker: whether a consumer's workers run in the parent: then the fork is a step's.
-        """
-        self._turn = threading.RLock()
-        self._performing = set()
-        if is_of_worker:  # else Huey makes a worker
-            self._consumers = {}
-            _restore_signals(self._handlers)
-            signal.set_wakeup_fd(-1)  # else what is sent to the child is told to the parent
-        for database in self._databases():
-            if not _is_private(database) and not database.in_transaction():
-                # Kept for good: closing them here would close the parent's.
-                _inherited_connections.append(None if database.is_closed() else database.connection())
-                _inherited_connections.extend(getattr(database, name, None) for name in ("_connections", "_in_use"))
-                # Another thread, which did not come along, may have held one of these as the process forked.
-                database._lock = threading.Lock()
-                if hasattr(database, "_pool_lock"):
-                    database._pool_lock = threading.RLock()
-                    database._pool_available = threading.Condition(database._pool_lock)
-                database.dispose()
-
-    # -- statements -------------------------------------------------------------------------------------------------
-
-    def _statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
-        """The statement that a query makes on a database, made when it is first asked for."""
-        if isinstance(database, peewee.Proxy):
-            database = database.obj or self._db
-        found = self._statements.get((database, key))
-        if found is None:
-            found = self._statements[database, key] = _Built(database, query())
-        return found
-
-    def _next_execution_id(self) -> str:
-        """PostgreSQL's expression for the next number of an execution; null if no sequence belongs to the column."""
-        query = f"select pg_get_serial_sequence('{StepExecution._meta.table_name}', 'id')"
-        ((name,),) = self._ask(query, lambda: self._db.execute_sql(query).fetchall())
-        return f"nextval('{name}')" if name else "null::bigint"
-
-    def _ask(self, question: str, ask: Callable[[], T]) -> T:
-        """What is asked of each database once."""
-        if (self._db, question) not in self._answers:
-            self._answers[self._db, question] = ask()
-        return cast(T, self._answers[self._db, question])
-
-    @property
-    def _skip_locked(self) -> str | None:
-        """The clause that locks rows and passes over those that are locked; None where there are no such locks."""
-        if not self._db.for_update:
-            return None
-        self._db.connection()  # only a connected database knows its server's version
-        version = self._db.server_version
-        if self._dialect == "mysql" and (version < (8, 0, 1) or (10,) <= version < (10, 6)):
-            return "FOR UPDATE"
-        return "FOR UPDATE SKIP LOCKED"
-
-    def _has_fast_paths(self) -> bool:
-        return self._dialect in AT_ONCE and (self._dialect != "mysql" or self._takes_blocks())
-
-    def _takes_blocks(self) -> bool:
-        """Whether the server executes a block of statements as one, as MariaDB does, and the driver can have that."""
-        return self._ask("blocks", self._try_block)
-
-    def _try_block(self) -> bool:
-        try:
-            return self._execute_block("select 1;", ()) == (1,)
-        except Exception as error:  # of the server's, for its syntax, or of the driver's
-            if isinstance(error, peewee.OperationalError) or self._is_connection_lost(error):
-                raise
-            logger.debug("there are no blocks of statements here: %s", error)
-            return False
-
-    def _execute_block(self, block: str, parameters: Sequence[Any]) -> Any:
-        """Have MariaDB execute statements as one; returns the row that is selected last, or None."""
-        row = None
-        try:
-            cursor = self._db.execute_sql(f"begin not atomic {block} end", parameters)
-            with peewee.__exception_wrapper__:
-                while True:  # what fails behind a row, a commit, is told by nextset()
-                    if cursor.description:
-                        row = cursor.fetchone()
-                    if not cursor.nextset():
-                        return row
-        except BaseException:  # a transaction that the block has begun is left open
-            with contextlib.suppress(peewee.PeeweeException):
-                self._db.rollback()
-            raise
-
-    # -- the queues -------------------------------------------------------------------------------------------------
-
-    _embedded_models = functools.cached_property(lambda self: _embedded_models(self.database))
-
-    def _checked_queues(self, huey: Any, queues: Any) -> dict[str, Huey]:
-        embedded = functools.partial(_EmbeddedHuey, results=False, storage_class=_EmbeddedStorage, drive=self)
-        if huey is not None and not isinstance(huey, Huey):
-            raise ConfigurationError(f"huey must be a Huey instance, not {huey!r}")
-        if isinstance(queues, str) or not isinstance(queues or (), Iterable):
-            raise ConfigurationError(f"queues must be a dict of names and Hueys or a list of names, not {queues!r}")
-        found = {DEFAULT_QUEUE: embedded(DEFAULT_QUEUE) if huey is None else huey}
-        for name in queues or ():
-            if not _is_name(name) or not name.isascii() or name == DEFAULT_QUEUE:
-                raise ConfigurationError(f"queues: a name must be ASCII other than {DEFAULT_QUEUE!r}, not {name!r}")
-            found[name] = queues[name] if isinstance(queues, Mapping) else embedded(name)
-            if not isinstance(found[name], Huey):
-                raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
-        for name, each in found.items():
-            if isinstance(each, _EmbeddedHuey) and each.storage.drive is not self:
-                problem = f"the Huey of the queue {name!r} is one that another GenevaDrive made for itself"
-                raise ConfigurationError(f"{problem}: leave it out, and this one makes its own")
-        return found
-
-    def _register(self, name: str, huey: Huey) -> Any:
-        """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
-        for task in getattr(huey, "_geneva_drive_tasks", ()):
-            task.unregister()
-        here = functools.partial(perform_step, drive=self, queue=name)
-        kind = _EmbeddedTask if isinstance(huey, _EmbeddedHuey) else Task
-        perform = huey.task(task_base=kind)(functools.update_wrapper(here, perform_step))
-        periodic = huey.periodic_task(lambda moment: self.housekeeping_schedule(moment))(housekeeping)
-        huey._geneva_drive_tasks = (perform, periodic)
-        huey.on_startup("geneva_drive")(functools.partial(self._begin_worker, name))
-        huey.on_shutdown("geneva_drive")(self._end_worker)
-        create_consumer = type(huey).create_consumer
-
-        def remembering(**options: Any) -> Consumer:
-            if not _heartbeat.workers:
-                self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-            self._consumers[name] = consumer = create_consumer(huey, **options)
-            consumer.start = functools.partial(self._start_consumer, consumer.start)  # Huey's hooks cannot stop it
-            consumer._join_workers = lambda: _join([consumer], consumer.shutdown_timeout)
-            consumer._interrupt_workers = functools.partial(self._interrupt, consumer, consumer._interrupt_workers)
-            return consumer
-
-        huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
-        return perform
-
-    def _start_consumer(self, start: Callable[[], None]) -> None:
-        """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
-        was_closed = self._db.is_closed()
-        try:
-            if _is_in_memory(self._db):
-                fix = "use a file; or perform the steps in this thread, by execute() or TestHelpers.perform_next_step()"
-                raise ConfigurationError(f"{self._db.database!r} is another database in each thread: {fix}")
-            self._connect_worker()
-            problem = _Schema(self).problem()
-        except peewee.PeeweeException as error:  # a consumer outlives that its database is away
-            logger.warning("the version of the schema cannot be read: %s", error)
-            problem = None
-        finally:
-            if was_closed:
-                self._close_own_connection()
-        if problem:
-            raise GenevaDriveError(problem)
-        start()
-
-    def _interrupt(self, consumer: Consumer, interrupt: Callable[[], None]) -> None:
-        """End workers in mid-step. A process may hang in its driver, where it handles no signal."""
-        interrupt()
-        for each in _alive(consumer) if consumer.environment.forks else ():
-            each.kill()
-        _restore_signals(self._handlers)  # Huey's would ignore what comes while the process exits
-
-    def _begin_worker(self, queue: str) -> None:
-        _heartbeat.enter()
-        consumer = self._consumers.get(queue)
-        if consumer is not None and consumer.environment.forks:
-            threading.Thread(target=_end_process, args=(consumer, os.getppid()), daemon=True).start()
-        self._sweep_at_start(consumer)
-
-    def _end_worker(self) -> None:
-        _heartbeat.exit()
-        self._close_own_connection()
-
-    def _sweep_at_start(self, consumer: Consumer | None) -> None:
-        """Housekeeping by the first worker of a consumer that starts."""
-        if getattr(consumer, "_geneva_drive_swept", False):
-            return
-        if consumer is not None:
-            consumer._geneva_drive_swept = True
-        self.housekeeping()
-
-    def _route(self, workflow: Workflow, step_name: str | None) -> _Route:
-        """The queue and priority of a step. A queue that a deploy took away gives way to the default one."""
-        options = workflow._huey_options(step_name, workflow.options)
-        queue = options.get("queue", DEFAULT_QUEUE)
-        if queue not in self.queues:
-            logger.error("%s", UnknownQueueError(workflow._label, queue, self.queues))
-            queue = DEFAULT_QUEUE
-        return queue, options.get("priority")
-
-    def _check_route(self, where: str, options: Mapping[str, Any]) -> None:
-        queue = options.get("queue", DEFAULT_QUEUE)
-        if queue not in self.queues:
-            raise UnknownQueueError(where, queue, self.queues)
-        if options.get("priority") and not self.queues[queue].storage.priority:
-            storage = type(self.queues[queue].storage).__name__
-            raise ConfigurationError(
-                f"{where} asks for a priority, which the queue {queue!r} ({storage}) does not know: use "
-                "PriorityRedisHuey, or leave the priority out"
-            )
-
-    def _put_off(self, execution: StepExecution, queue: str) -> bool:
-        """Queue a step that is due and not defined here for a little later: other code runs beside ours in a deploy.
-
-        :returns: False if that is not to be done: its class defines it, or has been asked for it in vain for too long.
-        """
-        workflow, due = execution.workflow, execution._due or execution.scheduled_for
-        overdue, is_known = self._now() - due, workflow._find(execution.step_name) is not None
-        # In immediate mode there is no other consumer of the queue, and what is scheduled never comes.
-        if is_known or overdue >= self.undefined_step_grace or self.queues[queue].immediate:
-            return False
-        shortest, longest = PUT_OFF_FOR
-        delay, problem = min(max(overdue, shortest), longest), StepNotDefinedError(workflow, execution.step_name)
-        note = "execution %s is put off for %s: %s", execution.id, _span(delay), problem
-        self._after_commit(lambda: logger.warning(*note))
-        _, priority = self._route(workflow, execution.step_name)  # whoever defines it may know another queue
-        self._enqueue_again(execution, (queue, priority), self._now() + delay)
-        return True
-
-    def _enqueue_again(
-        self, execution: StepExecution, route: _Route, not_before: datetime = EPOCH, **changes: Any
-    ) -> None:
-        # Until it comes, a message for later is not overdue: housekeeping must not send another one beside it.
-        execution._write(enqueued_at=max(self._now(), not_before), job_id=_job_id(self._now()), **changes)
-        self._enqueue([execution], route, not_before)
-
-    def _enqueue(self, executions: list[StepExecution], route: _Route, not_before: datetime = EPOCH) -> None:
-        """Queue executions: with the transaction that surrounds the call, or once it is committed."""
-        huey = self.queues[route[0]]
-
-        def send() -> None:
-            # Nobody knows when the signal of those without a time comes.
-            tasks = [self._task(each, route, not_before) for each in executions if each._due is not None]
-            if len(tasks) > 1 and isinstance(huey, _EmbeddedHuey) and not huey.immediate:
-                huey.put_all(tasks)
-                return
-            for task in tasks:
-                # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
-                (huey.enqueue if task.eta is None else huey.add_schedule)(task)
-
-        if self._commits_with(huey):
-            send()
-        else:
-            self._after_commit(send)
-
-    def _task(self, execution: StepExecution, route: _Route, not_before: datetime = EPOCH) -> Any:
-        """The Huey task that performs an execution."""
-        (queue, priority), due = route, max(cast(datetime, execution._due), not_before)
-        eta = due if due > self._now() else None
-        return self._tasks[queue].s(execution.id, eta=eta, priority=priority, id=execution.job_id)
-
-    def _commits_with(self, huey: Huey) -> bool:
-        """Whether the messages of a queue are rows of the drive's own database, and part of its transactions."""
-        return isinstance(huey.storage, SqlStorage) and huey.storage.database is self._db and not huey.immediate
-
-    # -- performing -------------------------------------------------------------------------------------------------
-
-    def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE) -> None:
-        """Run an execution that is due, and go on with the steps that follow at once."""
-        self._connect_worker()
-        context = _own_context()
-        attempt = context.run(_Attempt.claim, self, execution_id, queue)
-        deadline = time.monotonic() + self.run_on.total_seconds()
-        if attempt is None:
-            return
-        consumer = self._consumers.get(queue)
-
-        def is_draining() -> bool:
-            return consumer is not None and consumer.stop_flag.is_set()
-
-        def may_run_on() -> bool:
-            return time.monotonic() < deadline and not is_draining()
-
-        while attempt is not None:
-            attempt = self._run_attempt(attempt, functools.partial(context.run, attempt.run, may_run_on, is_draining))
-            context = _own_context()
-            with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
-                self._connect_worker()
-
-    def _run_attempt(self, attempt: _Attempt, run: Callable[[], _Attempt | None]) -> _Attempt | None:
-        """Run an attempt for a worker, which nothing but the end of its process is to end."""
-        self._performing.add(attempt)
-        try:
-            return run()
-        except BaseException as error:
-            if isinstance(error, (Exception, SystemExit)) or _ends_process(error):
-                raise
-            raise GenevaDriveError(f"{attempt._where} failed with {type(error).__name__}") from error
-        finally:
-            self._performing.discard(attempt)
 
     def run(
         self,
@@ -4129,16 +3626,7 @@ class GenevaDrive:
             drain_seconds = None if shutdown_timeout is None else _duration(shutdown_timeout, what).total_seconds()
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
-        consumers = [self.queues[name].create_consumer(workers=workers, **quick) for name in names]
-        try:
-            _serve(consumers, until, drain_seconds)
-        finally:
-            for name, consumer in zip(names, consumers):
-                if self._consumers.get(name) is consumer:  # what is performed here from now on is none of its steps
-                    del self._consumers[name]
-
-    # -- housekeeping -----------------------------------------------------------------------------------------------
+        self._dispatch.serve(names, workers, until, drain_seconds)
 
     def housekeeping(self) -> dict[str, int]:
         """Delete what is over long since, recover what died, queue again what is overdue. Harmless at any time.
@@ -4146,307 +3634,22 @@ class GenevaDrive:
         :returns: how many: `workflows_cleaned_up`, `step_executions_cleaned_up`, `stuck_in_progress_recovered`,
             `stuck_scheduled_recovered`.
         """
-        self._connect_worker()
-        counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
-        counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
-        failures = []
-        for part in (self._recover_in_progress, self._recover_scheduled, self._clean_up):
-            try:
-                counts.update(part())
-            except Exception as error:  # it must not keep the other parts from being done
-                logger.exception("housekeeping failed in part")
-                failures.append(error)
-        if any(counts.values()):
-            logger.info("housekeeping: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
-        if failures:
-            raise failures[0]
-        return counts
+        return self._recovery.sweep()
 
-    def _recover_in_progress(self) -> dict[str, int]:
-        """Recover what a process performs that fell silent, or that is known to be gone."""
-        in_progress = SQL(f"state = '{IN_PROGRESS}'")
-        performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
-        gone = self._repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
-        moment = self._now() - self.stuck_in_progress_threshold
-        is_dead = StepExecution.performed_by.in_(gone)
-        if _heartbeat.is_silence_death():
-            is_dead = (StepExecution.heartbeat_at < moment) | is_dead
-        dead = in_progress & is_dead
-        recovered = 0
-        for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
-            for execution in executions:
-                if _heartbeat.performs(execution.id):  # right here, whatever the clock says
-                    continue
-                try:
-                    recovered += self._transact(functools.partial(self._recover, dead, execution.id))
-                except Exception:  # it must not keep the others from being recovered
-                    logger.exception("execution %s cannot be recovered", execution.id)
-        return {"stuck_in_progress_recovered": recovered}
-
-    def _recover(self, dead: Any, execution_id: int) -> bool:
-        execution = StepExecution.get_or_none(StepExecution.id == execution_id)
-        workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
-        # Locked by a checkpoint in a body's transaction, it is not dead, or not for long.
-        execution = StepExecution._lock(dead & (StepExecution.id == execution_id), skip_locked=True)
-        if workflow is None or execution is None:
-            return False  # it ended, or showed a sign of life, in between
-        try:
-            _Attempt(self, workflow, execution)._record(self._death(execution))
-        except _ClaimLost:
-            return False
-        note = "recovered: its process was last heard of at %s", execution.heartbeat_at
-        self._after_commit(lambda: workflow.logger.warning(*note))
-        return True
-
-    def _death(self, execution: StepExecution) -> _Verdict:
-        """What follows when the process that performs an execution goes away."""
-        action = self.stuck_recovery_action
-        if action == "reattempt" and execution.recoveries >= self.max_recoveries:
-            action = "pause"
-        return _Verdict("death", action)
-
-    def _recover_scheduled(self) -> dict[str, int]:
-        """Queue again what was lost on the way: steps that are due, timeouts that passed."""
-        progress = functools.cache(self._progress)
-        recovered = self._recover_overdue(SCHEDULED, StepExecution.scheduled_for, progress)
-        recovered += self._recover_overdue(WAITING, StepExecution.times_out_at, progress)
-        return {"stuck_scheduled_recovered": recovered + self._wake_needless()}
-
-    def _recover_overdue(self, state: str, due: Any, progress: Callable[[_Route], datetime]) -> int:
-        """Queue again, once per threshold, what is overdue and was lost; not what a queue is behind with."""
-        moment = self._now() - self.stuck_scheduled_threshold
-        overdue = (
-            SQL(f"t1.state = '{state}'")
-            & (due <= moment)
-            & (StepExecution.enqueued_at.is_null() | (StepExecution.enqueued_at <= moment))
-        )
-        columns = [StepExecution.id, StepExecution.step_name, StepExecution.enqueued_at]
-        about = [Workflow.id, Workflow.type, Workflow.options]
-        query = StepExecution.select(*columns, *about).join(Workflow).where(overdue & (Workflow.state == READY))
-        recovered = 0
-        for executions in self._batches(query, due):
-            lost: dict[_Route, list[int]] = {}
-            for execution in executions:
-                route = self._route(execution.workflow, execution.step_name)
-                queued_for = max(execution.__data__[due.name], execution.enqueued_at or EPOCH)
-                if queued_for <= progress(route) - self.stuck_scheduled_threshold:
-                    lost.setdefault(route, []).append(execution.id)
-            for route, ids in lost.items():
-                these = StepExecution.select().where(overdue & StepExecution.id.in_(ids))
-                recovered += self._transact(functools.partial(self._requeue, these, route))
-        return recovered
-
-    def _requeue(self, query: Any, route: _Route) -> int:
-        # The lock makes a second sweep wait, and then see that these are queued.
-        executions = list(StepExecution._locking(query))
-        changes = {"enqueued_at": self._now(), "job_id": _job_id(self._now())}
-        StepExecution.update(**changes).where(StepExecution.id.in_([each.id for each in executions])).execute()
-        for execution in executions:
-            execution.__data__.update(changes)
-        self._enqueue(executions, route)
-        return len(executions)
-
-    def _progress(self, route: _Route) -> datetime:
-        """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
-
-        That is the moment for which its first message of the priority was queued; now, if there is none. In a backlog
-        of hours all is overdue, and queuing it again each minute would make it longer and longer.
-        """
-        huey, reached, priority = self.queues[route[0]], self._now(), route[1] or 0
-        ours = self._tasks[route[0]].task_class
-        try:
-            pending = [task for task in self._repeat(lambda: huey.pending(limit=100)) if isinstance(task, ours)]
-            first = next((task for task in pending if (task.priority or 0) <= priority), None)
-            if first is None and len(pending) == 100:
-                return EPOCH  # higher priorities are before it, and nobody knows what is behind those
-            if first and (first.priority or 0) < priority:
-                first = None
-            later = self._repeat(lambda: huey.scheduled(limit=100))
-            waiting = next((task for task in later if isinstance(task, ours)), None)
-            for task in filter(None, (first, waiting)):
-                due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
-                reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
-        except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
-            logger.exception("the queue %s cannot be read and is taken to be empty", route[0])
-            return self._now()
-        return reached
-
-    def _wake_needless(self) -> int:
-        """Wake what waits for a signal at a step that, since a deploy, does not wait any more.
-
-        Where another class waits at a step of that name, a sweep looks at a batch of what waits there. Not what began
-        to wait lately: where a deploy has just made the step wait, this may be the code before it.
-        """
-        since = peewee.fn.COALESCE(StepExecution.enqueued_at, StepExecution.created_at)
-        began = since <= StepExecution.created_at.db_value(self._now() - self.undefined_step_grace)
-        # Without a join: PostgreSQL thinks that there are many, and would read all workflows.
-        columns = [StepExecution.id, StepExecution.step_name, StepExecution.workflow]
-        query = StepExecution.select(*columns).where(SQL(f"t1.state = '{WAITING}'") & began)
-        steps = [each for cls in list(_workflow_classes.values()) for each in cls._blueprint.steps]
-        waiting, others = (
-            {each.name for each in steps if (each.wait_for is None) is not waits} for waits in (True, False)
-        )
-        woken = 0
-        for some in peewee.chunked(sorted(others - waiting), 500):
-            for executions in self._batches(
-                query.where(StepExecution.step_name.in_(some)), StepExecution.scheduled_for
-            ):
-                woken += self._wake_those_needless(executions)
-        # The name of a step that waits in another class: of those there may be a million, and a sweep looks at a few.
-        for name in waiting & others:
-            last, batch = self._looked_at.get(name, 0), self.housekeeping_batch_size
-            page = query.where((StepExecution.step_name == name) & (StepExecution.id > last))
-            page = page.order_by(StepExecution.id).limit(batch)
-            executions = self._repeat(functools.partial(list[Any], page))
-            self._looked_at[name] = executions[-1].id if len(executions) == batch else 0
-            woken += self._wake_those_needless(executions)
-        return woken
-
-    def _wake_those_needless(self, executions: Sequence[StepExecution]) -> int:
-        ids, woken = [each.workflow_id for each in executions], 0
-        rows = Workflow.select(Workflow.id, Workflow.type).where(Workflow.id.in_(ids) & (Workflow.state == READY))
-        workflows = {each.id: each for each in (self._repeat(functools.partial(list[Any], rows)) if ids else ())}
-        for each in executions:
-            definition = each.workflow_id in workflows and workflows[each.workflow_id]._find(each.step_name)
-            if definition and definition.wait_for is None:
-                woken += self._transact(functools.partial(self._wake_if_waiting, each))
-        return woken
-
-    def _wake_if_waiting(self, execution: StepExecution) -> bool:
-        row, active = Workflow._lock_with_active(execution.workflow_id)
-        is_waiting = row is not None and row.state == READY and active is not None and active.state == WAITING
-        if not is_waiting or active.id != execution.id:
-            return False
-        _wake(self, row, active)
-        return True
-
-    def _clean_up(self) -> dict[str, int]:
-        if self.delete_completed_workflows_after is None:
-            return {}
-        moment, deleted = self._now() - self.delete_completed_workflows_after, []
-        # MySQL has no index over both states, and would sort what is in them for each batch.
-        each_state = [f"state = '{state}'" for state in OVER]
-        for condition in each_state if self._dialect == "mysql" else [f"state in {OVER}"]:
-            expired = SQL(condition) & (Workflow.transitioned_at < moment)
-            for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
-                began = time.monotonic()
-                deleted += self._delete([each.id for each in workflows], expired)
-                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
-                time.sleep(min(1, time.monotonic() - began))
-        return {
-            "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
-            "step_executions_cleaned_up": sum(executions for _, executions in deleted),
-        }
-
-    def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
-        """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
-
-        def delete() -> tuple[int, int]:
-            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(ids)).execute()
-            executions = StepExecution.delete().where(StepExecution.workflow.in_(ids)).execute()
-            return Workflow.delete().where(Workflow.id.in_(ids) & expired).execute(), executions
-
-        try:
-            return [self._transact(delete)]
-        except peewee.IntegrityError as error:  # rows of the application's refer to one of them
-            if len(ids) > 1:
-                return [pair for each in ids for pair in self._delete([each], expired)]
-            logger.warning("workflow %s cannot be deleted: %s", ids[0], error)
-            return []
-
-    def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
-        """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
-
-        :param moment: the column to go by; with the id, it is in an index over these rows.
-        """
-        key = moment.model.id
-        query = query.select_extend(moment).order_by(moment, key).limit(self.housekeeping_batch_size)
-        page = query
-        while rows := self._repeat(functools.partial(list[Any], page)):
-            yield rows
-            last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
-            if self._dialect == "mysql":  # which uses no index to compare pairs
-                page = query.where((moment > last) | ((moment == last) & (key > last_id)))
-            else:
-                page = query.where(peewee.Tuple(moment, key) > (moment.db_value(last), last_id))
-
-    # -- looking ----------------------------------------------------------------------------------------------------
-
-    @_repeated
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
 
         Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
         """
-        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
-        # statement, or between two of them a workflow might move from what is asked last to what was asked first.
-        timed = f"state = '{WAITING}' and t1.times_out_at is not null"
-        busy = (
-            "exists (select 1 from geneva_drive_step_executions t1 join geneva_drive_workflows t2"
-            f" on t2.id = t1.workflow_id where t1.{active} and t2.state in {(READY, PERFORMING)})"
-            for active in (f"state = '{SCHEDULED}'", f"state = '{IN_PROGRESS}'", timed)
-        )
-        ((is_busy,),) = self._db.execute_sql(f"select {' or '.join(busy)}").fetchall()
-        return not is_busy
+        return self._access.repeat(self._reports.is_idle)
 
-    @_repeated
     def doctor(self) -> list[str]:
         """Check over the tables what must always hold, while others write. Reads all rows: not for every minute.
 
         :returns: the violations, a sentence each; empty when all is sound.
         """
-        if problem := _Schema(self).problem():
-            return [problem]
-        found = []
-        for sentence, query in VIOLATIONS.items():
-            rows = self._db.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
-            found += [sentence.format(*map(_as_text, row)) for row in rows]
-        found += [each.problem for each in self._stranded_waits() if each.kind == "wait"]
-        missing = [statement for part in _Schema(self).parts(has_queue=False) for statement in part()]
-        return found + [f"the schema lacks: {statement}" for statement in missing]
+        return self._access.repeat(self._reports.violations)
 
-    def _stranded(self) -> Iterator[_Stranded]:
-        """What ongoing workflows need and this code does not define; to be asked with new code, before its deploy."""
-        for name, step_name, number in Workflow.undefined_steps_in_flight():
-            removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
-            kind, problem = "step", f"which the class does not define: keep it, or put {removal} in its place"
-            if name not in _workflow_classes:
-                kind, fix = "class", "import it, or set workflow_type on its successor"
-                problem = f"and no class defines that type: {fix}"
-            yield _Stranded.of(kind, name, step_name, number, "stand", f"at the step {step_name!r}, {problem}")
-        for name, hero_type, number in _count_ongoing(Workflow.select(), Workflow.type, Workflow.hero_type):
-            if why := _hero_problem(hero_type):
-                need = f"a hero of the type {hero_type!r}, but {why}"
-                yield _Stranded.of("hero", name, hero_type, number, "need", need)
-        yield from self._stranded_waits()
-        pending = WorkflowSignal.select().join(Workflow).where(WorkflowSignal.consumed_at.is_null())
-        for name, signal_name, number in _count_ongoing(pending, Workflow.type, WorkflowSignal.name):
-            if name in _workflow_classes and signal_name not in _workflow_classes[name]._signal_names():
-                fix = "keep such a step, or send them the signal by its new name and delete that of the old one"
-                problem = f"the signal {signal_name!r}, which no step of the class waits for: {fix}"
-                yield _Stranded.of("signal", name, signal_name, number, "keep", problem)
-
-    def _stranded_waits(self) -> Iterator[_Stranded]:
-        """The executions that wait for a signal that their step, by now, does not wait for."""
-        waiting = StepExecution.select().join(Workflow).where(StepExecution.state == SQL(f"'{WAITING}'"))
-        columns = Workflow.type, StepExecution.step_name, StepExecution.waiting_for
-        for name, step_name, signal_name, number in _count_ongoing(waiting, *columns):
-            cls = _workflow_classes.get(name)
-            definition = cls and cls._find(step_name)
-            if cls is None or (definition and (definition.removed or definition.wait_for == signal_name)):
-                continue
-            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them with this code"
-            if signal_name in cls._signal_names():
-                kind, now = "changed wait", "that step does not wait for any more"
-            if definition is None:
-                fix = "pause() them, and resume_at() another step"
-            elif definition.wait_for is None:
-                fix = "let housekeeping have them go on without it"
-            fix = f"keep wait_for={signal_name!r}, or {fix}"
-            problem = f"at the step {step_name!r} for the signal {signal_name!r}, which {now}: {fix}"
-            yield _Stranded.of(kind, name, signal_name, number, "wait", problem)
-
-    @_repeated
     def stats(self) -> list[Metric]:
         """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
 
@@ -4454,113 +3657,557 @@ class GenevaDrive:
             paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal; how
             many attempts, of the workflows that are kept, ended with their process.
         """
-        now, count, kinds = self._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
-        late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
-        first = peewee.fn.MIN(StepExecution.scheduled_for)
-        ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
-        died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
-        recovered = dict(died.group_by(Workflow.type).tuples())
-        states: dict[str, dict[str, int]] = {}
-        for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
-            states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
-        metrics = []
+        return self._access.repeat(self._reports.metrics)
 
-        def add(name: str, value: float, **labels: str) -> None:
-            metrics.append(Metric(f"geneva_drive_{name}", labels, value))
+    def _now(self) -> datetime:
+        return self.clock()
 
-        for name, counts in sorted(states.items()):
-            for state, number in counts.items():
-                add("workflows", number, type=name, state=state)
-            add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
-            add("recovered_steps", recovered.get(name, 0), type=name)
-        for (name, signal_name), number in sorted(self._count_waiting().items()):
-            add("waiting_steps", number, type=name, signal=signal_name)
-        add("overdue_steps", overdue)
-        add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
-        return sorted(metrics, key=lambda metric: metric.name)
+    def _announce(self, workflow: Workflow, old: str | None, new: str) -> None:
+        """Tell of a transition once it is committed."""
+        if old == new or not (workflow_transitioned._receiver_list or logger.isEnabledFor(logging.INFO)):
+            return
 
-    def _count_waiting(self) -> dict[tuple[str, str], int]:
-        """How many executions wait, by the type of their workflow and the name of the signal."""
-        kinds = (Workflow.type, StepExecution.waiting_for)
-        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
-        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
-        return {(name, signal_name): number for name, signal_name, number in rows}
+        def tell() -> None:
+            logger.info("%s: %s -> %s", workflow._label, old or "new", new)
+            workflow_transitioned.send(workflow, old, new)
 
+        self._access.after_commit(tell)
 
-#: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
-VIOLATIONS = {
-    "workflow {0} has {1} active executions": """
-        select workflow_id, count(*) from geneva_drive_step_executions where state in {active}
-        group by workflow_id having count(*) > 1""",
-    "{1} {0} has {3} ongoing workflows of the type {2}": """
-        select hero_id, hero_type, type, count(*) from geneva_drive_workflows
-        where state in {ongoing} and not allow_multiple and hero_id is not null
-        group by hero_id, hero_type, type having count(*) > 1""",
-    "workflow {0} is {1}, but its execution {2} is {3}": """
-        select w.id, w.state, e.id, e.state from geneva_drive_workflows w
-        join geneva_drive_step_executions e on e.workflow_id = w.id where e.state in {active} and not (
-            w.state = 'performing' and e.state = 'in_progress' or w.state = 'canceled' and e.state = 'in_progress'
-            or w.state in ('ready', 'paused') and e.state in ('scheduled', 'waiting'))""",
-    "workflow {0} is {1}, but no execution of it is active": """
-        select w.id, w.state from geneva_drive_workflows w where w.state in ('ready', 'performing') and not exists (
-            select 1 from geneva_drive_step_executions e where e.workflow_id = w.id and e.state in {active})""",
-    "workflow {0} counts {1} executions, but its newest is number {2}": """
-        select w.id, w.execution_count, max(e.number) from geneva_drive_workflows w
-        left join geneva_drive_step_executions e on e.workflow_id = w.id
-        group by w.id, w.execution_count having max(e.number) is null or max(e.number) <> w.execution_count""",
-    "workflow {0} is {1}, but stands at the step {2}": """
-        select id, state, current_step_name from geneva_drive_workflows
-        where (state in {ongoing}) = (current_step_name is null)""",
-    "execution {0} is {1}, but the outcome {2} and the end {3} do not fit": """
-        select id, state, outcome, finished_at from geneva_drive_step_executions
-        where (state in {active}) = (outcome is not null) or (state in {active}) = (finished_at is not null)""",
-    "execution {0} belongs to the workflow {1}, which is gone": """
-        select e.id, e.workflow_id from geneva_drive_step_executions e
-        where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
-    "execution {0} waits for the signal {1}, which is there": """
-        select e.id, e.waiting_for from geneva_drive_step_executions e
-        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
-        where e.state = 'waiting' and exists (
-            select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
-            and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
-    "execution {0} waits for no signal": """
-        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
-    "signal {0} belongs to the workflow {1}, which is gone": """
-        select s.id, s.workflow_id from geneva_drive_signals s
-        where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
-}
+    def _perform(self, execution_id: int, queue: str = DEFAULT_QUEUE, attempt: _Attempt | None = None) -> None:
+        """Run an execution that is due, and go on with the steps that follow at once.
+
+        :param attempt: at it, where it is claimed already.
+        """
+        self._access.connect_worker()
+        context = _own_context()
+        attempt = attempt or context.run(_Attempt.claim, self, execution_id, queue)
+        deadline = time.monotonic() + self.run_on.total_seconds()
+        is_draining = self._dispatch.draining(queue)
+
+        def may_run_on() -> bool:
+            return time.monotonic() < deadline and not is_draining()
+
+        while attempt is not None:
+            run = functools.partial(context.run, attempt.run, may_run_on, is_draining)
+            attempt = self._dispatch.perform(attempt, run)
+            context = _own_context()
+            with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
+                self._access.connect_worker()
 
 
-class _Stranded(NamedTuple):
-    """What so many ongoing workflows of a type need, and what is wrong with it: a sentence that says what to do."""
-
-    kind: str  # "class", "step", "hero", "wait" (for a signal of no step), "changed wait" or "signal"
-    type: str
-    name: str
-    workflows: int
-    problem: str
-
-    @classmethod
-    def of(cls, kind: str, type_name: str, name: str, number: int, verb: str, problem: str) -> _Stranded:
-        who = f"{number} ongoing workflow{'s' * (number > 1)} of {type_name} {verb}{'s' * (number == 1)}"
-        return cls(kind, type_name, name, number, f"{who} {problem}")
+# ==== The queues: who is told of an execution, and who performs it ====================================================
 
 
-class Metric(NamedTuple):
-    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
+def perform_step(execution_id: int, drive: GenevaDrive, queue: str, task: Any) -> None:
+    """The Huey task behind every step; each queue has its own, which knows its drive and its name."""
+    drive._perform(execution_id, queue, getattr(task, "attempt", None))
 
 
-def _job_id(moment: datetime) -> str:
-    """A unique id for a message; it begins with the time at which it was queued, in microseconds since 1970."""
-    return f"{int(moment.timestamp() * 1_000_000)}-{uuid.uuid4().hex}"
+def housekeeping() -> None:
+    """The periodic Huey task."""
+    _drive().housekeeping()
 
 
-def _queued_at(job_id: str) -> datetime:
-    return datetime.fromtimestamp(int(job_id.partition("-")[0]) / 1_000_000, timezone.utc)
+# Huey names tasks by module and function: on one side of a queue the module may be vendored, and called otherwise.
+perform_step.__module__ = housekeeping.__module__ = "geneva_drive"
+
+
+def _checked_queues(drive: GenevaDrive, huey: Any, queues: Any) -> dict[str, Huey]:
+    """The Hueys by the names of their queues, the drive's own among them."""
+    if huey is not None and not isinstance(huey, Huey):
+        raise ConfigurationError(f"huey must be a Huey instance, not {huey!r}")
+    if isinstance(queues, str) or not isinstance(queues or (), Iterable):
+        raise ConfigurationError(f"queues must be a dict of names and Hueys or a list of names, not {queues!r}")
+    found = {DEFAULT_QUEUE: _OwnHuey(DEFAULT_QUEUE, drive) if huey is None else huey}
+    for name in queues or ():
+        if not _is_name(name) or not name.isascii() or name == DEFAULT_QUEUE:
+            raise ConfigurationError(f"queues: a name must be ASCII other than {DEFAULT_QUEUE!r}, not {name!r}")
+        found[name] = queues[name] if isinstance(queues, Mapping) else _OwnHuey(name, drive)
+        if not isinstance(found[name], Huey):
+            raise ConfigurationError(f"queues: {name!r} must be a Huey instance, not {found[name]!r}")
+    for name, each in found.items():
+        if isinstance(each, _OwnHuey) and each.storage.drive is not drive:
+            problem = f"the Huey of the queue {name!r} is one that another GenevaDrive made for itself"
+            raise ConfigurationError(f"{problem}: leave it out, and this one makes its own")
+    return found
+
+
+class _Dispatch:
+    """Tells the queues of executions, and minds the consumers that perform them."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive = drive
+        self.consumers: dict[str, Consumer] = {}
+        self.handlers: dict[int, Any] = {}  # of signals, as they were before the consumers
+        self.performing: set[_Attempt] = set()
+        self.tasks = {name: self._register(name, each) for name, each in drive.queues.items()}
+
+    # -- routes -----------------------------------------------------------------------------------------------------
+
+    def route(self, workflow: Workflow, step_name: str | None) -> _Route:
+        """The queue and priority of a step. A queue that a deploy took away gives way to the default one."""
+        options = workflow._huey_options(step_name, workflow.options)
+        queue = options.get("queue", DEFAULT_QUEUE)
+        if queue not in self.drive.queues:
+            logger.error("%s", UnknownQueueError(workflow._label, queue, self.drive.queues))
+            queue = DEFAULT_QUEUE
+        return queue, options.get("priority") or 0
+
+    def check_route(self, where: str, options: Mapping[str, Any]) -> None:
+        """Refuse options that ask for a queue or a priority that the drive does not have."""
+        queue, queues = options.get("queue", DEFAULT_QUEUE), self.drive.queues
+        if queue not in queues:
+            raise UnknownQueueError(where, queue, queues)
+        if options.get("priority") and not queues[queue].storage.priority:
+            storage = type(queues[queue].storage).__name__
+            raise ConfigurationError(
+                f"{where} asks for a priority, which the queue {queue!r} ({storage}) does not know: use "
+                "PriorityRedisHuey, or leave the priority out"
+            )
+
+    # -- telling ----------------------------------------------------------------------------------------------------
+
+    def put_in_queue(self, workflow: Workflow, execution: StepExecution, **changes: Any) -> None:
+        """Write changes of an execution that is not claimed, and its place in the queue. Needs the workflow's lock."""
+        place = _place_in_queue(workflow, {**execution.__data__, **changes}, workflow.state)
+        execution._write(**changes, **place)
+        self.send([execution])
+
+    def send(self, executions: list[StepExecution]) -> None:
+        """Tell of executions in one queue, if they are in one, as soon as they are committed; or along with that."""
+        queue = executions[0].queue
+        huey = self.drive.queues.get(queue)
+        if queue is None or huey is None:  # or it is one of another process's
+            return
+        tell = functools.partial(huey.tell if isinstance(huey, _OwnHuey) else self._send_messages, executions)
+        if self.is_sent_along(queue):
+            tell()
+        else:
+            self.drive._access.after_commit(tell)
+
+    @functools.cached_property
+    def has_shared(self) -> bool:
+        """Whether there are queues whose messages may be a part of the drive's transactions."""
+        return any(isinstance(each.storage, SqlStorage) for each in self.drive.queues.values())
+
+    def is_sent_along(self, queue: str) -> bool:
+        """Whether the messages of a queue are rows of the drive's own database, a part of its transactions."""
+        huey = self.drive.queues[queue]
+        is_sql = isinstance(huey.storage, SqlStorage) and not huey.immediate
+        return is_sql and huey.storage.database is self.drive._access.database
+
+    def _send_messages(self, executions: list[StepExecution]) -> None:
+        huey = self.drive.queues[cast(str, executions[0].queue)]
+        for each in executions:
+            task = self.task(each)
+            # Huey's enqueue would have a worker put it into the schedule; the direct way spares it that.
+            (huey.enqueue if task.eta is None else huey.add_schedule)(task)
+
+    def task(self, execution: StepExecution) -> Any:
+        """The Huey task that performs an execution."""
+        due = cast(datetime, execution.due_at)
+        eta, priority = due if due > self.drive._now() else None, execution.priority or None
+        make = self.tasks[cast(str, execution.queue)].s
+        return make(execution.id, eta=eta, priority=priority, id=execution.job_id)
+
+    # -- consumers --------------------------------------------------------------------------------------------------
+
+    def _register(self, name: str, huey: Huey) -> Any:
+        """Register the tasks on a Huey, in the place of an earlier drive's; returns the one that performs steps."""
+        for task in getattr(huey, "_geneva_drive_tasks", ()):
+            task.unregister()
+        here = functools.partial(perform_step, drive=self.drive, queue=name)
+        perform = huey.task(context=True)(functools.update_wrapper(here, perform_step))
+        periodic = huey.periodic_task(lambda moment: self.drive.housekeeping_schedule(moment))(housekeeping)
+        huey._geneva_drive_tasks = (perform, periodic)
+        huey.on_startup("geneva_drive")(functools.partial(self._begin_worker, name))
+        huey.on_shutdown("geneva_drive")(self._end_worker)
+        create_consumer = type(huey).create_consumer
+
+        def remembering(**options: Any) -> Consumer:
+            if not _heartbeat.workers:
+                self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            self.consumers[name] = consumer = create_consumer(huey, **options)
+            consumer.start = functools.partial(self._start_consumer, consumer.start)  # Huey's hooks cannot stop it
+            consumer._join_workers = lambda: _join([consumer], consumer.shutdown_timeout)
+            consumer._interrupt_workers = functools.partial(self._interrupt, consumer, consumer._interrupt_workers)
+            return consumer
+
+        huey.create_consumer = remembering  # a task has no other way to its consumer's stop flag
+        return perform
+
+    def _start_consumer(self, start: Callable[[], None]) -> None:
+        """Start a consumer, unless it would take messages only to fail with each: a GenevaDriveError says why."""
+        access = self.drive._access
+        was_closed = access.database.is_closed()
+        try:
+            if _is_in_memory(access.database):
+                fix = "use a file; or perform the steps in this thread, by execute() or TestHelpers.perform_next_step()"
+                name = access.database.database
+                raise ConfigurationError(f"{name!r} is another database in each thread: {fix}")
+            access.connect_worker()
+            problem = _Schema(self.drive).problem()
+        except peewee.PeeweeException as error:  # a consumer outlives that its database is away
+            logger.warning("the version of the schema cannot be read: %s", error)
+            problem = None
+        finally:
+            if was_closed:
+                access.close_own()
+        if problem:
+            raise GenevaDriveError(problem)
+        start()
+
+    def _interrupt(self, consumer: Consumer, interrupt: Callable[[], None]) -> None:
+        """End workers in mid-step. A process may hang in its driver, where it handles no signal."""
+        interrupt()
+        for each in _alive(consumer) if consumer.environment.forks else ():
+            each.kill()
+        _restore_signals(self.handlers)  # Huey's would ignore what comes while the process exits
+
+    def _begin_worker(self, queue: str) -> None:
+        _heartbeat.enter()
+        consumer = self.consumers.get(queue)
+        if consumer is not None and consumer.environment.forks:
+            threading.Thread(target=_end_process, args=(consumer, os.getppid()), daemon=True).start()
+        if not getattr(consumer, "_geneva_drive_swept", False):  # by the first worker of a consumer that starts
+            if consumer is not None:
+                consumer._geneva_drive_swept = True
+            self.drive.housekeeping()
+
+    def _end_worker(self) -> None:
+        _heartbeat.exit()
+        self.drive._access.close_own()
+
+    def draining(self, queue: str) -> Callable[[], bool]:
+        """What tells whether the consumer of a queue is about to stop."""
+        consumer = self.consumers.get(queue)
+        return lambda: consumer is not None and consumer.stop_flag.is_set()
+
+    def perform(self, attempt: _Attempt, run: Callable[[], _Attempt | None]) -> _Attempt | None:
+        """Run an attempt for a worker, which nothing but the end of its process is to end."""
+        self.performing.add(attempt)
+        try:
+            return run()
+        except BaseException as error:
+            if isinstance(error, (Exception, SystemExit)) or _ends_process(error):
+                raise
+            raise GenevaDriveError(f"{attempt.where} failed with {type(error).__name__}") from error
+        finally:
+            self.performing.discard(attempt)
+
+    def serve(
+        self, names: list[str], workers: int, until: Callable[[], object] | None, drain_seconds: float | None
+    ) -> None:
+        """Run consumers of the queues in this process; see :meth:`GenevaDrive.run`."""
+        quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
+        consumers = [self.drive.queues[name].create_consumer(workers=workers, **quick) for name in names]
+        try:
+            _serve(consumers, until, drain_seconds)
+        finally:
+            for name, consumer in zip(names, consumers):
+                if self.consumers.get(name) is consumer:  # what is performed here from now on is none of its steps
+                    del self.consumers[name]
+
+    def after_fork(self, is_of_worker: bool) -> None:
+        """Have a forked process begin without what its parent performs.
+
+        :param is_of_worker: whether a consumer's workers run in the parent: then the fork is a step's.
+        """
+        self.performing = set()
+        for huey in self.drive.queues.values():
+            if isinstance(huey, _OwnHuey):
+                huey.storage.begin()
+        if is_of_worker:  # else Huey makes a worker
+            self.consumers = {}
+            _restore_signals(self.handlers)
+            signal.set_wakeup_fd(-1)  # else what is sent to the child is told to the parent
+
+
+# ==== The drive's own Huey: a row that is due is a message ============================================================
+
+
+class _OwnHuey(Huey):
+    """Gives out the executions in the tables: there are no other messages, and nothing to lose or double.
+
+    Periodic tasks are performed by the consumer's scheduler; other tasks are refused.
+    """
+
+    def __init__(self, name: str, drive: GenevaDrive) -> None:
+        super().__init__(name, results=False, storage_class=_OwnStorage, drive=drive)
+        self._retries: list[Any] = []  # periodic tasks, for later
+
+    @property
+    def immediate(self) -> bool:
+        """False: the drive's own queue is served by a consumer."""
+        return False
+
+    @immediate.setter
+    def immediate(self, value: bool) -> None:
+        if value:
+            problem = "the drive's own queue has no immediate mode: perform steps by TestHelpers or execute(), or give"
+            raise ConfigurationError(f"{problem} GenevaDrive(db, huey=...) a Huey that has one")
+
+    def _is_periodic(self, task: Any) -> bool:
+        """Whether a task is periodic; False for a step whose body asked Huey for a retry: what follows is decided.
+
+        :raises ConfigurationError: for any other task.
+        """
+        if not isinstance(task, PeriodicTask) and not hasattr(task, "attempt"):
+            problem = f"the drive's own Huey performs steps and periodic tasks alone, not {task}"
+            fix = "put it on a Huey of yours; GenevaDrive(db, huey=...) has that perform both"
+            raise ConfigurationError(f"{problem}: {fix}")
+        return isinstance(task, PeriodicTask)
+
+    def enqueue(self, task: Any) -> None:
+        """Perform a periodic task here and now: the consumer's scheduler calls this."""
+        if not self._is_periodic(task):
+            return
+        access = self.storage.drive._access
+        was_closed = access.database.is_closed()
+        try:
+            self.execute(task)
+        finally:
+            if was_closed:
+                access.close_own()
+
+    def add_schedule(self, task: Any) -> None:
+        """Keep a periodic task that failed, and has retries, for the moment of the next one."""
+        if self._is_periodic(task):
+            self._retries.append(task)
+
+    def read_schedule(self, timestamp: Any = None) -> list[Any]:
+        """The retries of periodic tasks that are due."""
+        due = [task for task in self._retries if self.ready_to_run(task, timestamp)]
+        self._retries = [task for task in self._retries if task not in due]
+        return due
+
+    def deserialize_task(self, data: Any) -> Any:
+        """The task for an execution, or for an attempt at one, which the storage gives out in the place of messages."""
+        if isinstance(data, StepExecution):
+            return self.storage.drive._dispatch.task(data)
+        task = self.storage.drive._dispatch.tasks[self.name].s(data.execution.id, id=data.execution.job_id)
+        task.attempt, task.priority = data, data.execution.priority or None
+        return task
+
+    def execute(self, task: Any, timestamp: Any = None) -> Any:
+        """As Huey has it; a step that a hook of its cancels is put back."""
+        try:
+            return super().execute(task, timestamp)
+        finally:
+            attempt = getattr(task, "attempt", None)
+            if attempt and not attempt.is_begun:
+                attempt.put_off("a hook of Huey's canceled its task", self.name)
+
+    def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
+        """False: what is to be done is in the tables, and changed by calls of the workflow's."""
+        return False
+
+    def delete(self, key: str | None) -> bool:
+        """False: nothing is kept beside the tables."""
+        return False
+
+    def tell(self, executions: list[StepExecution]) -> None:
+        """Executions are in the queue, committed: wake as many workers of this process, and tell Huey's receivers."""
+        if executions[0].priority not in self.storage._priorities:
+            self.storage._asked = -math.inf
+        self.storage.idle.ring([cast(datetime, each.due_at) for each in executions])
+        if any(self._signal.receivers.values()):
+            for each in executions:
+                task = self.storage.drive._dispatch.task(each)
+                self._emit(SIGNAL_ENQUEUED if task.eta is None else SIGNAL_SCHEDULED, task)
+
+
+class _OwnStorage(BaseStorage):
+    """The executions of one queue, by their columns `queue`, `priority` and `due_at`."""
+
+    blocking = True
+
+    def __init__(self, name: str, drive: GenevaDrive) -> None:
+        super().__init__(name)
+        self.drive = drive
+        self._priorities: tuple[int, ...] = (0,)
+        self._asked = -math.inf
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin in a process, a forked one too: with locks that none of another's threads holds."""
+        self.idle, self.taking = _Idle(self), threading.Lock()
+
+    def close(self) -> None:
+        """Close the connection of this thread, before Huey forks."""
+        self.drive._access.close_own()
+
+    def dequeue(self) -> _Attempt | None:
+        """Claim the execution that is due first. A worker waits for one, until its consumer stops."""
+        try:
+            self.drive._access.connect_worker()
+            is_in_vain = False
+            while True:
+                attempt = _Attempt.take(self.drive, self.name)
+                if attempt:
+                    self.idle.nap = SHORTEST_NAP
+                if attempt or not self._wait(is_in_vain):
+                    return attempt
+                is_in_vain = True
+        except (peewee.PeeweeException, GenevaDriveError):
+            if not self.drive._access.database.in_transaction():
+                with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
+                    self.drive._access.close_own()
+            time.sleep(1)  # Huey logs a traceback each time, and polls often
+            raise
+
+    def _wait(self, is_in_vain: bool) -> bool:
+        """In a worker, wait until something may be due; False elsewhere, and if the consumer stops, or is gone.
+
+        :param is_in_vain: whether the worker has just waited, and was given nothing all the same.
+        """
+        if threading.get_ident() not in _heartbeat.workers:
+            return False
+        dispatch = self.drive._dispatch
+        while not dispatch.draining(self.name)():
+            is_due, is_in_vain = self.idle.wait(is_in_vain), False
+            if self.name not in dispatch.consumers:
+                return False  # Huey asks the stop flag of this worker's own
+            if is_due:
+                return not dispatch.draining(self.name)()
+        return False
+
+    def priorities(self) -> tuple[int, ...]:
+        """The priorities that there are, or were lately, the highest first. There are few: each is asked for by itself.
+
+        A new one of another process is seen within a second, one of this process at once.
+        """
+        if time.monotonic() - self._asked > 1:
+            self._priorities, self._asked = self._ask_priorities(), time.monotonic()
+        return self._priorities
+
+    def _ask_priorities(self) -> tuple[int, ...]:
+        found, highest = {0}, "select max(priority) from geneva_drive_step_executions where queue = {0}"
+        priority = self._ask(highest, self.name)
+        while priority is not None:
+            found.add(priority)
+            priority = self._ask(f"{highest} and priority < {{0}}", self.name, priority)
+        known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
+        return tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
+
+    def first_due(self) -> datetime | None:
+        """When the first execution in the queue is due; None if there is none."""
+        first = "select min(due_at) as due_at from geneva_drive_step_executions where queue = {{0}} and priority = {}"
+        firsts = " union all ".join(map(first.format, self.priorities()))
+        moment = self._ask(f"select min(due_at) from ({firsts}) t", *[self.name] * len(self.priorities()))
+        return cast("datetime | None", StepExecution.due_at.python_value(moment))
+
+    def _ask(self, query: str, *parameters: Any) -> Any:
+        """The one value that a query finds, with {0} for each parameter."""
+        access, database = self.drive._access, self.drive._access.database
+        sql = query.format(database.param)
+        return access.repeat(lambda: access.dialect.execute(database, sql, [*parameters]).fetchone())[0]
+
+    # -- what Huey asks ---------------------------------------------------------------------------------------------
+
+    def _rows(self, is_due: bool) -> Any:
+        now = self.drive._now()
+        self.drive._access.connect_worker()
+        moment = StepExecution.due_at <= now if is_due else StepExecution.due_at > now
+        return StepExecution.select().where((StepExecution.queue == self.name) & moment)
+
+    def queue_size(self) -> int:
+        return cast(int, self._rows(True).count())
+
+    def schedule_size(self) -> int:
+        return cast(int, self._rows(False).count())
+
+    def enqueued_items(self, limit: int | None = None) -> list[Any]:
+        order = StepExecution.priority.desc(), StepExecution.due_at, StepExecution.id
+        return list(self._rows(True).order_by(*order).limit(limit))
+
+    def scheduled_items(self, limit: int | None = None) -> list[Any]:
+        return list(self._rows(False).order_by(StepExecution.due_at, StepExecution.id).limit(limit))
+
+    def flush_all(self) -> None:
+        """Nothing: the steps are the workflows', which `cancel()` ends."""
+
+    flush_queue = flush_schedule = flush_results = flush_counters = flush_all
+
+    def result_items(self) -> dict[str, Any]:
+        return {}
+
+    def result_store_size(self) -> int:
+        return 0
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        problem = (
+            "the drive's own Huey keeps nothing beside the tables: no results, locks, rate limits or revoked tasks"
+        )
+        fix = "pause() or cancel() a workflow to hold its steps back; for the rest, use a Huey of yours"
+        raise ConfigurationError(f"{problem}: {fix}, which GenevaDrive(db, huey=...) takes too")
+
+    put_data = peek_data = pop_data = delete_data = has_data_for_key = put_if_empty = incr = delete_counter = _refuse
+
+
+class _Idle:
+    """Where the idle workers of a process wait: one of them watches the queue, the others wait to be told."""
+
+    def __init__(self, storage: _OwnStorage) -> None:
+        self.storage, self.changed = storage, threading.Condition()
+        self.waiting, self.rings = 0, 0  # workers, and those of them that are to look
+        self.is_watched = False
+        self.first_due: datetime | None = None  # as the one who watches knows it
+        self.news = 0  # grows when something comes that is due earlier
+        self.nap = SHORTEST_NAP  # from one look to the next: it grows while nothing comes
+
+    def ring(self, dues: Sequence[datetime]) -> None:
+        """Executions that are due at these moments came into the queue."""
+        now = self.storage.drive._now()
+        with self.changed:
+            if not self.waiting:
+                return
+            due = sum(moment <= now for moment in dues)
+            self.rings = min(self.rings + due, self.waiting)
+            self.changed.notify(due)
+            later = [moment for moment in dues if moment > now]
+            if later and not (self.first_due and now < self.first_due <= min(later)):
+                self.news += 1
+                self.changed.notify_all()
+
+    def wait(self, is_in_vain: bool) -> bool:
+        """Wait, for a moment at most; whether something may be due."""
+        with self.changed:
+            self.waiting += 1
+        try:
+            with self.changed:
+                self.changed.wait_for(lambda: self.rings or not self.is_watched, STOP_SECONDS)
+                if self.is_watched or self.rings:
+                    return self._is_rung()
+                self.is_watched = True
+            return self._watch(is_in_vain)
+        finally:
+            with self.changed:
+                self.waiting -= 1
+
+    def _watch(self, is_in_vain: bool) -> bool:
+        try:
+            news = self.news
+            due = self.storage.first_due()
+            with self.changed:
+                self.first_due = due
+                left = (due - self.storage.drive._now()).total_seconds() if due else math.inf
+                if is_in_vain and left <= 0:  # another's transaction holds what is due, for as long as it takes
+                    left = self.nap
+                nap, self.nap = min(left, self.nap), min(self.nap * 1.2, LONGEST_NAP)
+                self.changed.wait_for(lambda: self.rings or self.news != news, max(0, nap))
+                return self._is_rung() or (left <= nap and self.news == news)
+        finally:
+            with self.changed:
+                self.is_watched = False
+                self.changed.notify()  # another one is to watch, and to look in its turn: there may be more
+
+    def _is_rung(self) -> bool:
+        is_rung, self.rings = self.rings > 0, max(0, self.rings - 1)
+        return is_rung
+
+
+# ==== Consumers in this process =======================================================================================
 
 
 def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
@@ -4625,7 +4272,7 @@ def _is_busy(consumer: Consumer) -> bool:
 def _is_performing(huey: Any) -> bool:
     """Whether this process performs a step, or a task of the application's."""
     ours = tuple(task.task_class for task in huey._geneva_drive_tasks)
-    performing = any(time.monotonic() < each.patience_ends for each in list(_drive()._performing))
+    performing = any(time.monotonic() < each.patience_ends for each in list(_drive()._dispatch.performing))
     return performing or any(not isinstance(task, ours) for task in list(huey._tasks_in_flight))
 
 
@@ -4684,6 +4331,1009 @@ def _restore_signals(handlers: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+# ==== The database: transactions, connections, statements =============================================================
+
+
+class _Access:
+    """Runs what the library does on the drive's database, again where it is to be, and minds the connections."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive = drive
+        self.turn = threading.RLock()  # of the threads that write, where one at a time can
+        self._statements: dict[Any, _Built] = {}
+
+    @property
+    def database(self) -> Database:
+        """The drive's; a ConfigurationError, if it is not the current drive's, or not initialized."""
+        database = self.drive.database
+        if self.drive is _current_drive and isinstance(database, Database):
+            return database
+        if self.drive is not _current_drive:
+            problem = f"this GenevaDrive, on {_place(self.drive.database)}, was replaced by a later one"
+            raise ConfigurationError(
+                f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
+            )
+        if database.obj is None:
+            raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
+        return cast(Database, database.obj)
+
+    @property
+    def dialect(self) -> _Dialect:
+        """What is particular to it."""
+        return _dialect(self.database)
+
+    # -- transactions -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> Any:
+        """A transaction, or a savepoint inside the caller's."""
+        return self.dialect.begin(self.database, self.turn)
+
+    def transact(self, work: Callable[[], T], insist_seconds: float | None = None, is_atomic: bool = False) -> T:
+        """Run `work` in a transaction; see `repeat()`.
+
+        :param is_atomic: that it is one statement, which needs none.
+        """
+        is_done = False
+
+        def transaction() -> T:
+            nonlocal is_done
+            is_done = False
+            if is_atomic and not self.database.in_transaction():
+                # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
+                return work()
+            with self.begin():
+                result = work()
+                is_done = True  # what fails now is the commit, and may have succeeded all the same
+            return result
+
+        return self.repeat(transaction, insist_seconds, lambda: is_done)
+
+    def move(self, move: _Move, insist_seconds: float | None = None) -> int | None:
+        """Have a workflow move.
+
+        :returns: the id of the execution that begins by it, or is changed; None, and nothing is written, if the fence
+            does not hold.
+        """
+        dialect, database = self.dialect, self.database
+        is_atomic = dialect.is_one_statement or (dialect.updates_two and move.begins is None)
+        with contextlib.suppress(_Overtaken):
+            return self.transact(lambda: dialect.move(database, move), insist_seconds, is_atomic)
+        return None
+
+    def repeat(
+        self, work: Callable[[], T], insist_seconds: float | None = None, is_done: Callable[[], bool] = lambda: False
+    ) -> T:
+        """Run `work`; again, if that failed through no fault of its own and is ours to repeat.
+
+        :param insist_seconds: for so long, whatever the number of tries and though the database itself is away: for
+            work that nobody repeats soon if it is not done now.
+        :param is_done: whether it is not to be repeated after a loss of the connection.
+        :raises GenevaDriveError: if the tables are missing or too old.
+        """
+        started, tries, is_open = time.monotonic(), 0, not self.database.is_closed()
+        patience = insist_seconds or PATIENCE_SECONDS
+        while True:
+            self.drop_if_dead(self.database)
+            tries += 1
+            try:
+                if is_open and self.database.is_closed():  # where autoconnect is off, nobody else opens another
+                    contexts = self.database._state.ctx
+                    self.database.connect(reuse_if_open=True)
+                    self.database._state.ctx = contexts
+                return work()
+            except peewee.PeeweeException as error:
+                is_gone = not is_done() and self.is_lost(error)
+                may_be_repeated = (is_gone or self.is_transient(error)) and not self.database.in_transaction()
+                limit = math.inf if insist_seconds else 2 if is_gone else TRANSACTION_TRIES
+                if not may_be_repeated or tries >= limit or time.monotonic() - started > patience:
+                    if problem := self.dialect.is_about_schema(error) and self._schema_problem():
+                        raise GenevaDriveError(problem) from error
+                    raise
+                logger.debug("repeating what failed: %s", error)
+                if is_gone:  # which a driver may not tell of its connection
+                    self._close(self.database)
+            _give_way(tries)
+
+    def _schema_problem(self) -> str | None:
+        with contextlib.suppress(peewee.PeeweeException):  # in a transaction that PostgreSQL has given up
+            return _Schema(self.drive).problem()
+        return None
+
+    def after_commit(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Do something once the outermost transaction is committed, unless it is rolled back to before this call.
+
+        Its failure must not make the transaction look failed.
+        """
+        return cast("Callable[[], object]", self.database.after_commit(functools.partial(_do_after_commit, work)))
+
+    # -- connections ------------------------------------------------------------------------------------------------
+
+    def roll_back_to(self, depth: int) -> bool:
+        """Roll back what a step's body left open above `depth` transactions; whether there was anything."""
+        db, left_open = self.database, _depth(self.database) > depth
+        is_gone = db.is_closed() or _is_dead(db.connection())
+        while _depth(db) > depth:
+            left = (_open_savepoints(db) or db._state.transactions).pop()
+            # A transaction of the caller's around it is not ours to roll back, a lost one nobody's.
+            is_ours = isinstance(left, _Savepoint) or not db.transaction_depth()
+            if is_ours and not is_gone and hasattr(left, "rollback"):
+                left.rollback(False)
+        if not depth and not is_gone and _is_in_transaction(db.connection()):
+            left_open = True
+            db.rollback()
+        return left_open and not is_gone
+
+    def connect_worker(self) -> None:
+        """For threads that are ours: nobody else opens connections for them where autoconnect is off."""
+        for database in self.databases():
+            self.drop_if_dead(database)
+            if not database.autoconnect and database is not self.database:
+                with contextlib.suppress(Exception):  # one that is away is met by the step whose hero is there
+                    self.open(database)
+        self.open()
+
+    def open(self, database: Database | None = None) -> None:
+        """Open the connection to the drive's database, or another one, where autoconnect is off: a body closed it."""
+        database = database or self.database
+        if not database.autoconnect and database.is_closed():
+            database.connect()
+
+    def databases(self) -> set[Database]:
+        """The drive's, if it is initialized, and those of the heroes."""
+        found = {_unproxied(each._meta.database) for each in list(_hero_models.values())}
+        found.add(_unproxied(self.drive.database))
+        found.discard(None)
+        return found
+
+    def drop_if_dead(self, database: Database, is_dead: Callable[[Any], bool] | None = None) -> None:
+        """A connection that broke stays broken for its thread until it is closed; the next use opens another."""
+        is_unused = database.is_closed() or database.in_transaction()
+        if not is_unused and (is_dead or _is_dead)(database.connection()):
+            self._close(database)
+
+    def _close(self, database: Database) -> None:
+        contexts = database._state.ctx  # the caller's connection_context(), which Peewee forgets, and fails to leave
+        with contextlib.suppress(peewee.PeeweeException):
+            database.close()
+        database._state.ctx = contexts
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether an error came from the loss of the drive's connection, or from the failure to open one."""
+        is_fitting = isinstance(error, (peewee.OperationalError, peewee.InterfaceError))
+        # Peewee's own, without an original, says that a body has closed the connection.
+        is_of_driver = is_fitting and _original(error) is not None
+        return is_of_driver and (self.database.is_closed() or _is_gone(self.database.connection()))
+
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
+        # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
+        before = error.__context__
+        return self.dialect.is_transient(error) or (before is not None and self.is_transient(before))
+
+    def run_beside(self, work: Callable[[], T], where: str) -> T:
+        """Do something in a thread of its own, in a copy of this one's context, and on connections of its own."""
+
+        def run() -> T:
+            self.open()
+            depth = _depth(self.database)  # not 0 where threads share a connection
+            try:
+                result = work()
+            finally:
+                left_open = self.roll_back_to(depth)
+                for database in self.databases():
+                    if not _is_private(database):
+                        _close_for_good(database)
+            if left_open:
+                raise TransactionLeftOpenError(where)
+            return result
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(contextvars.copy_context().run, run).result()
+
+    def close_own(self) -> None:
+        """A worker that ends takes its connection along, also that of a drive that was replaced meanwhile."""
+        database = _unproxied(self.drive.database)
+        if not _is_private(database):
+            _close_for_good(database)
+
+    def after_fork(self) -> None:
+        """A forked process must not share its parent's connections, nor wait for threads that did not come along."""
+        self.turn = threading.RLock()
+        for database in self.databases():
+            if not _is_private(database) and not database.in_transaction():
+                # Kept for good: closing them here would close the parent's.
+                _inherited_connections.append(None if database.is_closed() else database.connection())
+                _inherited_connections.extend(getattr(database, name, None) for name in ("_connections", "_in_use"))
+                # Another thread, which did not come along, may have held one of these as the process forked.
+                database._lock = threading.Lock()
+                if hasattr(database, "_pool_lock"):
+                    database._pool_lock = threading.RLock()
+                    database._pool_available = threading.Condition(database._pool_lock)
+                database.dispose()
+
+    # -- statements -------------------------------------------------------------------------------------------------
+
+    def statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
+        """The statement that a query makes on a database, made when it is first asked for."""
+        if isinstance(database, peewee.Proxy):
+            database = database.obj or self.database
+        found = self._statements.get((database, key))
+        if found is None:
+            found = self._statements[database, key] = _Built(database, query())
+        return found
+
+
+# ==== Recovery: what died, what was lost on the way, what is over =====================================================
+
+
+class _Recovery:
+    """Housekeeping: deletes what is over long since, recovers what died, queues again what is overdue."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive, self.access = drive, drive._access
+
+    def sweep(self) -> dict[str, int]:
+        """See :meth:`GenevaDrive.housekeeping`."""
+        self.access.connect_worker()
+        counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
+        counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
+        failures = []
+        for part in (self._recover_in_progress, self._recover_scheduled, self._clean_up):
+            try:
+                counts.update(part())
+            except Exception as error:  # it must not keep the other parts from being done
+                logger.exception("housekeeping failed in part")
+                failures.append(error)
+        if any(counts.values()):
+            logger.info("housekeeping: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+        if failures:
+            raise failures[0]
+        return counts
+
+    def _recover_in_progress(self) -> dict[str, int]:
+        """Recover what a process performs that fell silent, or that is known to be gone."""
+        in_progress = SQL(f"state = '{IN_PROGRESS}'")
+        performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
+        gone = self.access.repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
+        moment = self.drive._now() - self.drive.stuck_in_progress_threshold
+        is_dead = StepExecution.performed_by.in_(gone)
+        if _heartbeat.is_silence_death():
+            is_dead = (StepExecution.heartbeat_at < moment) | is_dead
+        dead = in_progress & is_dead
+        recovered = 0
+        for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
+            for execution in executions:
+                if _heartbeat.performs(execution.id):  # right here, whatever the clock says
+                    continue
+                try:
+                    recovered += self.access.transact(functools.partial(self._recover, dead, execution.id))
+                except Exception:  # it must not keep the others from being recovered
+                    logger.exception("execution %s cannot be recovered", execution.id)
+        return {"stuck_in_progress_recovered": recovered}
+
+    def _recover(self, dead: Any, execution_id: int) -> bool:
+        execution = StepExecution.get_or_none(StepExecution.id == execution_id)
+        workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
+        # Locked by a checkpoint in a body's transaction, it is not dead, or not for long.
+        execution = StepExecution._lock(dead & (StepExecution.id == execution_id), skip_locked=True)
+        if workflow is None or execution is None:
+            return False  # it ended, or showed a sign of life, in between
+        try:
+            execution.__rel__["workflow"] = workflow
+            _Attempt(self.drive, execution)._record(self.death(execution))
+        except _ClaimLost:
+            return False
+        note = "recovered: its process was last heard of at %s", execution.heartbeat_at
+        self.access.after_commit(lambda: workflow.logger.warning(*note))
+        return True
+
+    def death(self, execution: StepExecution) -> _Verdict:
+        """What follows when the process that performs an execution goes away."""
+        action = self.drive.stuck_recovery_action
+        if action == "reattempt" and execution.recoveries >= self.drive.max_recoveries:
+            action = "pause"
+        return _Verdict("death", action)
+
+    def _recover_scheduled(self) -> dict[str, int]:
+        """Queue again what is overdue in a queue whose messages may be lost, or that this drive does not have.
+
+        What is in a queue of the drive's own is no message, and cannot be lost; it may be behind.
+        """
+        recovered = 0
+        for queue, priority in self._places():
+            if not isinstance(self.drive.queues.get(queue), _OwnHuey):
+                recovered += self._recover_overdue(queue, priority)
+        return {"stuck_scheduled_recovered": recovered}
+
+    def _places(self) -> Iterator[_Route]:
+        """The queues and priorities that executions have. There are few: each is asked for by itself."""
+        queues, priorities = (
+            StepExecution.select(peewee.fn.MIN(each)) for each in (StepExecution.queue, StepExecution.priority)
+        )
+        queue: Any = ""
+        while (queue := self.access.repeat(queues.where(StepExecution.queue > queue).scalar)) is not None:
+            here = priorities.where(StepExecution.queue == queue)
+            priority = self.access.repeat(here.scalar)
+            while priority is not None:
+                yield queue, priority
+                priority = self.access.repeat(here.where(StepExecution.priority > priority).scalar)
+
+    def _recover_overdue(self, queue: str, priority: int) -> int:
+        """Queue again, once per threshold, what is overdue and was lost; not what a queue is behind with."""
+        moment = self.drive._now() - self.drive.stuck_scheduled_threshold
+        reached = self._progress(queue, priority) - self.drive.stuck_scheduled_threshold
+        here = (StepExecution.queue == queue) & (StepExecution.priority == priority)
+        lost = (
+            here & (StepExecution.due_at <= min(moment, reached)) & (StepExecution.enqueued_at <= min(moment, reached))
+        )
+        recovered = 0
+        for executions in self._batches(StepExecution.select(StepExecution.id).where(lost), StepExecution.due_at):
+            these = StepExecution.id.in_([each.id for each in executions])
+            recovered += self.access.transact(functools.partial(self._requeue, lost & these))
+        return recovered
+
+    def _requeue(self, lost: Any) -> int:
+        # The lock makes a second sweep wait, and then see that these are queued.
+        executions = list(StepExecution._locking(StepExecution.select().where(lost)))
+        for execution in executions:
+            place: dict[str, Any] = {}
+            if execution.queue not in self.drive.queues:
+                queue, priority = self.drive._dispatch.route(execution.workflow, execution.step_name)
+                place = {"queue": queue, "priority": priority}
+            execution._write(**place, enqueued_at=self.drive._now(), job_id=_job_id(self.drive._now()))
+            self.drive._dispatch.send([execution])
+        return len(executions)
+
+    def _progress(self, queue: str, priority: int) -> datetime:
+        """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
+
+        That is the moment for which its first message of the priority was queued; now, if there is none. In a backlog
+        of hours all is overdue, and queuing it again each minute would make it longer and longer.
+        """
+        reached = self.drive._now()
+        if queue not in self.drive.queues:  # a deploy took it away
+            return reached
+        huey, ours = self.drive.queues[queue], self.drive._dispatch.tasks[queue].task_class
+        try:
+            pending = [task for task in self.access.repeat(lambda: huey.pending(limit=100)) if isinstance(task, ours)]
+            first = next((task for task in pending if (task.priority or 0) <= priority), None)
+            if first is None and len(pending) == 100:
+                return EPOCH  # higher priorities are before it, and nobody knows what is behind those
+            if first and (first.priority or 0) < priority:
+                first = None
+            later = self.access.repeat(lambda: huey.scheduled(limit=100))
+            waiting = next((task for task in later if isinstance(task, ours)), None)
+            for task in filter(None, (first, waiting)):
+                due = task.eta and (task.eta.replace(tzinfo=timezone.utc) if huey.utc else task.eta.astimezone())
+                reached = min(reached, max(_queued_at(task.id), due or _queued_at(task.id)))
+        except Exception:  # its server is down, most likely: what is sent now fails too, is logged, and is sent again
+            logger.exception("the queue %s cannot be read and is taken to be empty", queue)
+            return self.drive._now()
+        return reached
+
+    def _clean_up(self) -> dict[str, int]:
+        if self.drive.delete_completed_workflows_after is None:
+            return {}
+        moment, deleted = self.drive._now() - self.drive.delete_completed_workflows_after, []
+        for condition in self.access.dialect.over:
+            expired = SQL(condition) & (Workflow.transitioned_at < moment)
+            for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
+                began = time.monotonic()
+                deleted += self._delete([each.id for each in workflows], expired)
+                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
+                time.sleep(min(1, time.monotonic() - began))
+        return {
+            "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
+            "step_executions_cleaned_up": sum(executions for _, executions in deleted),
+        }
+
+    def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
+        """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
+
+        def delete() -> tuple[int, int]:
+            locked = Workflow._locking(Workflow.select(Workflow.id).where(Workflow.id.in_(ids) & expired))
+            over = [each.id for each in locked]
+            WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
+            executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
+            return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions
+
+        try:
+            return [self.access.transact(delete)]
+        except peewee.IntegrityError as error:  # rows of the application's refer to one of them
+            if len(ids) > 1:
+                return [pair for each in ids for pair in self._delete([each], expired)]
+            logger.warning("workflow %s cannot be deleted: %s", ids[0], error)
+            return []
+
+    def _batches(self, query: Any, moment: Any) -> Iterator[list[Any]]:
+        """The rows of a query, from the oldest on, in batches; each row once, whatever is done to it.
+
+        :param moment: the column to go by; with the id, it is in an index over these rows.
+        """
+        key = moment.model.id
+        query = query.select_extend(moment).order_by(moment, key).limit(self.drive.housekeeping_batch_size)
+        page = query
+        while rows := self.access.repeat(functools.partial(list[Any], page)):
+            yield rows
+            last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
+            page = query.where(self.access.dialect.is_behind(moment, key, last, last_id))
+
+
+# ==== Reports: whether all is sound, and how much there is of what ====================================================
+
+
+class _Reports:
+    """What is to be known of the tables."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive, self.access = drive, drive._access
+
+    def is_idle(self) -> bool:
+        """See :meth:`GenevaDrive.is_idle`."""
+        # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
+        # statement, or between two of them a workflow might move from what is asked last to what was asked first.
+        ((is_busy,),) = self.access.database.execute_sql(
+            "select (select min(queue) from geneva_drive_step_executions where queue > '') is not null or exists ("
+            "select 1 from geneva_drive_step_executions e join geneva_drive_workflows w on w.id = e.workflow_id"
+            f" where e.state = '{IN_PROGRESS}' and w.state = '{PERFORMING}')"
+        ).fetchall()
+        return not is_busy
+
+    def violations(self) -> list[str]:
+        """See :meth:`GenevaDrive.doctor`."""
+        if problem := _Schema(self.drive).problem():
+            return [problem]
+        found = []
+        for sentence, query in VIOLATIONS.items():
+            rows = self.access.database.execute_sql(query.format(active=ACTIVE, ongoing=ONGOING)).fetchall()
+            found += [sentence.format(*map(_as_text, row)) for row in rows]
+        found += [each.problem for each in self._stranded_waits() if each.kind == "wait"]
+        missing = [statement for part in _Schema(self.drive).parts() for statement in part()]
+        return found + [f"the schema lacks: {statement}" for statement in missing]
+
+    def stranded(self) -> Iterator[_Stranded]:
+        """What ongoing workflows need and this code does not define; to be asked with new code, before its deploy."""
+        for name, step_name, number in Workflow.undefined_steps_in_flight():
+            removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
+            kind, problem = "step", f"which the class does not define: keep it, or put {removal} in its place"
+            if name not in _workflow_classes:
+                kind, fix = "class", "import it, or set workflow_type on its successor"
+                problem = f"and no class defines that type: {fix}"
+            yield _Stranded.of(kind, name, step_name, number, "stand", f"at the step {step_name!r}, {problem}")
+        for name, hero_type, number in _count_ongoing(Workflow.select(), Workflow.type, Workflow.hero_type):
+            if why := _hero_problem(hero_type):
+                need = f"a hero of the type {hero_type!r}, but {why}"
+                yield _Stranded.of("hero", name, hero_type, number, "need", need)
+        yield from self._stranded_waits()
+        pending = WorkflowSignal.select().join(Workflow).where(WorkflowSignal.consumed_at.is_null())
+        for name, signal_name, number in _count_ongoing(pending, Workflow.type, WorkflowSignal.name):
+            if name in _workflow_classes and signal_name not in _workflow_classes[name]._signal_names():
+                fix = "keep such a step, or send them the signal by its new name and delete that of the old one"
+                problem = f"the signal {signal_name!r}, which no step of the class waits for: {fix}"
+                yield _Stranded.of("signal", name, signal_name, number, "keep", problem)
+
+    def _stranded_waits(self) -> Iterator[_Stranded]:
+        """The executions that wait for a signal that their step, by now, does not wait for."""
+        waiting = StepExecution.select().join(Workflow).where(StepExecution.state == SQL(f"'{WAITING}'"))
+        columns = Workflow.type, StepExecution.step_name, StepExecution.waiting_for
+        for name, step_name, signal_name, number in _count_ongoing(waiting, *columns):
+            cls = _workflow_classes.get(name)
+            definition = cls and cls._find(step_name)
+            if cls is None or (definition and definition.wait_for == signal_name):
+                continue
+            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them with this code"
+            if signal_name in cls._signal_names():
+                kind, now = "changed wait", "that step does not wait for any more"
+            if definition is None:
+                fix = "pause() them, and resume_at() another step"
+            fix = f"keep wait_for={signal_name!r}, or {fix}"
+            problem = f"at the step {step_name!r} for the signal {signal_name!r}, which {now}: {fix}"
+            yield _Stranded.of(kind, name, signal_name, number, "wait", problem)
+
+    def metrics(self) -> list[Metric]:
+        """See :meth:`GenevaDrive.stats`."""
+        now, count, kinds = self.drive._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
+        late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
+        first = peewee.fn.MIN(StepExecution.scheduled_for)
+        ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
+        died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
+        recovered = dict(died.group_by(Workflow.type).tuples())
+        states: dict[str, dict[str, int]] = {}
+        for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
+            states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
+        metrics = []
+
+        def add(name: str, value: float, **labels: str) -> None:
+            metrics.append(Metric(f"geneva_drive_{name}", labels, value))
+
+        for name, counts in sorted(states.items()):
+            for state, number in counts.items():
+                add("workflows", number, type=name, state=state)
+            add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
+            add("recovered_steps", recovered.get(name, 0), type=name)
+        for (name, signal_name), number in sorted(self._count_waiting().items()):
+            add("waiting_steps", number, type=name, signal=signal_name)
+        add("overdue_steps", overdue)
+        add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
+        return sorted(metrics, key=lambda metric: metric.name)
+
+    def _count_waiting(self) -> dict[tuple[str, str], int]:
+        """How many executions wait, by the type of their workflow and the name of the signal."""
+        kinds = (Workflow.type, StepExecution.waiting_for)
+        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
+        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
+        return {(name, signal_name): number for name, signal_name, number in rows}
+
+
+#: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
+VIOLATIONS = {
+    "workflow {0} has {1} active executions": """
+        select workflow_id, count(*) from geneva_drive_step_executions where state in {active}
+        group by workflow_id having count(*) > 1""",
+    "{1} {0} has {3} ongoing workflows of the type {2}": """
+        select hero_id, hero_type, type, count(*) from geneva_drive_workflows
+        where state in {ongoing} and not allow_multiple and hero_id is not null
+        group by hero_id, hero_type, type having count(*) > 1""",
+    "workflow {0} is {1}, but its execution {2} is {3}": """
+        select w.id, w.state, e.id, e.state from geneva_drive_workflows w
+        join geneva_drive_step_executions e on e.workflow_id = w.id where e.state in {active} and not (
+            w.state = 'performing' and e.state = 'in_progress' or w.state = 'canceled' and e.state = 'in_progress'
+            or w.state in ('ready', 'paused') and e.state in ('scheduled', 'waiting'))""",
+    "workflow {0} is {1}, but no execution of it is active": """
+        select w.id, w.state from geneva_drive_workflows w where w.state in ('ready', 'performing') and not exists (
+            select 1 from geneva_drive_step_executions e where e.workflow_id = w.id and e.state in {active})""",
+    "workflow {0} counts {1} executions, but its newest is number {2}": """
+        select w.id, w.execution_count, max(e.number) from geneva_drive_workflows w
+        left join geneva_drive_step_executions e on e.workflow_id = w.id
+        group by w.id, w.execution_count having max(e.number) is null or max(e.number) <> w.execution_count""",
+    "workflow {0} is {1}, but stands at the step {2}": """
+        select id, state, current_step_name from geneva_drive_workflows
+        where (state in {ongoing}) = (current_step_name is null)""",
+    "execution {0} is {1}, but the outcome {2} and the end {3} do not fit": """
+        select id, state, outcome, finished_at from geneva_drive_step_executions
+        where (state in {active}) = (outcome is not null) or (state in {active}) = (finished_at is not null)""",
+    "execution {0} is {1} in a workflow that is {2}, but in the queue {3}": """
+        select e.id, e.state, w.state, e.queue from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id where e.queue is not null and not (
+            w.state = 'ready' and (e.state = 'scheduled' or e.state = 'waiting' and e.times_out_at is not null))""",
+    "execution {0} is {1} in a workflow that is ready, but in no queue": """
+        select e.id, e.state from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id where w.state = 'ready' and (
+            e.state = 'scheduled' or e.state = 'waiting' and e.times_out_at is not null) and e.queue is null""",
+    "execution {0} is in the queue {1}, but has the priority {2} and is due at {3}": """
+        select id, queue, priority, due_at from geneva_drive_step_executions
+        where queue is not null and (priority is null or due_at is null)""",
+    "execution {0} belongs to the workflow {1}, which is gone": """
+        select e.id, e.workflow_id from geneva_drive_step_executions e
+        where not exists (select 1 from geneva_drive_workflows w where w.id = e.workflow_id)""",
+    "execution {0} waits for the signal {1}, which is there": """
+        select e.id, e.waiting_for from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
+        where e.state = 'waiting' and exists (
+            select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
+            and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
+    "execution {0} waits for no signal": """
+        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
+    "signal {0} belongs to the workflow {1}, which is gone": """
+        select s.id, s.workflow_id from geneva_drive_signals s
+        where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
+}
+
+
+class _Stranded(NamedTuple):
+    """What so many ongoing workflows of a type need, and what is wrong with it: a sentence that says what to do."""
+
+    kind: str  # "class", "step", "hero", "wait" (for a signal of no step), "changed wait" or "signal"
+    type: str
+    name: str
+    workflows: int
+    problem: str
+
+    @classmethod
+    def of(cls, kind: str, type_name: str, name: str, number: int, verb: str, problem: str) -> _Stranded:
+        who = f"{number} ongoing workflow{'s' * (number > 1)} of {type_name} {verb}{'s' * (number == 1)}"
+        return cls(kind, type_name, name, number, f"{who} {problem}")
+
+
+class Metric(NamedTuple):
+    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def _job_id(moment: datetime) -> str:
+    """A unique id for a message; it begins with the time at which it was queued, in microseconds since 1970."""
+    return f"{int(moment.timestamp() * 1_000_000)}-{uuid.uuid4().hex}"
+
+
+def _queued_at(job_id: str) -> datetime:
+    return datetime.fromtimestamp(int(job_id.partition("-")[0]) / 1_000_000, timezone.utc)
+
+
+# ==== A room for each database ========================================================================================
+
+
+class _Dialect:
+    """What differs between databases. The base is what a server without peculiarities would do."""
+
+    #: The sections of the schema file that are for it, besides those for every database.
+    section = ""
+    #: The types of columns, by the `kind` of the library's fields, where Peewee's own will not do.
+    column_types: Mapping[str, str] = {}
+    #: Stores a moment, naive and in UTC.
+    store_moment: Callable[[datetime | None], Any] = staticmethod(_as_utc)
+    #: What makes an insertion pass over rows that are there.
+    ignore = "NOTHING"
+    #: Conditions for the workflows that are over, each of which an index holds.
+    over: Sequence[str] = (f"state in {OVER}",)
+    #: Whether a move is one statement; whether it is, if no execution begins by it.
+    is_one_statement, updates_two = False, False
+    #: Whether a change of the schema commits the transaction around it.
+    ddl_commits = False
+    #: Before and after a change of the schema: for one process at a time, and for no one to be held up. A change waits
+    #: until no transaction is open on its table, and everybody else waits behind it: so it is told to give up after a
+    #: second, and is tried again, lest heartbeats fall silent behind a transactional step that takes minutes.
+    schema_lock: Sequence[str] = ()
+    schema_unlock: Sequence[str] = ()
+    #: The SQLSTATEs or numbers of errors: of what fell to others that run beside it, of a table or column that is not
+    #: there; and what SQLite says in their place.
+    transient: frozenset[Any] = frozenset()
+    transient_text = missing_text = "(?!)"
+    missing: frozenset[Any] = frozenset()
+
+    def begin(self, database: Database, turn: Any) -> Any:
+        """A transaction, or a savepoint inside the caller's."""
+        return database.atomic()
+
+    def execute(self, database: Database, sql: str, parameters: list[Any]) -> Any:
+        """Execute a statement that is executed often."""
+        return database.execute_sql(sql, parameters)
+
+    def exactly(self, field: Any) -> Any:
+        """A text column, to be compared byte by byte."""
+        return field
+
+    def locking(self, query: Any, database: Database, skip_locked: bool) -> Any:
+        """A query that locks its rows, or passes over those that are locked."""
+        return query.for_update("FOR UPDATE SKIP LOCKED" if skip_locked else True)
+
+    def is_behind(self, first: Any, second: Any, one: Any, two: Any) -> Any:
+        """A condition for what comes behind a place, in the order of two columns."""
+        return peewee.Tuple(first, second) > (first.db_value(one), second.db_value(two))
+
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
+        return self._means(error, self.transient, self.transient_text)
+
+    def is_about_schema(self, error: BaseException) -> bool:
+        """Whether a statement names a table or a column that the database does not have."""
+        return self._means(error, self.missing, self.missing_text)
+
+    def _means(self, error: BaseException, codes: frozenset[Any], text: str) -> bool:
+        state, code = _codes(error)
+        return state in codes or code in codes or bool(isinstance(code, str) and re.match(text, code))
+
+    # -- moves ------------------------------------------------------------------------------------------------------
+
+    def create(self, database: Database, workflow: dict[str, Any], begins: dict[str, Any]) -> tuple[int, int]:
+        """Insert a workflow and its first execution; returns their ids."""
+        workflow_id = Workflow._insert_row(workflow)
+        return workflow_id, StepExecution._insert_row({**begins, "workflow": workflow_id})
+
+    def move(self, database: Database, move: _Move) -> int | None:
+        """Carry out a move; see `_Access.move()`."""
+        if not Workflow._update_row(move.changes, **move.fence):
+            return None
+        if not StepExecution._update_row(move.columns, **move.execution):
+            raise _Overtaken
+        return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
+
+    def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
+        """Claim the execution that is due first in a queue; an empty look takes no lock.
+
+        Who met another one at it looks at one of the next.
+        """
+        with drive.queues[queue].storage.taking:  # the threads of a process need not meet
+            for passed in range(TRANSACTION_TRIES):
+                look = functools.partial(self._first_due, drive, queue, skipped := random.randint(0, passed))
+                execution = drive._access.repeat(look)
+                if execution is None and not skipped:
+                    return None
+                if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution):
+                    return execution
+        return None
+
+    def is_free(self, drive: GenevaDrive, execution: StepExecution) -> bool:
+        """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
+        return True
+
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
+        """The execution that is due first, but for so many that are passed, and its workflow."""
+        priorities, access = drive.queues[queue].storage.priorities(), drive._access
+        built = access.statement(
+            access.database,
+            ("first due", priorities, passed),
+            lambda: _due_now(StepExecution._joined(), priorities).offset(SQL(str(passed))),
+        )
+        values = built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
+        return StepExecution._from_joined(values) if values else None
+
+
+def _due_now(query: Any, priorities: Sequence[int]) -> Any:
+    """What is due first, of the highest priority of which anything is. Each priority is asked for by itself: so all is
+    read in the order of an index, and of what is due later, or is in no queue, nothing.
+
+    :param query: of executions and their workflows.
+    """
+    *higher, lowest = priorities
+    priority = SQL(str(lowest))
+    if higher:
+        # Not whether anything is due: PostgreSQL takes that for likely where much is queued, and reads it in any order.
+        cases = [(_is_first_due(SQL(str(each))), SQL(str(each))) for each in higher]
+        priority = peewee.Case(None, cases, priority)
+    is_sound = (Workflow.state == SQL(f"'{READY}'")) & (Workflow.execution_count == StepExecution.number)
+    query = query.where(_is_due(StepExecution, priority), is_sound)
+    return query.order_by(StepExecution.due_at, StepExecution.id).limit(SQL("1"))
+
+
+def _is_due(model: Any, priority: Any) -> Any:
+    """A condition, with blanks, for what is due in a queue, of this priority."""
+    return _is_here(model, priority) & (model.due_at <= _now_blank())
+
+
+def _is_first_due(priority: Any) -> Any:
+    """A condition, with blanks, that the first execution of this priority in a queue is due."""
+    beside = StepExecution.alias("beside")
+    first = beside.select(peewee.fn.MIN(beside.due_at)).where(_is_here(beside, priority))
+    return peewee.Expression(first, "<=", _now_blank())
+
+
+def _is_here(model: Any, priority: Any) -> Any:
+    return (model.queue == _Blank.value(cast(Any, StepExecution.queue), "queue", 1)) & (model.priority == priority)
+
+
+def _now_blank() -> Any:
+    return _Blank.value(cast(Any, StepExecution.due_at), "now", 1)
+
+
+class _Postgresql(_Dialect):
+    section = "postgresql"
+    is_one_statement = True
+    schema_lock = (
+        "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
+        "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
+        "set local lock_timeout = '1s'",
+    )
+    schema_unlock = ("select set_config('lock_timeout', current_setting('geneva_drive.lock_timeout'), true)",)
+    transient = frozenset({"40001", "40P01", "55P03"})  # serialization failure, deadlock detected, lock timeout
+    missing = frozenset({"42P01", "42703"})
+
+    def __init__(self) -> None:
+        #: The statements that a connection of psycopg2's has prepared; None once it turned out to lead to several.
+        self.prepared: weakref.WeakKeyDictionary[Any, set[str] | None] = weakref.WeakKeyDictionary()
+
+    def execute(self, database: Database, sql: str, parameters: list[Any]) -> Any:
+        # Planning one of these takes longer than all the rest: psycopg 3 has them prepared by itself, psycopg2 has not.
+        connection = database.connection()
+        if database.in_transaction() or not type(connection).__module__.startswith("psycopg2") or "%%" in sql:
+            return database.execute_sql(sql, parameters)
+        known = self.prepared.setdefault(connection, set())
+        if known is None:
+            return database.execute_sql(sql, parameters)
+        prepare, execute = _prepared(sql)
+        try:
+            if prepare not in known:
+                database.execute_sql(prepare)
+                known.add(prepare)
+            return database.execute_sql(execute, parameters)
+        except peewee.DatabaseError as error:
+            # It is not known there; or it is, by another client's work; or a column is of another type by now.
+            if _codes(error)[0] not in ("26000", "42P05", "0A000"):
+                raise
+            # Most likely a pooler is between, which gives each transaction another connection.
+            self.prepared[connection] = None
+        return database.execute_sql(sql, parameters)
+
+    # Each of the next three is one statement, whose parts each wait for what the one before returns.
+
+    def create(self, database: Database, workflow: dict[str, Any], begins: dict[str, Any]) -> tuple[int, int]:
+        key = ("create", *workflow, "then", *begins)
+        built = _drive()._access.statement(database, key, lambda: self._creating(workflow, begins))
+        return cast("tuple[int, int]", built.execute(workflow, begins).fetchone())
+
+    @staticmethod
+    def _creating(workflow: dict[str, Any], begins: dict[str, Any]) -> Any:
+        made = Workflow.insert(_blanks(Workflow, workflow, 0)).returning(Workflow.id)
+        first = _blanks(StepExecution, begins, 1) | {StepExecution.workflow: SQL("made.id")}
+        begun = StepExecution.insert_from(peewee.Select([SQL("made")], [*first.values()]), [*first])
+        returned = begun.returning(StepExecution.workflow, StepExecution.id)
+        return _with({"made": made, "begun": returned}, "select * from begun")
+
+    def move(self, database: Database, move: _Move) -> int | None:
+        found, begins = (_conditions(move.fence), _conditions(move.execution)), move.begins or {}
+        key = ("move", *move.changes, "where", *found[0], "then", *move.columns, "where", *found[1], "then", *begins)
+        built = _drive()._access.statement(database, key, lambda: self._moving(move))
+        row = built.execute(move.changes, move.fence, move.columns, move.execution, begins).fetchone()
+        return row and cast(int, row[0])
+
+    def _moving(self, move: _Move) -> Any:
+        fence = _found_by(Workflow, _conditions(move.fence), 1)
+        found = Workflow.select(Workflow.id).where(*fence).for_update("FOR NO KEY UPDATE")
+        ended = StepExecution.update(_blanks(StepExecution, move.columns, 2)).where(
+            *_found_by(StepExecution, _conditions(move.execution), 3), SQL("exists (select 1 from found)")
+        )
+        ended = ended.returning(StepExecution.id, StepExecution.workflow)
+        parts = {"found": found, "ended": ended, "moved": self._moved(move.changes)}
+        if move.begins:
+            new = _blanks(StepExecution, move.begins, 4)
+            begun = StepExecution.insert_from(peewee.Select([SQL("moved")], [*new.values()]), [*new])
+            parts["begun"] = begun.returning(StepExecution.id)
+        return _with(parts, f"select id from {[*parts][-1]}")
+
+    @staticmethod
+    def _moved(changes: dict[str, Any]) -> Any:
+        ended = Workflow.id == SQL("(select workflow_id from ended)")
+        return Workflow.update(_blanks(Workflow, changes, 0)).where(ended).returning(*Workflow._meta.sorted_fields)
+
+    def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
+        while row := drive._access.repeat(functools.partial(self._taken, drive, queue)):
+            if row[0] is not None:
+                return StepExecution._from_joined(row)
+            # Another one got it between our look, which is at how things stood then, and the lock.
+        return None
+
+    def _taken(self, drive: GenevaDrive, queue: str) -> Any:
+        """The rows that are claimed; nulls, if the first that was free is another's by now; None if nothing is due."""
+        priorities, now, changes = drive.queues[queue].storage.priorities(), drive._now(), {"state": PERFORMING}
+        claim, access = _claim_columns(now), drive._access
+        built = access.statement(
+            access.database, ("take", priorities), lambda: self._taking(priorities, changes, claim)
+        )
+        return built.execute(changes, {"queue": queue, "now": now}, claim).fetchone()
+
+    def _taking(self, priorities: Sequence[int], changes: dict[str, Any], claim: dict[str, Any]) -> Any:
+        query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
+        found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
+        # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
+        is_queued = peewee.fn.COALESCE(StepExecution.queue, "") != ""
+        is_found = StepExecution.id == SQL("(select id from found)")
+        ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
+        parts = {"found": found, "ended": ended.returning(*StepExecution._meta.sorted_fields)}
+        parts["moved"] = self._moved(changes)
+        return _with(parts, "select ended.*, moved.* from found left join ended on true left join moved on true")
+
+
+def _with(parts: dict[str, Any], rest: str) -> Any:
+    """One statement of several by their names, and what is selected from them."""
+    nodes: list[Any] = []
+    for name, query in parts.items():
+        nodes += [SQL(f"{', ' if nodes else 'with '}{name} as ("), query, SQL(")")]
+    return peewee.NodeList((*nodes, SQL(f" {rest}")), glue="")
+
+
+@functools.cache
+def _prepared(sql: str) -> tuple[str, str]:
+    """What prepares a statement, and what executes it then."""
+    # Behind a pooler, what others have prepared by this name is the same.
+    name, numbers = f"geneva_drive_{hashlib.sha256(sql.encode()).hexdigest()[:24]}", itertools.count(1)
+    prepare = f"prepare {name} as {re.sub('%s', lambda _: f'${next(numbers)}', sql)}"
+    return prepare, f"execute {name} ({', '.join(['%s'] * sql.count('%s'))})"
+
+
+class _Sqlite(_Dialect):
+    section = "sqlite"
+    store_moment = staticmethod(_as_utc_text)  # APSW takes no other
+    transient_text = "database (table )?is locked"  # the second, of a shared cache
+    missing_text = "no such (table|column)|table .* has no column"
+
+    def begin(self, database: Database, turn: Any) -> Any:
+        # A transaction that reads before it writes fails at once if another one wrote in between.
+        return _InTurn(database, turn)
+
+    def locking(self, query: Any, database: Database, skip_locked: bool) -> Any:
+        return query  # a transaction holds the one write lock anyway
+
+
+class _Mysql(_Dialect):
+    """MySQL and MariaDB."""
+
+    section = "mysql"
+    column_types = {
+        # The server's default character set may be latin1, and its collation ignores case.
+        "name": f"VARCHAR({MAX_NAME_CHARS}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
+        "exact": f"VARBINARY({4 * MAX_NAME_CHARS})",  # every collation that the two share ignores trailing spaces
+        "text": "LONGTEXT CHARACTER SET utf8mb4",  # TEXT ends at 64 KB
+        "moment": "DATETIME(6)",
+    }
+    ignore = "IGNORE"
+    over = tuple(f"state = '{state}'" for state in OVER)  # one index holds either, and would sort both together
+    updates_two, ddl_commits = True, True
+    schema_lock = (
+        f"select get_lock('geneva_drive_schema', {SCHEMA_PATIENCE_SECONDS})",
+        "set @geneva_drive_lock_wait_timeout = @@lock_wait_timeout, lock_wait_timeout = 1",
+    )
+    schema_unlock = (
+        "commit",  # a version that is recorded is to be seen by the next one who gets the lock
+        "set lock_wait_timeout = @geneva_drive_lock_wait_timeout",
+        "select release_lock('geneva_drive_schema')",
+    )
+    # Lock wait timeout, deadlock; MariaDB, for a snapshot that is too old: the row, the table has changed since.
+    transient = frozenset({1205, 1213, 1020, 1412})
+    missing = frozenset({1146, 1054})
+
+    def exactly(self, field: Any) -> Any:
+        return field.cast("binary")
+
+    def locking(self, query: Any, database: Database, skip_locked: bool) -> Any:
+        return super().locking(query, database, skip_locked and self._skips_locked(database))
+
+    @staticmethod
+    def _skips_locked(database: Database) -> bool:
+        version = database.server_version
+        return version >= (8, 0, 1) and not (10,) <= version < (10, 6)
+
+    def is_free(self, drive: GenevaDrive, execution: StepExecution) -> bool:
+        # Else the claim would wait for who has locked it, and all workers of the process for the claim.
+        database = drive._access.database
+        if not self._skips_locked(database):
+            return True
+
+        def probe() -> Any:
+            found = Workflow.select(Workflow.id).where(Workflow.id == _Blank.value(cast(Any, Workflow.id), "id"))
+            return self.locking(found, database, skip_locked=True)
+
+        built = drive._access.statement(database, "probe", probe)
+        return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
+
+    def is_behind(self, first: Any, second: Any, one: Any, two: Any) -> Any:
+        return (first > one) | ((first == one) & (second > two))  # no index is used to compare pairs
+
+    def move(self, database: Database, move: _Move) -> int | None:
+        # Both rows in one statement: a round trip takes longer than what it does.
+        found = _conditions(move.fence), _conditions(move.execution)
+        key = ("move", *move.changes, "where", *found[0], "and", *move.columns, "where", *found[1])
+        built = _drive()._access.statement(database, key, lambda: self._moving(move))
+        if not database.rows_affected(built.execute(move.changes, move.fence, move.columns, move.execution)):
+            return None
+        return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
+
+    @staticmethod
+    def _moving(move: _Move) -> Any:
+        assignments = []
+        for alias, model, names, place in (("w", Workflow, move.changes, 0), ("e", StepExecution, move.columns, 2)):
+            for column, blank in _blanks(model, names, place).items():
+                assignments.append(peewee.NodeList((SQL(f"{alias}.{column.column_name} ="), blank)))
+        conditions = _found_by(Workflow.alias("w"), _conditions(move.fence), 1)
+        conditions += _found_by(StepExecution.alias("e"), _conditions(move.execution), 3)
+        tables = "update geneva_drive_workflows w straight_join geneva_drive_step_executions e on e.workflow_id = w.id"
+        where = functools.reduce(operator.and_, conditions)
+        return peewee.NodeList((SQL(f"{tables} set"), peewee.CommaNodeList(assignments), SQL("where"), where))
+
+
+DIALECTS: dict[type[Database], _Dialect] = {
+    SqliteDatabase: _Sqlite(),
+    PostgresqlDatabase: _Postgresql(),
+    MySQLDatabase: _Mysql(),
+}
+
+
+def _dialect(database: Database) -> _Dialect:
+    """What is particular to a database; an UnsupportedDatabaseError, if that is not known."""
+    dialect = _dialect_of(cast(Any, type(database)))
+    if dialect is None:
+        raise UnsupportedDatabaseError(database)
+    return dialect
+
+
+@functools.cache
+def _dialect_of(kind: type[Database]) -> _Dialect | None:
+    if issubclass(kind, CockroachDatabase):
+        return None
+    return next((dialect for base, dialect in DIALECTS.items() if issubclass(kind, base)), None)
+
+
 # ==== Drivers: what an error or a connection tells ====================================================================
 
 
@@ -4702,28 +5352,9 @@ def _codes(error: BaseException) -> tuple[Any, Any]:
     return state, code.rpartition("] ")[2] if isinstance(code, str) else code  # CySqlite puts the statement before it
 
 
-def _is_transient(error: BaseException) -> bool:
-    """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
-    state, code = _codes(error)
-    is_locked = isinstance(code, str) and re.match("database (table )?is locked", code)  # SQLite; its shared cache
-    # PostgreSQL: serialization failure, deadlock detected, lock timeout; MySQL: lock wait timeout, deadlock; MariaDB,
-    # for a snapshot that is too old: the row, the table has changed since.
-    if state in ("40001", "40P01", "55P03") or code in (1205, 1213, 1020, 1412) or is_locked:
-        return True
-    # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
-    return error.__context__ is not None and _is_transient(error.__context__)
-
-
 def _give_way(tries: int) -> None:
     """Wait, so that those who collided do not meet again: at random, and longer with each try."""
     time.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 7)))
-
-
-def _is_about_schema(error: BaseException) -> bool:
-    """Whether a statement names a table or a column that the database does not have."""
-    state, code = _codes(error)
-    is_missing = isinstance(code, str) and re.match("no such (table|column)|table .* has no column", code)  # SQLite
-    return state in ("42P01", "42703") or code in (1146, 1054) or bool(is_missing)
 
 
 def _check_class(database: Any) -> None:
@@ -4768,6 +5399,12 @@ def _is_gone(connection: Any) -> bool:
 def _is_private(database: Database) -> bool:
     """Whether a connection of another thread would be another database, or this very connection."""
     return _is_in_memory(database) or not database.thread_safe
+
+
+def _close_for_good(database: Database) -> None:
+    """Close the connection of a thread that is ours: from a pool of SQLite's, no other thread could use it."""
+    is_sqlite = isinstance(database, SqliteDatabase)
+    (getattr(database, "manual_close", database.close) if is_sqlite else database.close)()
 
 
 def _is_in_memory(database: Database) -> bool:
@@ -4889,7 +5526,8 @@ def _after_fork_in_child() -> None:
     _host.cache_clear()  # the parent may have given it a namespace of its own
     try:
         if _current_drive is not None:
-            _current_drive._after_fork_in_child(is_of_worker)
+            _current_drive._dispatch.after_fork(is_of_worker)
+            _current_drive._access.after_fork()
     finally:
         _after_fork()  # a child that signals do not reach would be the worse
 
@@ -4965,6 +5603,8 @@ class _Heartbeat:
 
     def add(self, attempt: _Attempt) -> None:
         """Keep an attempt alive, until it is removed."""
+        if attempt in self.beating:
+            return
         self._see_to_thread()
         self.beating.add(attempt)  # what is in there without being performed would never be recovered
         self._wake()
@@ -5004,7 +5644,7 @@ class _Heartbeat:
 
     def _see_to_thread(self) -> None:
         with self.lock:
-            if self.thread is None and not _is_private(_drive()._db):
+            if self.thread is None and not _is_private(_drive()._access.database):
                 self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
                 self.thread.start()
 
@@ -5053,13 +5693,13 @@ class _Heartbeat:
     def _beat(self) -> Exception | None:
         try:
             drive = _drive()
-            if not _is_private(drive._db):
-                self._connect(drive._db)
+            if not _is_private(drive._access.database):
+                self._connect(drive._access.database)
                 self._renew(drive)
                 self.beaten = time.monotonic()
         except Exception as error:
             self.beaten = -math.inf
-            if not _is_transient(error):  # some drivers never tell that a connection is gone
+            if not _drive()._access.is_transient(error):  # some drivers never tell that a connection is gone
                 self._disconnect()
             return error
         return None
@@ -5067,9 +5707,11 @@ class _Heartbeat:
     def _renew(self, drive: GenevaDrive) -> None:
         ids = [each.execution.id for each in list(self.beating)]
         if not ids:
-            drive._db.execute_sql("select 1")  # in time to open another connection, should this one be gone
+            drive._access.database.execute_sql(
+                "select 1"
+            )  # in time to open another connection, should this one be gone
             return
-        with drive._begin():
+        with drive._access.begin():
             mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
             # What a checkpoint in a body's transaction has locked must not keep the others waiting.
             free = StepExecution._locking(StepExecution.select(StepExecution.id).where(mine), skip_locked=True)
@@ -5087,7 +5729,7 @@ class _Heartbeat:
         database, self.database = self.database, None
         if database:
             with contextlib.suppress(peewee.PeeweeException):
-                database.close()
+                _close_for_good(database)
 
     def leave(self) -> None:
         """As the process exits with steps under way: let housekeeping on any host take them over soon.
@@ -5104,313 +5746,12 @@ _heartbeat = _Heartbeat()
 atexit.register(lambda: _heartbeat.leave())
 
 
-# ==== The embedded queue: Huey's SQL storage on the drive's own database ==============================================
-
-
-def _embedded_models(database: Any) -> tuple[Any, ...]:
-    """The four models of Huey's SqlStorage, bent to live in an application's database, for years."""
-    models = SqlStorage.create_models(types.SimpleNamespace(database=database))
-    for model in models:
-        model._meta.set_table_name(QUEUE_TABLE_PREFIX + model._meta.table_name)
-        if model._meta.auto_increment:
-            model.id.field_type = peewee.BigAutoField.field_type  # 31 bits of messages are used up one day
-    models[1].timestamp.utc = True  # or producers and consumers in different time zones disagree
-    return models
-
-
-def _embedded_model(place: int) -> Any:
-    return property(lambda storage: storage.drive._embedded_models[place])
-
-
-class _EmbeddedTask(Task):
-    """A step that cannot be revoked in the queue: the tables say what is to be done. Spares six statements each."""
-
-    revoke_id = property(lambda task: None, lambda task, value: None)
-
-
-TASK_TABLE = f"{QUEUE_TABLE_PREFIX}task"
-FIRST_MESSAGE = f"from {TASK_TABLE} where queue = {{}} order by priority desc, id limit 1"
-
-#: In a message, the number of an execution that MariaDB is still to find; it takes as many bytes, in the order of
-#: pickle's LONG1, as STAND_IN_SQL puts in their place: eight, for any BIGINT.
-STAND_IN_BYTES = b"geneva!!"
-STAND_IN = int.from_bytes(STAND_IN_BYTES, "little")
-STAND_IN_SQL = "reverse(unhex(lpad(hex({}), 16, '0')))"
-
-#: Of the tables of the queue: what is kept beside a message.
-MESSAGE_COLUMNS = {"task": "priority", "schedule": "timestamp"}
-
-
-def _insertion(table: str) -> str:
-    return f"insert into {QUEUE_TABLE_PREFIX}{table} (queue, data, {MESSAGE_COLUMNS[table]})"
-
-
-class _Message(NamedTuple):
-    """A message for the embedded queue, and what Huey does besides putting it there."""
-
-    huey: Any
-    task: Any
-
-    @property
-    def table(self) -> str:
-        return "task" if self.task.eta is None else "schedule"
-
-    @property
-    def parameters(self) -> list[Any]:
-        """The columns of `_insertion()`."""
-        storage, task = self.huey.storage, self.task
-        data = storage.Task.data.db_value(self.huey.serialize_task(task))
-        kept = (task.priority or 0) if task.eta is None else storage.Schedule.timestamp.db_value(task.eta)
-        return [storage.name, data, kept]
-
-    def sent(self, execution_id: int) -> None:
-        """Do the rest, for a statement that has inserted the message and its execution."""
-        self.task.args = (execution_id,)
-        self.tell()
-        self.huey.storage.ring(self.table, 1)
-
-    def tell(self) -> None:
-        self.huey._emit(SIGNAL_ENQUEUED if self.task.eta is None else SIGNAL_SCHEDULED, self.task)
-
-
-class _EmbeddedHuey(Huey):
-    def _emit(self, signal: str, task: Any, *arguments: Any, **options: Any) -> None:
-        emit = functools.partial(super()._emit, signal, task, *arguments, **options)
-        if signal in (SIGNAL_ENQUEUED, SIGNAL_SCHEDULED):  # in the transaction that may roll the message back
-            self.storage.drive._after_commit(emit)
-        else:
-            emit()
-
-    def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
-        return not isinstance(task, _EmbeddedTask) and super().is_revoked(task, timestamp, peek)
-
-    def delete(self, key: str | None) -> bool:
-        return key is not None and super().delete(key)
-
-    def put_all(self, tasks: Sequence[Any]) -> None:
-        """Put into the queue what is due, and into the schedule what has a time, with fewer statements than Huey."""
-        messages = [_Message(self, task) for task in tasks]
-        for table in MESSAGE_COLUMNS:
-            self.storage.put(table, [each.parameters for each in messages if each.table == table])
-        for each in messages:
-            each.tell()
-
-    def create_consumer(self, **options: Any) -> Consumer:
-        return _EmbeddedConsumer(self, **options)
-
-
-class _StopFlag:
-    """Tells the threads of a consumer to stop, as an Event does, and those of its workers that wait of new messages."""
-
-    def __init__(self) -> None:
-        self.is_stopped, self.rings, lock = False, 0, threading.RLock()
-        self.stopped, self.bell = threading.Condition(lock), threading.Condition(lock)
-
-    def set(self) -> None:
-        with self.stopped:
-            self.is_stopped = True
-            self.stopped.notify_all()
-            self.bell.notify_all()
-
-    def is_set(self) -> bool:
-        return self.is_stopped
-
-    def wait(self, timeout: float | None = None) -> bool:
-        with self.stopped:
-            return self.stopped.wait_for(self.is_set, timeout)
-
-    def ring(self, messages: int, workers: int) -> None:
-        """Have a worker look into the queue for each message, of so many workers that there are."""
-        with self.bell:
-            self.rings = min(self.rings + messages, workers)
-            self.bell.notify(messages)
-
-    def wait_for_ring(self, timeout: float) -> None:
-        with self.bell:
-            self.bell.wait_for(lambda: self.is_stopped or self.rings, timeout)
-            self.rings = max(0, self.rings - 1)
-
-
-class _ThreadEnvironment(ThreadEnvironment):
-    def get_stop_flag(self) -> Any:
-        return _StopFlag()
-
-
-class _EmbeddedWorker(Worker):
-    def sleep(self) -> None:
-        """As long as Huey's worker sleeps, or until this process puts a message into the queue."""
-        if isinstance(self.stop_flag, _StopFlag):
-            self.delay: float = min(self.delay, self.max_delay)
-            self.stop_flag.wait_for_ring(self.delay)
-            self.delay *= self.backoff
-        else:  # processes and greenlets have other ones
-            super().sleep()
-
-
-class _EmbeddedScheduler(Scheduler):
-    def shutdown(self) -> None:
-        self.huey.storage.drive._close_own_connection()  # Huey calls the hooks of a shutdown in workers alone
-
-
-class _EmbeddedConsumer(Consumer):
-    worker_class, scheduler_class = _EmbeddedWorker, _EmbeddedScheduler
-
-    def get_environment(self, worker_type: str) -> Any:
-        if worker_type == WORKER_THREAD:
-            return _ThreadEnvironment(self._graceful_sig, self._interrupt_sig)
-        return super().get_environment(worker_type)
-
-    def ring(self, messages: int) -> None:
-        """So many messages are there, committed."""
-        if isinstance(self.stop_flag, _StopFlag):
-            self.stop_flag.ring(messages, self.workers)
-
-
-class _EmbeddedStorage(SqlStorage):
-    """Enqueues in the transaction of whoever changes a workflow, and runs no SQL before it is used."""
-
-    def __init__(self, name: str, drive: GenevaDrive) -> None:
-        BaseStorage.__init__(self, name)  # SqlStorage's own wants a connected database
-        self.drive = drive
-
-    KV, Schedule, Task, Counter = map(_embedded_model, range(4))
-
-    @property
-    def database(self) -> Database:
-        return self.drive._db
-
-    def atomic(self) -> Any:
-        if self.drive._dialect == "mysql" and not self.database.in_transaction():
-            # Its default would lock the gaps that new messages go into.
-            return self.database.atomic(isolation_level="READ COMMITTED")
-        return self.drive._begin()
-
-    @property
-    def for_update(self) -> str | None:
-        return self.drive._skip_locked
-
-    # As SqlStorage has the next two, but for their SQL, which Peewee takes longer to build than a database to run.
-
-    def enqueue(self, data: Any, priority: float | None = None) -> None:
-        self.put("task", [(self.name, self.Task.data.db_value(data), priority or 0)])
-
-    def add_to_schedule(self, data: Any, timestamp: datetime) -> None:
-        moment = self.Schedule.timestamp.db_value(timestamp)
-        self.put("schedule", [(self.name, self.Task.data.db_value(data), moment)])
-
-    def put(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Insert messages."""
-        self.check_conn()
-        row = f"({', '.join([self.database.param] * 3)})"
-        for start in range(0, len(rows), 1000):
-            some = rows[start : start + 1000]
-            sql = f"{_insertion(table)} values {', '.join([row] * len(some))}"
-            send = functools.partial(self.database.execute_sql, sql, [*itertools.chain.from_iterable(some)])
-            self.drive._repeat(send, is_done=lambda: True)  # a connection that is lost may have sent them
-        self.ring(table, len(rows))
-
-    def ring(self, table: str, messages: int) -> None:
-        """Wake workers of this process, if any wait for such messages, once these are committed."""
-        consumer = self.drive._consumers.get(self.name)
-        if consumer and messages and table == "task":
-            self.drive._after_commit(functools.partial(consumer.ring, messages))
-
-    def dequeue(self) -> Any:
-        try:
-            return self.drive._repeat(self._dequeue)
-        except (peewee.PeeweeException, GenevaDriveError):
-            if not self.database.in_transaction():
-                with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
-                    self.drive._close_own_connection()
-            time.sleep(1)  # Huey logs a traceback each time, and polls often
-            raise
-
-    def _dequeue(self) -> Any:
-        self.check_conn()
-        if self.database.in_transaction():  # what it sees may be old: only locks tell what is there
-            return super().dequeue()
-        first = FIRST_MESSAGE.format(self.database.param)
-        if self.drive._has_fast_paths():
-            return TAKE_AT_ONCE[self.drive._dialect](self.drive, first, self.name)
-        # With the data, for SQLite gives the id of a message that is gone to a new one.
-        delete = f"delete from {TASK_TABLE} where id = {self.database.param} and data = {self.database.param}"
-        while row := self.database.execute_sql(f"select id, data {first}", (self.name,)).fetchone():
-            if self.database.rows_affected(self.database.execute_sql(delete, row)):
-                return bytes(row[1])
-        return None
-
-    def read_schedule(self, timestamp: datetime) -> list[bytes]:
-        """As SqlStorage has it, but for its locks, which MySQL has take in the first message of the next queue.
-
-        At most 10,000 at a time, for they are all held in memory; the rest comes with the next reading.
-        """
-        self.check_conn()
-        moment, param = self.Schedule.timestamp.db_value(timestamp), self.database.param
-        due = f"select id from {QUEUE_TABLE_PREFIX}schedule where queue = {param} and timestamp <= {param}"
-        due += " order by timestamp, id limit 10000"
-        found = self.drive._repeat(lambda: self.database.execute_sql(due, (self.name, moment)).fetchall())
-        messages: list[bytes] = []
-        for ids in peewee.chunked([row[0] for row in found], 500):
-            try:
-                messages += self.drive._repeat(functools.partial(self._take_scheduled, ids, moment))
-            except peewee.PeeweeException as error:
-                if not messages:
-                    raise
-                # Those are gone from the table: this reader is the only one who has them.
-                logger.warning("the rest of the schedule is left for the next reading: %s", error)
-                break
-        return messages
-
-    def _take_scheduled(self, ids: list[int], moment: int) -> list[bytes]:
-        Schedule = self.Schedule
-        # Of an id that was used again since, for another message, all of it is to be asked again.
-        is_due = Schedule.id.in_(ids) & (Schedule.queue == self.name) & (Schedule.timestamp <= moment)
-        rows = Schedule.select(Schedule.id, Schedule.data).where(is_due).tuples()
-        with self.atomic():
-            found = dict(rows.for_update(self.for_update) if self.for_update else rows)
-            Schedule.delete().where(Schedule.id.in_([*found])).execute()
-        return [found[each] for each in ids if each in found]
-
-    def check_conn(self) -> None:
-        if not self.database.in_transaction():  # which a silent reconnect would tear in two
-            self.drive._connect_worker()
-
-
 # ==== The schema ======================================================================================================
 
 SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 
-#: Raised by each release that changes the tables. The first one, 1, did not record it yet.
-SCHEMA_VERSION = 2
-
-#: How long a change waits for a lull: for the ends of transactions that are open on its table.
-SCHEMA_PATIENCE_SECONDS = 600
-
-#: What is executed before and after a change of the schema: for one process at a time, and for no one to be held up. A
-#: change waits until no transaction is open on its table, and everybody else waits behind it: so it is told to give up
-#: after a second, and is tried again, lest heartbeats fall silent behind a transactional step that takes minutes.
-SCHEMA_LOCKS: dict[str, tuple[list[str], list[str]]] = {
-    "sqlite": ([], []),
-    "postgresql": (
-        [
-            "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
-            "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
-            "set local lock_timeout = '1s'",
-        ],
-        ["select set_config('lock_timeout', current_setting('geneva_drive.lock_timeout'), true)"],
-    ),
-    "mysql": (
-        [
-            f"select get_lock('geneva_drive_schema', {SCHEMA_PATIENCE_SECONDS})",
-            "set @geneva_drive_lock_wait_timeout = @@lock_wait_timeout, lock_wait_timeout = 1",
-        ],
-        [
-            "commit",  # a version that is recorded is to be seen by the next one who gets the lock
-            "set lock_wait_timeout = @geneva_drive_lock_wait_timeout",
-            "select release_lock('geneva_drive_schema')",
-        ],
-    ),
-}
+#: Raised by each release that changes the tables.
+SCHEMA_VERSION = 1
 
 
 class _SchemaVersion(Model):
@@ -5426,45 +5767,41 @@ class _Schema:
     """The tables of a drive, and what they lack."""
 
     def __init__(self, drive: GenevaDrive) -> None:
-        self.drive, self.db = drive, drive._db
+        self.drive, self.db, self.dialect = drive, drive._access.database, drive._access.dialect
 
     def complete(self, models: Sequence[Any]) -> None:
         """See :meth:`GenevaDrive.create_tables`."""
-        has_queue = any(isinstance(huey.storage, _EmbeddedStorage) for huey in self.drive.queues.values())
         parts: list[Callable[[], list[Any]]] = [functools.partial(self._lacking_model, each) for each in models]
-        parts += self.parts(has_queue)
-        # Always looked at, however new the version: a queue may have come to the drive, or an index been dropped. The
-        # first look takes no lock; SQLite has its own, and many that open a new file at once lock each other out.
-        if not self.drive._transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
+        parts += self.parts()
+        # Always looked at, however new the version: an index may have been dropped. The first look takes no lock;
+        # SQLite has its own, and many that open a new file at once lock each other out.
+        if not self.drive._access.transact(lambda: any(part() for part in parts), PATIENCE_SECONDS):
             return
-        if self.drive._dialect == "mysql" and self.db.in_transaction():
+        if self.dialect.ddl_commits and self.db.in_transaction():
             problem = "create_tables() has tables to change, which commits the transaction around it"
             raise GenevaDriveError(f"{problem}: call it outside of transactions")
         for part in parts:  # each by itself: who locked two tables at once would deadlock with those at work
-            self.drive._transact(functools.partial(self._add, part), SCHEMA_PATIENCE_SECONDS)
+            self.drive._access.transact(functools.partial(self._add, part), SCHEMA_PATIENCE_SECONDS)
 
-    def parts(self, has_queue: bool) -> Iterator[Callable[[], list[str]]]:
+    def parts(self) -> Iterator[Callable[[], list[str]]]:
         """What the schema is made of, in the order of making it: each part returns the statements that it lacks."""
-        sections = ["every database", self.drive._dialect, *["embedded queue"] * has_queue]
-        models: list[Any] = [*MODELS, _SchemaVersion, *(self.drive._embedded_models if has_queue else ())]
-        for model in models:
+        for model in (*MODELS, _SchemaVersion):
             yield functools.partial(self._lacking_columns, model)
-        for section in sections:
+        for section in ("every database", self.dialect.section):
             for statement in _schema_statements(section):
                 yield functools.partial(self._lacking_statement, statement)
         yield self._lacking_version
 
     def _add(self, part: Callable[[], list[Any]]) -> None:
         """Execute what a part lacks, one process at a time."""
-        lock, unlock = SCHEMA_LOCKS[self.drive._dialect]
-        for statement in lock:
+        for statement in self.dialect.schema_lock:
             self.db.execute_sql(statement)
         try:
             for statement in part():
                 statement() if callable(statement) else self.db.execute_sql(statement)
         finally:
             with contextlib.suppress(peewee.PeeweeException):  # after a failure, the rollback undoes the lock too
-                for statement in unlock:
+                for statement in self.dialect.schema_unlock:
                     self.db.execute_sql(statement)
 
     def _lacking_model(self, model: Any) -> list[Callable[[], None]]:
@@ -5505,11 +5842,9 @@ class _Schema:
         raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
 
     def version(self) -> int:
-        """The version that the database is at; 0 where there are no tables."""
-        if not Workflow.table_exists():
-            return 0
+        """The version that the database is at; 0 where there are no tables, or not all of them."""
         newest = _SchemaVersion.select(peewee.fn.MAX(_SchemaVersion.version))
-        return (_SchemaVersion.table_exists() and newest.scalar()) or 1  # the first release recorded none
+        return (_SchemaVersion.table_exists() and newest.scalar()) or 0
 
     def problem(self) -> str | None:
         """Why this code cannot work on the database, if it cannot: the tables are missing, or older than the code."""
@@ -5580,6 +5915,27 @@ def _name_of(function: Any) -> str:
     return name.replace("<lambda>", "…")
 
 
+def _flowchart(cls: type[Workflow]) -> str:
+    lines, last = ["flowchart TD", _mermaid_node("start", "([{}])", cls.__name__)], "start"
+    for number, each in enumerate(cls.steps, 1):
+        notes = [_signal_note(each)] if each.wait_for else []
+        notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
+        notes += ["transactional"] if each.transactional else []
+        notes += ["resumable"] if each.resumable else []
+        notes += [_policy_note(each.policy)] if each.policy else []
+        wait = f'|"{_span(each.wait)}"|' if each.wait else ""
+        lines.append(_mermaid_node(f"{last} -->{wait} step{number}", "[{}]", each.name, *notes))
+        last = f"step{number}"
+    lines.append(_mermaid_node(f"{last} --> finished", "([{}])", "finished"))
+    conditions, policies = cls._blueprint.cancel_ifs, cls._blueprint.policies
+    if conditions:
+        lines.append(_mermaid_node("conditions", "[{}]", "before each step: cancel if", *conditions))
+        lines.append(_mermaid_node("conditions -.-> canceled", "([{}])", "canceled"))
+    if policies:
+        lines.append(_mermaid_node("policies", "[{}]", "in every step", *map(_policy_note, reversed(policies))))
+    return "\n".join(lines)
+
+
 def _signal_note(definition: StepDefinition) -> str:
     limit = "" if definition.timeout is None else f", after {_span(definition.timeout)} {definition.on_timeout}"
     return f"wait for {definition.wait_for}{limit}"
@@ -5605,10 +5961,6 @@ def _mermaid_node(node: str, shape: str, *lines: str) -> str:
 # ==== Help for tests ==================================================================================================
 
 
-def _shifted(clock: Callable[[], datetime], duration: timedelta) -> datetime:
-    return clock() + duration
-
-
 class TestHelpers:
     """Runs workflows in a test, step by step, ignoring waits: a mixin for unittest.TestCase, or an object by itself.
 
@@ -5628,12 +5980,11 @@ class TestHelpers:
         :raises AssertionError: if it is not, after so many steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
+        self._refresh(workflow)
         for _ in range(max_iterations):
-            self._refresh(workflow)
             if self._stands_still(workflow):
                 return
             self.perform_next_step(workflow, raise_errors)
-        self._refresh(workflow)
         self._assert(self._stands_still(workflow), workflow, f"it is not over after {max_iterations} steps")
 
     def perform_next_step(self, workflow: Workflow, raise_errors: bool = True) -> None:
@@ -5654,7 +6005,7 @@ class TestHelpers:
             self._assert(row.state in (READY, PAUSED), workflow, "it is neither ready nor paused")
             return _moved(drive, row, active, step_name)
 
-        self._perform(workflow, drive._transact(move), raise_errors)
+        self._perform(workflow, drive._access.transact(move), raise_errors)
 
     def travel(
         self, workflow: Workflow, duration: timedelta | float, max_iterations: int = 100, raise_errors: bool = True
@@ -5669,20 +6020,19 @@ class TestHelpers:
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
         drive, total = _drive(), _duration(duration, "travel(): duration")
-        clock = drive.clock
+        clock, moment = drive.clock, drive.clock()
+        end = moment + total
         if hasattr(self, "addCleanup"):
             self.addCleanup(setattr, drive, "clock", clock)
-        moment = start = clock()  # it stands still on the way: what is due at the very end is not to be late for it
-        due = (StepExecution.state == SCHEDULED) & (StepExecution.scheduled_for <= start + total)
-        due |= (StepExecution.state == WAITING) & (StepExecution.times_out_at <= start + total)
+        drive.clock = lambda: moment  # it stands still on the way: what is due at the very end is not to be late for it
         for left in range(max_iterations, -1, -1):
             self._refresh(workflow)
-            execution = workflow.execution_history.where(due).get_or_none() if workflow.state == READY else None
-            if execution is None:
-                drive.clock = functools.partial(_shifted, clock, total)
+            execution = workflow.execution_history.where(StepExecution.state.in_(TO_CLAIM)).get_or_none()
+            due = execution and execution._due
+            if workflow.state != READY or due is None or due > end:
+                drive.clock = lambda: clock() + total
                 return
-            moment = max(moment, execution._due)
-            drive.clock = functools.partial(_shifted, lambda: start, moment - start)
+            moment = max(moment, due)
             self._assert(left, workflow, f"a step is due still after {max_iterations} steps")
             self._perform(workflow, execution, raise_errors)
 
@@ -5737,15 +6087,41 @@ class TestHelpers:
 
 # ==== Command line ====================================================================================================
 
-_SELECTION = ("--state", "--type", "--hero")
-_CONTROLS = ("--dry-run", "--json")
-_CALLS = ("resume", "skip", "pause", "cancel")
+
+def _of_type(name: str) -> Any:
+    if name not in _workflow_classes and Workflow.select().where(Workflow.type == name).exists():
+        return Workflow.type == name  # of a class that is gone
+    cls = _class_of(name)
+    return Workflow.type.in_([each for each, other in _workflow_classes.items() if issubclass(other, cls)])
+
+
+def _of_hero(hero: str) -> Any:
+    hero_type, colon, hero_id = hero.partition(":")
+    if not colon:
+        raise ConfigurationError(f"--hero {hero}: it must be TYPE:ID, such as User:7")
+    return (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
+
+
+def _class_of(name: str) -> type[Workflow]:
+    if name not in _workflow_classes:
+        raise ConfigurationError(f"no workflow class is called {name!r}: use {', '.join(_workflow_classes)}")
+    return _workflow_classes[name]
+
+
+# What selects workflows: arguments, and the condition for a value of each.
+_SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[str], Any]]] = {
+    "--state": ({"choices": WORKFLOW_STATES, "help": "those in this state"}, lambda state: Workflow.state == state),
+    "--type": ({"metavar": "CLASS", "help": "those of this class and its subclasses"}, _of_type),
+    "--hero": ({"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"}, _of_hero),
+}
+# The calls on many workflows, each with the arguments that it alone takes.
+_CALLS: dict[str, tuple[str, ...]] = {"resume": ("--at",), "skip": (), "pause": (), "cancel": ()}
+_MANY = ("ids", *_SELECTIONS, "--dry-run", "--json")
 _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "worker": ("run steps until SIGTERM or SIGINT, then drain", ("--workers", "--queue", "--shutdown-timeout")),
-    "list": ("list workflows, the newest first", (*_SELECTION, "--limit", "--json")),
+    "list": ("list workflows, the newest first", (*_SELECTIONS, "--limit", "--json")),
     "show": ("show a workflow, its attempts over time with their errors, and what to do next", ("id", "--json")),
-    **{call: (f"{call} workflows, by id or selected", ("ids", *_SELECTION, *_CONTROLS)) for call in _CALLS},
-    "resume": ("resume workflows, by id or selected", ("ids", *_SELECTION, "--at", *_CONTROLS)),
+    **{call: (f"{call} workflows, by id or selected", (*_MANY, *own)) for call, own in _CALLS.items()},
     "signal": ("send a workflow a signal", ("id", "signal", "--payload", "--key", "--json")),
     "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
     "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
@@ -5759,9 +6135,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "signal": {"metavar": "NAME", "help": "the signal's name"},
     "--payload": {"metavar": "JSON", "default": "null", "help": "its payload, such as '{\"paid\": true}'"},
     "--key": {"metavar": "TEXT", "help": "its idempotency key: sent again, it changes nothing"},
-    "--state": {"choices": WORKFLOW_STATES, "help": "those in this state"},
-    "--type": {"metavar": "CLASS", "help": "those of this class and its subclasses"},
-    "--hero": {"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"},
+    **{name: argument for name, (argument, _) in _SELECTIONS.items()},
     "--at": {"metavar": "STEP", "help": "go on with this step"},
     "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
     "--deploy": {"action": "store_true", "help": "check instead what this code would strand if it were deployed"},
@@ -5845,8 +6219,16 @@ def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
 
 
+def _cell(value: object, width: int) -> str:
+    text = _clean(value)
+    while _width(text) > width:
+        text = f"{text[:-2]}…"
+    space = " " * (width - _width(text))
+    return space + text if isinstance(value, int) else text + space
+
+
 class _CommandLine:
-    """A command; each has its method, which returns the exit code."""
+    """A command; each has its method, which returns a true value if something failed."""
 
     def __init__(self, drive: GenevaDrive, options: argparse.Namespace, call: str) -> None:
         self.drive, self.options, self.call, self.now = drive, options, call, drive._now()
@@ -5859,71 +6241,74 @@ class _CommandLine:
         logging.basicConfig(level=logging.INFO if command == "worker" else logging.WARNING, handlers=[handler])
         logging.getLogger("huey").setLevel(logging.WARNING)  # it has several lines for each step
         if command != "graph":
-            self.drive._connect_worker()
+            self.drive._access.connect_worker()
             if problem := _Schema(self.drive).problem():
                 raise GenevaDriveError(problem)
-        return cast(int, getattr(self, f"_{command}", self._control)())
+        return int(bool(getattr(self, f"_{command}", self._control)()))
 
-    def _worker(self) -> int:
+    def _worker(self) -> None:
         workers, queues = self.options.workers, self.options.queue
         logger.info("serving %s, workers for each: %s", ", ".join(queues or self.drive.queues), workers)
         self.drive.run(workers, queues, shutdown_timeout=self.options.shutdown_timeout)
-        return 0
 
-    def _list(self) -> int:
+    def _list(self) -> None:
         query = self._selected()
         workflows, total = list(query.order_by(Workflow.id.desc()).limit(self.options.limit)), query.count()
         rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE, OR DUE"]]
         for each in workflows:
-            hero, step_name = _hero_label(each.hero_type, each.hero_id), each.current_step_name or ""
-            rows.append([each.id, each.type, hero, each.state, step_name, self._since(each)])
+            hero = _hero_label(each.hero_type, each.hero_id)
+            rows.append([each.id, each.type, hero, each.state, each.current_step_name or "", self._since(each)])
         lines = self._table(rows) if total else ["no workflow matches"]
         if total > len(workflows):
-            lines.append(f"{len(workflows)} of {total}: use --limit {total}, or {', '.join(_SELECTION)}")
-        return self._answer([each.__data__ for each in workflows], lines)
+            lines.append(f"{len(workflows)} of {total}: use --limit {total}, or {', '.join(_SELECTIONS)}")
+        self._answer([each.__data__ for each in workflows], lines)
 
-    def _show(self) -> int:
+    def _show(self) -> None:
         workflow = self._find(self.options.id)
-        history, state = list(workflow.execution_history), workflow.state
-        facts = {"created": self._moment(workflow.created_at), state: self._since(workflow)}
-        waiting = next((each for each in history if each.state == WAITING), None)
-        facts |= {"waits for the signal": cast(str, waiting.waiting_for)} if waiting else {}
-        facts |= {"context": json.dumps(workflow.context, ensure_ascii=False)} if workflow.context else {}
-        lines = [
-            _clean(self._title(workflow)),
-            *(line for key, text in facts.items() for line in self._wrapped(f"{key}: {text}")),
-        ]
-        lines += ["", *self._timeline(history), ""] * bool(history)
-        problem, calls = workflow._undefined(), [call for call in _CALLS if state in ALLOWED_FROM[call]]
+        history = list(workflow.execution_history)
+        facts = {
+            "created": self._moment(workflow.created_at),
+            workflow.state: self._since(workflow),
+            "waits for the signal": next((each.waiting_for for each in history if each.state == WAITING), None),
+            "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
+        }
+        lines = [_clean(self._title(workflow))]
+        lines += [line for key, text in facts.items() if text for line in self._wrapped(f"{key}: {text}")]
+        lines += ["", *self._timeline(history), ""] if history else []
+        lines += self._advice(workflow)
+        self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
+
+    def _advice(self, workflow: Workflow) -> Iterator[str]:
+        """Why the workflow cannot go on, if it cannot, and the calls that its state allows."""
+        problem, state = workflow._undefined(), workflow.state
+        calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
         if not problem and calls and not workflow._find(workflow.current_step_name):
             problem = str(StepNotDefinedError(workflow, workflow.current_step_name))
             calls = ["resume --at STEP", "cancel"] if state == PAUSED else ["pause", "cancel"]
-        lines += self._wrapped(problem or "", "")
-        lead = "Mend the cause, then" if state == PAUSED else "You may"
-        lines += [f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})"] if calls else []
-        return self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
+        yield from self._wrapped(problem or "", "")
+        if calls:
+            lead = "Mend the cause, then" if state == PAUSED else "You may"
+            yield f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})"
 
     def _timeline(self, history: list[Any]) -> Iterator[str]:
         """A line for each attempt, its bar from when it was scheduled to its end, or to now; and its error."""
-        now, start, is_wide = self.now, history[0].created_at, self.columns >= 120
-        span = max(each.finished_at or now for each in history) - start
+        start, is_wide = history[0].created_at, self.columns >= 120
+        span = max(each.finished_at or self.now for each in history) - start
         room = max(24, (self.columns or 100) - 50 - 34 * is_wide)
 
         def place(moment: datetime) -> int:
             return min(int((moment - start) / (span or timedelta(1)) * room), room - 1)
 
         title = f"{start:%m-%d %H:%M:%SZ}".ljust(room - 10) + f"+ {_span(span, 1)}".rjust(10)
-        rows: list[list[Any]] = [["#", "STEP", "OUTCOME", title, "TOOK, OR DUE", *["STARTED, OR DUE"] * is_wide]]
+        rows: list[list[Any]] = [["#", "STEP", "OUTCOME", title, "TOOK, OR DUE", "STARTED, OR DUE"]]
         for each in history:
-            begun, ended = each.started_at, each.finished_at
+            begun, end, due = each.started_at, each.finished_at or self.now, each.started_at or each._due
             mark = "!" if each.error_class_name or each.outcome == "recovered" else "█" if begun else "·"
-            bar = (" " * place(each.created_at)).ljust(place(begun or ended or now), "·")
-            bar = bar.ljust(place(ended or now) + 1, mark).ljust(room)
-            due = begun or each._due
-            took = _span((ended or now) - begun, 2) if begun else self._relative(due) if due and not ended else ""
-            started = [self._moment(due) if due else ""] * is_wide
-            rows.append([each.number, each.step_name, each.outcome or each.state, bar, took, *started])
-        title, *lines = self._table(rows)
+            bar = (" " * place(each.created_at)).ljust(place(begun or end), "·").ljust(place(end) + 1, mark)
+            took = _span(end - begun, 2) if begun else self._relative(due) if due and not each.finished_at else ""
+            started = self._moment(due) if due else ""
+            rows.append([each.number, each.step_name, each.outcome or each.state, bar, took, started])
+        title, *lines = self._table([row[: 5 + is_wide] for row in rows])
         yield title
         for each, line in zip(history, lines):
             yield line
@@ -5931,39 +6316,42 @@ class _CommandLine:
                 yield from self._wrapped(f"{each.error_class_name}: {each.error_message}", "    ")
         yield "· waited   █ performed   ! failed or died"
 
-    def _control(self) -> int:
-        call, ids = self.options.command, self.options.ids
-        if bool(ids) == bool(self.options.state or self.options.type or self.options.hero):
-            raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTION)}")
-        if not ids:
-            states = [self.options.state] if self.options.state else ALLOWED_FROM[call]
-            ids = [each.id for each in self._selected().where(Workflow.state.in_(states)).order_by(Workflow.id)]
+    def _control(self) -> bool:
         reports = []
-        for workflow_id in ids:
-            reports.append(self._controlled(call, workflow_id))
+        for workflow_id in self._chosen():
+            reports.append(self._controlled(workflow_id))
             if not self.options.json:  # each at once, for there may be many
                 self._say(_clean(reports[-1]["done"] or f"{workflow_id}: {reports[-1]['error']}"))
-        self._answer(reports, [] if ids else ["no workflow matches"])
-        return int(any(report["error"] for report in reports))
+        self._answer(reports, [] if reports else ["no workflow matches"])
+        return any(report["error"] for report in reports)
 
-    def _controlled(self, call: str, workflow_id: int) -> dict[str, Any]:
+    def _chosen(self) -> list[int]:
+        """The ids that are given; or of what is selected those that allow the call, unless a state is selected too."""
+        call, ids, query = self.options.command, self.options.ids, self._selected()
+        if bool(ids) == bool(query._where):
+            raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
+        if not self.options.state:
+            query = query.where(Workflow.state.in_(ALLOWED_FROM[call]))
+        return ids or [each.id for each in query.order_by(Workflow.id)]
+
+    def _controlled(self, workflow_id: int) -> dict[str, Any]:
+        call, report = self.options.command, {"id": workflow_id, "state": None, "done": None, "error": None}
         try:
             workflow = self._find(workflow_id)
-            before, would = workflow.state, f"would {call} {self._title(workflow)}"
+            before, title = workflow.state, self._title(workflow)
             step_name = getattr(self.options, "at", None)
             act = functools.partial(workflow.resume_at, step_name) if step_name else getattr(workflow, call)
             if not self.options.dry_run:
                 act()
-                done = f"{self._title(workflow)}, was {before}"
-                return {"id": workflow_id, "state": workflow.state, "done": done, "error": None}
-            with self.drive._begin() as transaction:
+                return report | {"state": workflow.state, "done": f"{self._title(workflow)}, was {before}"}
+            with self.drive._access.begin() as transaction:
                 act()
                 transaction.rollback()
-            return {"id": workflow_id, "state": before, "done": would, "error": None}
+            return report | {"state": before, "done": f"would {call} {title}"}
         except Exception as error:  # it must not keep the others from their turn
-            return {"id": workflow_id, "state": None, "done": None, "error": str(error) or repr(error)}
+            return report | {"error": str(error) or repr(error)}
 
-    def _signal(self) -> int:
+    def _signal(self) -> None:
         workflow, name = self._find(self.options.id), self.options.signal
         try:
             payload = json.loads(self.options.payload)
@@ -5974,13 +6362,13 @@ class _CommandLine:
         except (TypeError, ValueError) as error:
             raise GenevaDriveError(str(error)) from error
         done = f"{self._title(self._find(workflow.id))}: {name} was sent{'' if is_new else ' before, and is left out'}"
-        return self._answer({"id": workflow.id, "signal": name, "is_new": is_new}, [_clean(done)])
+        self._answer({"id": workflow.id, "signal": name, "is_new": is_new}, [_clean(done)])
 
-    def _housekeeping(self) -> int:
+    def _housekeeping(self) -> None:
         counts = self.drive.housekeeping()
-        return self._answer(counts, self._table([[*item] for item in counts.items()]))
+        self._answer(counts, self._table([[*item] for item in counts.items()]))
 
-    def _stats(self) -> int:
+    def _stats(self) -> None:
         metrics = self.drive.stats()
         value = {(each.name.removeprefix("geneva_drive_"), *each.labels.values()): each.value for each in metrics}
         rows: list[list[Any]] = [["TYPE", *map(str.upper, WORKFLOW_STATES), "PAUSED %", "RECOVERED"]]
@@ -5991,41 +6379,29 @@ class _CommandLine:
         overdue = f"overdue steps: {late}" + (f", the oldest due {self._moment(self.now - oldest)}" if late else "")
         waiting = [(each.labels, each.value) for each in metrics if "signal" in each.labels]
         lines = [_clean(f"{on['type']}: {number} wait for the signal {on['signal']}") for on, number in waiting]
-        return self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
+        self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
 
-    def _doctor(self) -> int:
+    def _doctor(self) -> bool:
         if self.options.deploy:
-            stranded = list(self.drive._stranded())
+            stranded = list(self.drive._reports.stranded())
             sound = "all that ongoing workflows need is defined: their classes, steps, heroes and signals"
             self._answer([each._asdict() for each in stranded], [_clean(each.problem) for each in stranded] or [sound])
-            return int(bool(stranded))
+            return bool(stranded)
         found = self.drive.doctor()
         self._answer(found, [*map(_clean, found), f"violations: {len(found)}" if found else "all is sound"])
-        return int(bool(found))
+        return bool(found)
 
-    def _graph(self) -> int:
-        return self._say(self._class(self.options.name).graph())
+    def _graph(self) -> None:
+        self._say(_class_of(self.options.name).graph())
 
     def _selected(self) -> Any:
-        """A query for the workflows that --state, --type and --hero select."""
-        name, hero = self.options.type, self.options.hero
-        query = (_workflow_classes.get(name) or Workflow).select()
-        if name and name not in _workflow_classes:  # rows may be left of a class that is gone
-            query = query.where(Workflow.type == name)
-            query.exists() or self._class(name)
-        if self.options.state:
-            query = query.where(Workflow.state == self.options.state)
-        if hero:
-            hero_type, colon, hero_id = hero.partition(":")
-            if not colon:
-                raise ConfigurationError(f"--hero {hero}: it must be TYPE:ID, such as User:7")
-            query = query.where(Workflow.hero_type == hero_type, Workflow.hero_id == hero_id)
+        """A query for the workflows that the arguments select."""
+        query = Workflow.select()
+        for name, (_, condition) in _SELECTIONS.items():
+            value = getattr(self.options, name[2:].replace("-", "_"))
+            if value is not None:
+                query = query.where(condition(value))
         return query
-
-    def _class(self, name: str) -> type[Workflow]:
-        if name not in _workflow_classes:
-            raise ConfigurationError(f"no workflow class is called {name!r}: use {', '.join(_workflow_classes)}")
-        return _workflow_classes[name]
 
     def _find(self, workflow_id: int) -> Workflow:
         workflow = Workflow.get_or_none(Workflow.id == workflow_id)
@@ -6051,14 +6427,13 @@ class _CommandLine:
         span = _span(moment - self.now, 1)
         return f"in {span}" if moment > self.now else f"{span} ago"
 
-    def _answer(self, value: object, lines: Iterable[str]) -> int:
+    def _answer(self, value: object, lines: Iterable[str]) -> None:
         if self.options.json:
-            lines = [json.dumps(value, indent=2, default=lambda moment: moment.isoformat())]
-        return self._say(*lines)
+            lines = [json.dumps(value, indent=2, default=datetime.isoformat)]
+        self._say(*lines)
 
-    def _say(self, *lines: str) -> int:
+    def _say(self, *lines: str) -> None:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
-        return 0
 
     def _wrapped(self, text: str, indent: str = "  ") -> list[str]:
         limits = {"width": max(40, self.columns or 100), "max_lines": 4, "placeholder": " … (see --json)"}
@@ -6067,20 +6442,12 @@ class _CommandLine:
 
     def _table(self, rows: list[list[Any]]) -> list[str]:
         """Aligned columns, numbers to the right. Names are cut where the terminal is too narrow."""
-        cells = [[_clean(cell) for cell in row] for row in rows]
-        widths = [max(map(_width, column)) for column in zip(*cells)]
+        widths = [max(_width(_clean(cell)) for cell in column) for column in zip(*rows)]
         names = [place for place, title in enumerate(rows[0]) if title in ("TYPE", "HERO", "STEP")]
         room = (self.columns or math.inf) - 2 * (len(widths) - 1)
         while sum(widths) > room and names and max(widths[place] for place in names) > 6:
             widths[max(names, key=widths.__getitem__)] -= 1
-        lines = []
-        for row, texts in zip(rows, cells):
-            for place, width in enumerate(widths):
-                while _width(texts[place]) > width:
-                    texts[place] = f"{texts[place][:-2]}…"
-                space = " " * (width - _width(texts[place]))
-                texts[place] = space + texts[place] if isinstance(row[place], int) else texts[place] + space
-            lines.append("  ".join(texts).rstrip())
+        lines = ["  ".join(map(_cell, row, widths)).rstrip() for row in rows]
         if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
             return lines
         return [_COLORED.sub(lambda found: f"\033[{_COLORS[found[0]]}m{found[0]}\033[0m", line) for line in lines]

@@ -5,11 +5,13 @@
 --   geneva_drive_workflows         one row for each workflow: its hero, its state, the step it stands at, its context
 --   geneva_drive_step_executions   one row for each attempt at a step; deleted with its workflow
 --   geneva_drive_signals           one row for each signal that a workflow was sent; deleted with its workflow
---   geneva_drive_huey_*            the embedded queue, where no other Huey was given to the drive
 --   geneva_drive_schema            one row for each version of all this that the database was brought to
 --
 -- A workflow is ready (a step is scheduled), performing (a step runs), paused, finished or canceled. An execution is
 -- scheduled, waiting or in progress: active; and then completed, failed, canceled or skipped, for good.
+--
+-- What is to be given out, and nothing else, has the name of a queue: what is scheduled, or waits with a limit, in a
+-- workflow that is ready. It is taken by whoever looks first once it is due, the highest priority first.
 --
 -- Two promises are kept by unique indexes, whatever the processes do:
 --
@@ -49,15 +51,13 @@ create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows 
 create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id)
     where state in ('scheduled', 'waiting', 'in_progress');
 
--- Housekeeping: what is overdue, whose process fell silent, what is over long since. Partial, for an index on the state
--- alone is taken by PostgreSQL's planner in the place of the primary key.
-create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for, id) where state = 'scheduled';
+-- The order in which executions are given out.
+create index geneva_drive_queue on geneva_drive_step_executions (queue, priority, due_at, id) where queue is not null;
+
+-- Housekeeping: whose process fell silent, what is over long since. Partial, for an index on the state alone is taken by
+-- PostgreSQL's planner in the place of the primary key.
 create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
 create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id) where state in ('finished', 'canceled');
-
--- Housekeeping: what waited for a signal in vain, what waits at a step that does not wait any more.
-create index geneva_drive_timeout on geneva_drive_step_executions (times_out_at, id) where state = 'waiting';
-create index geneva_drive_waiting on geneva_drive_step_executions (step_name, id) where state = 'waiting';
 
 
 -- section: sqlite
@@ -83,18 +83,9 @@ alter table geneva_drive_step_executions add column active tinyint generated alw
     (case when state in ('scheduled', 'waiting', 'in_progress') then 1 end) stored;
 create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id, active);
 
--- Housekeeping: what is overdue, whose process fell silent, what is over long since.
-create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for, id);
+-- The order in which executions are given out.
+create index geneva_drive_queue on geneva_drive_step_executions (queue, priority, due_at, id);
+
+-- Housekeeping: whose process fell silent, what is over long since.
 create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
 create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id);
-
--- Housekeeping: what waited for a signal in vain, what waits at a step that does not wait any more.
-create index geneva_drive_timeout on geneva_drive_step_executions (state, times_out_at, id);
-create index geneva_drive_waiting on geneva_drive_step_executions (state, step_name, id);
-
-
--- section: embedded queue
-
--- The order in which messages are taken, and that in which they fall due.
-create index geneva_drive_huey_task_order on geneva_drive_huey_task (queue, priority desc, id);
-create index geneva_drive_huey_schedule_due on geneva_drive_huey_schedule (queue, timestamp);

@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import mailbox
+import math
 import multiprocessing
 import os
 import pickle
@@ -36,6 +37,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import termios
 import textwrap
 import threading
@@ -62,9 +64,10 @@ from urllib.request import urlopen
 
 import peewee
 import pytest
-from huey import MemoryHuey, PriorityRedisHuey, RedisHuey, crontab
+from huey import CancelExecution, MemoryHuey, PriorityRedisHuey, RedisHuey, crontab
+from huey.api import group
 from huey.contrib.sql_huey import SqlHuey
-from huey.serializer import Serializer, SignedSerializer
+from huey.exceptions import RetryTask, TaskLockedException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peewee import (
@@ -168,7 +171,9 @@ def open_database(url):
 
 @pytest.fixture(scope="session", params=SERVERS)
 def database(request, servers):
-    return Database(servers.empty(request.param))
+    database = Database(servers.empty(request.param))
+    yield database
+    assert GenevaDrive(database.peewee).doctor() == []
 
 
 @pytest.fixture
@@ -183,10 +188,17 @@ def db(database):
 @pytest.fixture
 def drive(db):
     drive = GenevaDrive(db)
-    for model in [*drive._embedded_models, *reversed(gd.MODELS), *MODELS]:
+    for model in [*reversed(gd.MODELS), *MODELS]:
         model.delete().execute()
     yield drive
-    assert GenevaDrive(db).doctor() == []  # whatever the test did
+    assert violations(GenevaDrive(db)) == []  # whatever the test did
+
+
+def violations(drive):
+    """What doctor() says of the rows. What it says of the schema takes ten times as long, and hardly changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gd._Schema, "parts", lambda *_, **__: [])
+        return drive.doctor()
 
 
 def silent_heartbeat():
@@ -337,6 +349,12 @@ class Plain(Workflow):
         did("three")
 
 
+class Tomorrow(Workflow):
+    @step(wait=timedelta(days=1))
+    def one(self):
+        did("one")
+
+
 class Quick(Workflow):
     @step
     def one(self):
@@ -388,12 +406,12 @@ def _create_tables(number, url, barrier, results):
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_eight_processes_create_the_tables_at_once(servers, kind, is_exhaustive):
-    for _ in range(20 if is_exhaustive else 4):
+    for _ in range(20 if is_exhaustive else 2):
         url = servers.empty(kind)
         in_processes(8, _create_tables, url, fork.Barrier(8))
         db = open_database(url)
         GenevaDrive(db)
-        names = {each.name for table in ENGINE_TABLES + QUEUE_TABLES for each in db.get_indexes(table)}
+        names = {each.name for table in ENGINE_TABLES for each in db.get_indexes(table)}
         assert set(SCHEMA_INDEXES) <= names
         db.close()
 
@@ -408,14 +426,18 @@ def _execute(number, url, execution_id, barrier, results):
     results.put(execution.execute())
 
 
-def test_one_execution_given_to_six_threads_and_three_processes_at_once_runs_once(database, db, drive, hero):
+def test_one_execution_given_to_six_threads_and_three_processes_at_once_runs_once(
+    database, db, drive, hero, is_exhaustive
+):
+    rounds = 50 if is_exhaustive else 5
+
     def run(execution_id, barrier, results):
         execution = StepExecution.get_by_id(execution_id)
         barrier.wait(timeout=60)
         results.append(execution.execute())
         db.close()
 
-    for _ in range(10):
+    for _ in range(rounds):
         execution = scheduled(Quick.create(hero=hero, allow_multiple=True))
         db.close()
         barrier, results, here = fork.Barrier(9), fork.Queue(), []
@@ -430,7 +452,7 @@ def test_one_execution_given_to_six_threads_and_three_processes_at_once_runs_onc
         for each in processes + threads:
             each.join()
         assert sorted(here + there) == [False] * 8 + [True]
-    assert effects() == ["one"] * 10
+    assert effects() == ["one"] * rounds
 
 
 def test_get_or_create_by_six_threads_gives_one_workflow(db, drive, hero):
@@ -497,7 +519,8 @@ def test_a_message_for_a_paused_or_canceled_workflow_changes_nothing(drive, hero
     assert effects() == []
 
 
-def test_a_message_that_comes_too_early_is_queued_again_for_its_time(drive, hero):
+def test_a_message_that_comes_too_early_is_queued_again_for_its_time(db, drive, hero):
+    drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False))
     workflow = Plain.create(hero=hero)
     scheduled(workflow).execute()
     execution = scheduled(workflow)
@@ -665,7 +688,7 @@ def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(driv
         @step
         def work(self):
             began, silences = StepExecution.get().started_at, []
-            while not silences or utcnow() < began + timedelta(seconds=4):
+            while not silences or utcnow() < began + timedelta(seconds=2):
                 silences.append(housekeeping_elsewhere(drive)["stuck_in_progress_recovered"])
                 time.sleep(0.1)  # for the other thread
             assert set(silences) == {0}
@@ -754,27 +777,31 @@ def test_the_heartbeat_covers_the_hooks_between_two_steps_of_a_run_on(drive, her
     assert gd._heartbeat.beating == set()
 
 
-def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, served):
+@pytest.mark.parametrize("awaited", [None, "go"])
+def test_a_transactional_step_that_deadlocks_is_performed_again_with_its_signal(db, drive, served, awaited):
     users = [User.create(name="first"), User.create(name="second")]
-    barrier = threading.Barrier(2)
+    barrier, met = threading.Barrier(2), set()
 
     class Locks(Workflow):
-        @step(transactional=True, on_exception="cancel")
+        @step(transactional=True, on_exception="cancel", wait_for=awaited)
         def both(self):
-            mine, other = users if self.context["forward"] else users[::-1]
+            mine, other = users if self.hero == users[0] else users[::-1]
             User.update(visits=User.visits + 1).where(User.id == mine.id).execute()
-            with contextlib.suppress(threading.BrokenBarrierError):
-                if served:
-                    barrier.wait(timeout=5)
+            if served and mine.id not in met:  # the one that is performed again would wait for nobody
+                met.add(mine.id)
+                barrier.wait(timeout=30)
             User.update(visits=User.visits + 1).where(User.id == other.id).execute()
+            assert awaited is None or self.signal_payload == mine.name
 
-    messages = [scheduled(Locks.create(hero=hero, context={"forward": hero is users[0]})).id for hero in users]
+    workflows = [Locks.create(hero=hero) for hero in users]
+    for workflow in workflows if awaited else ():
+        workflow.signal(awaited, workflow.hero.name)
 
     def run(message):
         drive._perform(message)
         db.close()
 
-    threads = [threading.Thread(target=run, args=(message,)) for message in messages]
+    threads = [threading.Thread(target=run, args=(scheduled(each).id,)) for each in workflows]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -782,6 +809,7 @@ def test_a_transactional_step_that_deadlocks_is_performed_again(db, drive, serve
     assert [each.state for each in Locks.select()] == ["finished", "finished"]
     assert [each.visits for each in User.select()] == [2, 2]
     assert {each.outcome for each in StepExecution.select()} == {"success"}
+    assert [consumed(each) for each in workflows] == ([["first"], ["second"]] if awaited else [[], []])
 
 
 STRICT = {  # what a role's, a server's or a session's default makes of each statement
@@ -805,10 +833,7 @@ def strict(request, servers):
         yield drive
 
 
-@pytest.mark.parametrize("way", ["at once", "plain"])
-def test_collisions_that_a_strict_isolation_refuses_are_repeated(strict, way, monkeypatch, caplog):
-    if way == "plain":
-        monkeypatch.setattr(strict, "_has_fast_paths", lambda: False)
+def test_collisions_that_a_strict_isolation_refuses_are_repeated(strict, caplog):
     refused, seen, counted = [], [], User.create()
 
     class Counts(Workflow):
@@ -830,11 +855,11 @@ def test_collisions_that_a_strict_isolation_refuses_are_repeated(strict, way, mo
         seen.extend([strict.doctor(), strict.stats()])
         return strict.is_idle()
 
-    strict._db.query_hooks.append(lambda event: event.exception and refused.append(event.exception))
+    strict.database.query_hooks.append(lambda event: event.exception and refused.append(event.exception))
     for _ in range(30):
         Counts.create(hero=User.create())
     strict.run(workers=4, until=look)
-    assert any(gd._is_transient(error) for error in refused), "nothing collided"
+    assert any(gd._drive()._access.is_transient(error) for error in refused), "nothing collided"
     assert {each.state for each in Counts.select()} == {"finished"}
     assert {each.outcome for each in StepExecution.select()} == {"success"}
     assert User.get_by_id(counted.id).visits == 30
@@ -915,10 +940,10 @@ def test_a_process_that_forks_beside_a_consumer_wakes_nobody_and_does_not_wait_f
             locked.set()
             go_on.wait(timeout=60)
 
-    with sleepy_consumer(drive, workers=1) as consumer, ThreadPoolExecutor(1) as threads:
-        # What else they are at, connecting for example, a fork beside them might break off for good.
-        until(lambda: len(consumer.stop_flag.bell._waiters) == len(consumer.stop_flag.stopped._waiters) == 1)
-        holding = threads.submit(hold, consumer.stop_flag.bell)
+    with sleepy_consumer(drive, workers=1), ThreadPoolExecutor(1) as threads:
+        idle = drive.huey.storage.idle
+        until(lambda: idle.changed._waiters)
+        holding = threads.submit(hold, idle.changed)
         assert locked.wait(timeout=30)
         assert in_processes(1, lambda number, results: results.put(Quick.create(hero=hero).state)) == ["ready"]
         go_on.set()
@@ -1028,7 +1053,7 @@ def _fragile(**context):
 
 
 def _queued(**context):
-    gd._drive().huey.flush()
+    bring_on(gd._drive())  # what earlier deaths left, or it would be before this one in the queue
     return _fragile(**context)
 
 
@@ -1055,18 +1080,15 @@ def _awaiting(pause=False, signal=None):
 
 
 def _signaled(payload):
-    gd._drive().huey.flush()
+    bring_on(gd._drive())
     return _awaiting(signal=payload)
 
 
 def _timed_out():
     drive = gd._drive()
     bring_on(drive)
-    drive.huey.flush()
     workflow = _awaiting()
     drive.clock.forward(hours=1)
-    drive.huey.flush()
-    drive.huey.enqueue(drive._tasks["default"].s(waiting(workflow).id))
     return workflow
 
 
@@ -1077,9 +1099,10 @@ def _paused(**context):
 
 
 def _paused_without_execution():
-    workflow = _performing()
-    workflow.pause()
-    gd._Attempt(gd._drive(), reload(workflow), workflow.execution_history.get())._record(gd._Verdict("step", "pause"))
+    workflow = _fragile()
+    attempt = gd._Attempt.claim(gd._drive(), scheduled(workflow).id)
+    reload(workflow).pause()
+    attempt._record(gd._Verdict("step", "pause"))
     return reload(workflow)
 
 
@@ -1177,12 +1200,15 @@ def bring_on(drive):
 @pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name):
     prepare, act, endings = CRASHES[name]
+    if name == "housekeeping":  # which has nothing to queue again where no message can be lost
+        drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False), clock=clock)
     for moment in itertools.count():
         prepared = prepare()
         if not dies_at(moment, db, lambda: act(drive, prepared)):  # noqa: B023
             break
-        assert drive.doctor() == []
-    assert moment >= 4  # BEGIN, two statements and COMMIT at the least
+        assert violations(drive) == []
+    # A hero and one statement there; elsewhere BEGIN, two statements and COMMIT at the least.
+    assert moment >= (2 if drive._access.dialect.is_one_statement else 4)
     bring_on(drive)
     assert {each.state for each in Workflow.select()} <= endings
     counts = Counter(effects())
@@ -1219,60 +1245,190 @@ class Costs:
         self.statements.clear()
         self.transactions = 0
         result = work()
-        return result, [sql for sql in self.statements if "geneva_drive" in sql], self.transactions
+        # What a connection prepares it prepares once.
+        costly = [sql for sql in self.statements if "geneva_drive" in sql and not sql.startswith("prepare ")]
+        return result, costly, self.transactions
 
 
-def test_claiming_a_queued_step_is_one_transaction(db, drive, hero, monkeypatch):
+#: Statements and transactions, of each act; a statement by itself needs no transaction.
+BUDGET = {
+    "sqlite": {"create": (2, 1), "take": (3, 1), "run on": (3, 1), "wait": (3, 1)},
+    "postgresql": {"create": (1, 0), "take": (1, 0), "run on": (1, 0), "wait": (1, 0)},
+    "mysql": {"create": (2, 1), "take": (3, 0), "run on": (2, 1), "wait": (2, 1)},
+}
+
+
+def taken(drive):
+    """The attempt that is due first, as a worker takes it."""
+    attempt = drive.huey.dequeue().attempt
+    gd._heartbeat.remove(attempt)
+    return attempt
+
+
+def test_creating_a_workflow_is_one_statement_or_transaction(db, drive, hero, monkeypatch):
+    costs = Costs(db, monkeypatch)
+    workflow, statements, transactions = costs.of(lambda: Plain.create(hero=hero))
+    assert (len(statements), transactions) == BUDGET[drive._access.dialect.section]["create"]
+    assert messages(drive) == [scheduled(workflow).id]
+
+
+@pytest.mark.parametrize("priorities", [1, 3])
+def test_taking_and_claiming_a_step_is_one_statement_or_transaction(db, drive, hero, monkeypatch, priorities):
+    for priority in range(1, priorities):
+        Plain.create(hero=User.create(), options={"priority": priority}).pause()
+        Tomorrow.create(hero=User.create(), options={"priority": priority})
     workflow = Quick.create(hero=hero)
-    execution = scheduled(workflow)
-    drive._next_execution_id() if drive._dialect == "postgresql" else None  # asked for once per process
-    # A single statement is a transaction of its own.
-    expected = (2, 0) if drive._has_fast_paths() else (3, 1)
+    drive.huey.storage.priorities()  # asked for once in a second
+    costs = Costs(db, monkeypatch)
+    task, statements, transactions = costs.of(drive.huey.dequeue)
+    assert (len(statements), transactions) == BUDGET[drive._access.dialect.section]["take"]
+    assert task.attempt.execution.state == "in_progress"
+    costs.of(lambda: drive.huey.execute(task))
+    assert reload(workflow).state == "finished"
+
+
+def test_claiming_a_step_that_a_message_asks_for_is_a_look_and_one_statement_or_transaction(
+    db, drive, hero, monkeypatch
+):
+    execution = scheduled(Quick.create(hero=hero))
     costs = Costs(db, monkeypatch)
     attempt, statements, transactions = costs.of(lambda: gd._Attempt.claim(drive, execution.id, "default"))
     assert attempt.execution.state == "in_progress"
-    assert (len(statements), transactions) == expected
+    expected = {"sqlite": (3, 1), "postgresql": (2, 0), "mysql": (2, 0)}
+    assert (len(statements), transactions) == expected[drive._access.dialect.section]
 
 
-def test_ending_a_step_and_claiming_the_next_is_one_transaction_of_four_statements(db, drive, hero, monkeypatch):
-    workflow = Quick.create(hero=hero)
-    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+def test_an_empty_look_is_one_statement_that_locks_nothing(db, drive, hero, monkeypatch):
+    Tomorrow.create(hero=hero)
+    drive.huey.storage.priorities()
+    costs = Costs(db, monkeypatch)
+    task, statements, transactions = costs.of(drive.huey.dequeue)
+    assert (task, len(statements), transactions) == (None, 1, 0)
+
+
+def test_an_empty_look_needs_no_lock_that_others_hold(db, drive, hero):
+    Tomorrow.create(hero=hero)
+
+    def look():
+        with db.connection_context():
+            drive.huey.storage.priorities()
+            return drive.huey.dequeue()
+
+    with ThreadPoolExecutor(1) as threads, drive._access.begin():
+        Tomorrow.create(hero=User.create())  # on SQLite, there is one lock for all who write
+        for each in gd.MODELS:
+            each.update(id=each.id).execute()
+        assert threads.submit(look).result(timeout=10) is None
+
+
+def test_a_priority_that_comes_and_goes_is_known_as_it_comes_again(db, drive):
+    storage = drive.huey.storage
+
+    def come_and_go(priority):
+        workflow = Plain.create(hero=User.create(), options={"priority": priority})
+        storage._asked = -math.inf
+        assert priority in storage.priorities()
+        workflow.cancel()
+        storage._asked = -math.inf
+        return storage.priorities()
+
+    assert come_and_go(7) == (7, 0)
+    for priority in range(100):
+        assert len(come_and_go(priority)) <= gd.MAX_KNOWN_PRIORITIES
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # on SQLite, there is one lock for all
+def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, db, drive, hero):
+    locked, other = Plain.create(hero=hero), Quick.create(hero=User.create())
+
+    def take():
+        with db.connection_context():
+            drive.huey.storage.priorities()
+            return drive.huey.dequeue()
+
+    with ThreadPoolExecutor(1) as threads:
+        with drive._access.begin():
+            locked.pause()
+            attempt = threads.submit(take).result(timeout=10).attempt
+            assert attempt.workflow.id == other.id
+            assert threads.submit(take).result(timeout=10) is None
+        threads.submit(attempt.run).result()
+    drive.run(until=drive.is_idle)
+    assert [reload(each).state for each in (locked, other)] == ["paused", "finished"]
+
+
+def test_what_is_due_and_locked_by_others_is_looked_for_now_and_then(db, drive, hero, monkeypatch):
+    workflow, take, looks = Plain.create(hero=hero), gd._Attempt.take, []
+    monkeypatch.setattr(gd._Attempt, "take", lambda *arguments: looks.append(1) or take(*arguments))
+
+    def lock():
+        with db.connection_context(), drive._access.begin():
+            workflow.pause()
+            locked.set()
+            time.sleep(1)
+
+    with ThreadPoolExecutor(1) as threads:
+        locked = threading.Event()
+        locking = threads.submit(lock)
+        locked.wait()
+        drive.run(workers=2, until=locking.done)
+        locking.result()
+    assert len(looks) < 150
+    assert (reload(workflow).state, effects()) == ("paused", [])
+
+
+def test_ending_a_step_and_claiming_the_next_is_one_statement_or_transaction(db, drive, hero, monkeypatch):
+    Quick.create(hero=hero)
+    attempt = taken(drive)
     assert attempt.workflow.hero == hero
     costs = Costs(db, monkeypatch)
     verdict = gd._Verdict("step", "return")
     following, statements, transactions = costs.of(lambda: attempt._record(verdict, lambda: True))
     assert following.execution.step_name == "two"
-    assert (len(statements), transactions) == ((1, 0) if drive._has_fast_paths() else (4, 1))
+    assert (len(statements), transactions) == BUDGET[drive._access.dialect.section]["run on"]
 
 
-def test_ending_a_step_before_a_wait_is_one_transaction_of_four_statements(db, drive, hero, monkeypatch):
+def test_ending_a_step_and_queuing_the_next_is_one_statement_or_transaction(db, drive, hero, monkeypatch):
     workflow = Plain.create(hero=hero)
-    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    attempt = taken(drive)
     costs = Costs(db, monkeypatch)
     _, statements, transactions = costs.of(lambda: attempt._record(gd._Verdict("step", "return")))
-    assert (len(statements), transactions) == ((1, 0) if drive._has_fast_paths() else (4, 1))
-    assert messages(drive)[-1] == scheduled(workflow).id
+    assert (len(statements), transactions) == BUDGET[drive._access.dialect.section]["wait"]
+    assert messages(drive) == [scheduled(workflow).id]
+
+
+@pytest.mark.parametrize("run_on", [0, 60])
+def test_a_workflow_costs_what_its_steps_cost_and_one_look_at_its_hero_for_each(db, drive, hero, monkeypatch, run_on):
+    drive.run_on, budget = run_on, BUDGET[drive._access.dialect.section]
+    workflow = Quick.create(hero=hero)
+    drive.huey.storage.priorities()
+    monkeypatch.setattr(drive.huey.storage, "_asked", math.inf)  # however long this takes
+
+    def perform_all():
+        while task := drive.huey.dequeue():
+            drive.huey.execute(task)
+
+    costs = Costs(db, monkeypatch)
+    costs.of(perform_all)
+    statements = [sql for sql in costs.statements if re.match("(?!prepare).*(geneva_drive|test_users)", sql)]
+    takes, heroes, empty = 1 if run_on else 3, 3, 1
+    last = max(1, budget["wait"][0] - 1)  # no execution begins by it
+    assert len(statements) == takes * budget["take"][0] + 2 * budget["run on"][0] + last + heroes + empty
+    assert reload(workflow).state == "finished"
 
 
 @pytest.mark.parametrize("call", ["pause", "cancel"])
-def test_an_interruption_costs_three_statements_more_at_most(db, drive, hero, monkeypatch, call):
+def test_an_interruption_costs_a_few_statements_more(db, drive, hero, monkeypatch, call):
     workflow = Plain.create(hero=hero)
-    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    attempt = taken(drive)
     getattr(reload(workflow), call)()
     costs = Costs(db, monkeypatch)
     _, statements, transactions = costs.of(lambda: attempt._record(gd._Verdict("step", "return"), lambda: True))
     assert len(statements) <= 7
-    assert transactions == 1
+    assert transactions <= 2  # the first finds that the fence is gone
 
 
-def test_creating_a_workflow_is_one_transaction_of_three_statements(db, drive, hero, monkeypatch):
-    costs = Costs(db, monkeypatch)
-    workflow, statements, transactions = costs.of(lambda: Plain.create(hero=hero))
-    assert (len(statements), transactions) == (3, 1)
-    assert messages(drive) == [scheduled(workflow).id]
-
-
-# ==== Fast paths: the same as the plain forms that stand beside them ==================================================
+# ==== A move as it is planned leaves what the one under the lock leaves ===============================================
 
 
 def _meanwhile(call):
@@ -1344,7 +1500,7 @@ def contents(drive):
 @pytest.mark.parametrize("run_on", [0, 60])
 @pytest.mark.parametrize("wait", [0, 60])
 @pytest.mark.parametrize("turn", TURNS)
-def test_a_fast_path_leaves_what_the_plain_form_leaves(drive, monkeypatch, turn, wait, run_on):
+def test_a_move_as_planned_leaves_what_the_amended_one_leaves(drive, monkeypatch, turn, wait, run_on):
     class Turns(Workflow):
         exception_policies = [
             gd.ExceptionPolicy("reattempt", matching=KeyError, wait=5, jitter=0),
@@ -1383,14 +1539,72 @@ def test_a_fast_path_leaves_what_the_plain_form_leaves(drive, monkeypatch, turn,
         return found, effects()
 
     drive.run_on = run_on
-    quick = left()
-    assert quick[1][:2] == ["before", turn]
-    monkeypatch.setattr(gd, "AT_ONCE", {})
-    assert quick == left()
+    planned = left()
+    assert planned[1][:2] == ["before", turn]
+    monkeypatch.setattr(gd._Recording, "_needs_lock", lambda self: True)
+    assert planned == left()
 
 
-@pytest.mark.parametrize("fast_paths", [gd.AT_ONCE, {}], ids=["fast", "plain"])
-def test_a_step_that_runs_on_sees_what_others_saved_during_the_one_before_it(drive, hero, monkeypatch, fast_paths):
+CHANGES_BEFORE_A_CLAIM = {
+    "put off": lambda workflow: gd._Attempt.claim(gd._drive(), scheduled(workflow).id).put_off("a test", "default"),
+    "pause": Workflow.pause,
+    "cancel": Workflow.cancel,
+    "context": lambda workflow: _note(workflow, by="others"),
+    "claim": lambda workflow: gd._Attempt.claim(gd._drive(), scheduled(workflow).id),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_BEFORE_A_CLAIM)
+def test_a_step_is_claimed_as_it_was_read_or_not_at_all(drive, clock, hero, change):
+    workflow = Quick.create(hero=hero)
+    execution = StepExecution._with_workflow(scheduled(workflow).id)
+    CHANGES_BEFORE_A_CLAIM[change](workflow)
+    before = list(StepExecution.select().tuples()), list(Workflow.select().tuples())
+    assert gd._Attempt._get(drive, execution) is False
+    assert (list(StepExecution.select().tuples()), list(Workflow.select().tuples())) == before
+
+
+@pytest.mark.parametrize("call", ["message", "execute"])
+def test_a_context_that_is_saved_while_a_step_is_claimed_does_not_keep_it_from_being_performed(
+    drive, hero, monkeypatch, call
+):
+    workflow, get, saved = Plain.create(hero=hero), gd._Attempt._get, []
+
+    def get_late(*arguments):
+        if not saved:
+            saved.append(_note(Workflow.get_by_id(workflow.id), by="others"))
+        return get(*arguments)
+
+    monkeypatch.setattr(gd._Attempt, "_get", get_late)
+    if call == "message":
+        drive._perform(scheduled(workflow).id)
+    else:
+        assert scheduled(workflow).execute() is True
+    assert effects() == ["one"]
+    assert reload(workflow).context == {"by": "others"}
+
+
+def test_a_step_that_is_just_being_put_off_is_not_claimed_as_it_was_read(db, drive, clock, hero):
+    workflow = Quick.create(hero=hero)
+    execution = StepExecution._with_workflow(scheduled(workflow).id)
+
+    def claim():
+        with db.connection_context():
+            return gd._Attempt._get(drive, execution)
+
+    with ThreadPoolExecutor(1) as threads:
+        with drive._access.begin():
+            CHANGES_BEFORE_A_CLAIM["put off"](workflow)
+            claiming = threads.submit(claim)
+            with pytest.raises(FutureTimeout):
+                claiming.result(timeout=0.3)
+        assert claiming.result(timeout=30) is False
+    assert reload(workflow).state == "ready"
+    assert history(workflow) == [("one", "scheduled", None)]
+
+
+@pytest.mark.parametrize("needs_lock", [False, True])
+def test_a_step_that_runs_on_sees_what_others_saved_during_the_one_before_it(drive, hero, monkeypatch, needs_lock):
     class Watched(Workflow):
         @step
         def one(self):
@@ -1405,7 +1619,7 @@ def test_a_step_that_runs_on_sees_what_others_saved_during_the_one_before_it(dri
             assert self.__data__ == reload(self).__data__
             assert self.hero == hero
 
-    monkeypatch.setattr(gd, "AT_ONCE", fast_paths)
+    monkeypatch.setattr(gd._Recording, "_needs_lock", lambda self: needs_lock)
     drive.run_on = 60
     workflow = Watched.create(hero=hero)
     drive._perform(scheduled(workflow).id)
@@ -1413,7 +1627,7 @@ def test_a_step_that_runs_on_sees_what_others_saved_during_the_one_before_it(dri
     assert history(workflow) == [("one", "completed", "success"), ("two", "completed", "success")]
 
 
-def test_a_message_that_is_not_to_be_performed_is_left_alone_by_fast_paths_too(drive, clock, hero, monkeypatch):
+def test_a_message_that_is_not_to_be_performed_is_left_alone_however_moves_are_made(drive, clock, hero, monkeypatch):
     def left():
         drive.huey.flush()
         for model in reversed(gd.MODELS):
@@ -1442,7 +1656,7 @@ def test_a_message_that_is_not_to_be_performed_is_left_alone_by_fast_paths_too(d
     quick = left()
     clock.now = start
     drive.undefined_step_grace = timedelta(minutes=10)
-    monkeypatch.setattr(gd, "AT_ONCE", {})
+    monkeypatch.setattr(gd._Recording, "_needs_lock", lambda self: True)
     assert quick == left()
 
 
@@ -1464,84 +1678,15 @@ def test_what_is_told_of_a_message_and_what_is_in_it_is_the_number_of_the_execut
             "sqlite": "select {}",  # it goes on from the highest number that is there
             "postgresql": "select setval('geneva_drive_step_executions_id_seq', {})",
             "mysql": "alter table geneva_drive_step_executions auto_increment = {}",
-        }[drive._dialect]
-        drive._db.execute_sql(following.format(number))
+        }[drive._access.dialect.section]
+        drive._access.database.execute_sql(following.format(number))
     drive.huey.execute(drive.huey.dequeue())
     drive.huey.disconnect_signal(receiver)
     first, second = (each.id for each in workflow.execution_history)
-    assert second >= (number if number and drive._dialect != "sqlite" else first + 1)
+    assert second >= (number if number and drive._access.dialect.section != "sqlite" else first + 1)
     assert told == [(first,), (second,)]
     (message,) = drive.huey.pending() + drive.huey.scheduled()
     assert message.args == (second,)
-
-
-#: The last one leaves the bytes as they are, and adds a checksum.
-SERIALIZERS = {
-    "signed": SignedSerializer("secret"),
-    "compressed": Serializer(compression=True),
-    "compressed by nothing": Serializer(compression=True, compression_level=0),
-}
-
-
-@pytest.mark.parametrize("kind", SERIALIZERS)
-def test_messages_that_the_application_signs_or_compresses_are_whole(drive, hero, monkeypatch, kind):
-    monkeypatch.setattr(drive.huey, "serializer", SERIALIZERS[kind])
-    drive.run_on = 0
-    workflow = Quick.create(hero=hero)
-    work_off(drive)
-    assert reload(workflow).state == "finished"
-
-
-@pytest.mark.parametrize("database", ["mysql"], indirect=True)
-@pytest.mark.parametrize("run_on", [0, 60])
-def test_inserts_that_return_a_row_of_their_own_do_not_disturb_a_block(database, db, drive, hero, monkeypatch, run_on):
-    # As Peewee's database for MariaDB's own driver has it; MySQL knows no such inserts.
-    monkeypatch.setattr(db, "returning_clause", drive._has_fast_paths())
-    drive.run_on = run_on
-    workflow = Quick.create(hero=hero)
-    work_off(drive)
-    assert reload(workflow).state == "finished"
-
-
-@pytest.mark.parametrize("database", ["mysql"], indirect=True)
-def test_where_there_are_no_blocks_as_on_mysql_the_plain_forms_do(database, db, drive, clock, hero, monkeypatch):
-    execute, refused = db.execute_sql, []
-
-    def without_blocks(sql, params=None):
-        refused.extend([sql] * sql.startswith("begin not atomic"))
-        return execute(sql.replace("begin not atomic", "begin not for MySQL"), params)
-
-    monkeypatch.setattr(db, "execute_sql", without_blocks)
-    payment, quick = Payment.create(hero=hero), Quick.create(hero=hero)
-    payment.signal("confirmed")
-    drive.run_on = 0
-    work_off(drive)
-    drive.run_on = 60
-    plain = Plain.create(hero=hero)
-    for _ in range(4):
-        work_off(drive)
-        clock.forward(days=3)
-        for task in drive.huey.read_schedule():
-            drive.huey.enqueue(task)
-    assert [reload(each).state for each in (payment, quick, plain)] == ["finished"] * 3
-    assert len(refused) == 1
-    assert not drive._has_fast_paths()
-
-
-@pytest.mark.parametrize("database", ["mysql"], indirect=True)
-def test_a_question_for_blocks_that_is_broken_off_is_asked_again(database, db, drive, monkeypatch):
-    execute = db.execute_sql
-    expected = drive._has_fast_paths()
-    drive._answers.clear()
-    monkeypatch.setattr(
-        db,
-        "execute_sql",
-        lambda sql, params=None: execute("set statement max_statement_time = 0.01 for select sleep(1)"),
-    )
-    with pytest.raises(peewee.OperationalError):
-        drive._has_fast_paths()
-    monkeypatch.undo()
-    assert drive._has_fast_paths() == expected
 
 
 #: Whose connection it is, who waits for the lock of a row, and how to break off what a connection is at.
@@ -1553,7 +1698,7 @@ STATEMENTS_UNDER_WAY = {
     ),
     "mysql": (
         "select connection_id()",
-        "select id from information_schema.processlist where state = 'Updating'",
+        "select id from information_schema.processlist where info like 'update %%'",  # it takes no time but for a lock
         "kill query %s",
     ),
 }
@@ -1562,7 +1707,7 @@ STATEMENTS_UNDER_WAY = {
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)
 @pytest.mark.parametrize("run_on", [True, False])
 def test_a_step_whose_end_is_broken_off_on_the_server_has_not_ended(database, db, drive, hero, run_on):
-    who, waiting, break_off = STATEMENTS_UNDER_WAY[drive._dialect]
+    who, waiting, break_off = STATEMENTS_UNDER_WAY[drive._access.dialect.section]
     workflow = Quick.create(hero=hero)
     attempt, numbers = gd._Attempt.claim(drive, scheduled(workflow).id), []
     failed, go_on = threading.Event(), threading.Event()
@@ -1603,7 +1748,7 @@ def test_a_heartbeat_that_is_just_being_written_holds_up_the_end_of_a_step_and_d
     locked, go_on = threading.Event(), threading.Event()
 
     def beat():
-        with db.connection_context(), drive._begin():
+        with db.connection_context(), drive._access.begin():
             StepExecution.update(heartbeat_at=utcnow()).where(StepExecution.id == attempt.execution.id).execute()
             locked.set()
             go_on.wait(timeout=30)
@@ -1636,13 +1781,15 @@ def test_sql_that_is_built_once_is_what_peewee_builds_of_the_values(drive, clock
         model, statement = cls._meta.model, copy.copy(built_once(cls, verb, columns, where, make))
         fill = statement.filled
 
-        def filled(values):
-            new = {getattr(model, name): getattr(model, name).to_value(values[name]) for name in columns}
-            found = [getattr(model, name) == values[f"={name}"] for name in where]
+        def filled(*values):
+            new = {getattr(model, name): getattr(model, name).to_value(values[0][name]) for name in columns}
+            null = [name.removesuffix(" is null") for name in where if name.endswith(" is null")]
+            found = [getattr(model, name) == values[1][name] for name in where if name.split()[0] not in null]
+            found += [getattr(model, name).is_null() for name in null]  # what is null comes last
             plain = drive.database.get_sql_context().sql(make(model, new, found)).query()
-            assert (statement.sql, fill(values)) == plain
+            assert (statement.sql, fill(*values)) == plain
             sent[verb, model] += 1
-            return fill(values)
+            return fill(*values)
 
         statement.filled = filled
         return statement
@@ -1655,15 +1802,10 @@ def test_sql_that_is_built_once_is_what_peewee_builds_of_the_values(drive, clock
     work_off(drive)
     Plain.create_many([User.create(), User.create()])
     assert effects() == ["confirm {'b': 2}", "deliver None"]
-    verbs = {*itertools.product(("insert", "insert many", "update"), (Workflow, StepExecution)), ("fresh", Workflow)}
-    of_one_dialect = {
-        ("move", Workflow),
-        ("move and return", Workflow),
-        ("end", StepExecution),
-        ("begin", StepExecution),
-        ("number and fresh", Workflow),
-    }
-    assert {*sent} - of_one_dialect == verbs - of_one_dialect
+    verbs = {*itertools.product(("insert", "insert many", "update"), (Workflow, StepExecution))}
+    if drive._access.dialect.is_one_statement:  # which is built of blanks alone
+        verbs -= {("insert", Workflow)}
+    assert {*sent} == verbs
 
 
 def test_a_heros_own_select_and_conversions_count_and_leave_no_statement_open(db, drive, helpers):
@@ -1722,46 +1864,6 @@ def test_a_row_read_by_built_sql_is_the_row_that_peewee_reads(drive, hero):
     assert StepExecution._with_workflow(0) is Workflow._row(id=0) is None
 
 
-ODD_TEXTS = ["größe", "Ã¤", "ł😀\u2028", "\x01\x1f\x7f", "\n\t\r/", '"a\\"\\u0041', " b ", "%s'"]
-
-
-@pytest.mark.parametrize("text", ODD_TEXTS)
-@pytest.mark.parametrize("database", ["mysql"], indirect=True)
-def test_a_row_that_mariadb_hands_over_as_json_is_the_row(database, drive, text):
-    hero, context = Country.create(code=text), {text: [text, 1.5, None, True, 2**70, "\0"]}
-    workflow = Plain.create(hero=hero, context=context, options={"queue": "default"})
-    texts = ("step_name", "outcome", "performed_by", "error_class_name", "error_message", "error_backtrace", "job_id")
-    whole = {"cursor": text, "signal_id": 2**62 + 1, "times_out_at": START, "waiting_for": text}
-    scheduled(workflow)._write(**dict.fromkeys(texts, text), **whole)
-    workflow._write(current_step_name=text)
-    execution = StepExecution._with_workflow(scheduled(workflow).id, drive._has_fast_paths())
-    assert (execution.__data__, execution.workflow.__data__) == (
-        scheduled(workflow).__data__,
-        reload(workflow).__data__,
-    )
-    assert (execution.step_name, execution.workflow.hero_id) == (text, text)
-    assert StepExecution._with_workflow(0, drive._has_fast_paths()) is None
-    Workflow.delete().execute()
-
-
-@pytest.mark.parametrize("database", ["mysql"], indirect=True)
-def test_a_row_that_is_too_long_for_mariadb_to_hand_over_as_json_is_claimed(database, db, drive, hero):
-    workflow = Quick.create(hero=hero, context={"long": '"' * 60_000})
-    scheduled(workflow)._write(cursor='"' * 60_000)
-    ((limit,),) = db.execute_sql("select @@global.max_allowed_packet").fetchall()
-    db.execute_sql(f"set global max_allowed_packet = {400 * 1024}")
-    try:
-        db.close()
-        db.connect()
-        is_too_long = StepExecution._with_workflow(scheduled(workflow).id, drive._has_fast_paths()) is None
-        assert is_too_long == drive._has_fast_paths()
-        assert scheduled(workflow).execute()
-    finally:
-        db.execute_sql(f"set global max_allowed_packet = {limit}")
-        db.close()
-        db.connect()
-
-
 def test_names_and_errors_may_be_of_any_language(drive, hero):
     class Größen(Workflow):
         @step
@@ -1789,135 +1891,6 @@ def test_names_and_errors_may_be_of_any_language(drive, hero):
     for each in workflow.execution_history:
         assert not each.execute()
         assert gd._Attempt.claim(drive, each.id, "default") is None
-
-
-def test_the_embedded_queue_reads_its_schedule_as_huey_storage_does(drive, db):
-    storage, plain, start = drive.huey.storage, gd.SqlStorage, datetime(2026, 3, 1)
-    others = gd._EmbeddedStorage("others", drive)
-    for read in (storage.read_schedule, lambda moment: plain.read_schedule(storage, moment)):
-        for put in (storage.add_to_schedule, lambda *message: plain.add_to_schedule(storage, *message)):
-            for data, seconds in ((b"3", 2), (b"1", 0), (b"2", 1), (b"\x004%s", 2), (b"5", 3)):
-                put(data, start + timedelta(seconds=seconds))
-            others.add_to_schedule(b"0", start)
-            assert storage.scheduled_items() == [b"1", b"2", b"3", b"\x004%s", b"5"]
-            assert read(start - timedelta(seconds=1)) == []
-            assert read(start + timedelta(seconds=2)) == [b"1", b"2", b"3", b"\x004%s"]
-            assert read(start + timedelta(days=1)) == [b"5"]
-            assert others.read_schedule(start) == [b"0"]
-
-
-def test_of_several_schedulers_each_message_comes_to_one(drive, database):
-    moment = datetime(2026, 3, 1)
-    expected = [str(number).encode() for number in range(1500)]
-    drive.huey.storage.put("schedule", [("default", data, 0) for data in expected])
-    barrier = threading.Barrier(4)
-
-    def read(_):
-        barrier.wait(timeout=30)
-        found = []
-        with drive._db.connection_context():
-            while messages := drive.huey.storage.read_schedule(moment):
-                found += messages
-        return found
-
-    with ThreadPoolExecutor(4) as threads:
-        taken = [each for found in threads.map(read, range(4)) for each in found]
-    assert sorted(taken) == sorted(expected)
-
-
-def test_a_schedule_whose_reading_is_interrupted_keeps_what_was_not_taken(drive, db, served):
-    moment, deletions = datetime(2026, 3, 1), itertools.count(1)
-    expected = [str(number).encode() for number in range(1200)]
-    drive.huey.storage.put("schedule", [("default", data, 0) for data in expected])
-
-    def hook(event):
-        if served and event.sql.startswith("DELETE") and next(deletions) > 1:  # that it is tried again is in vain
-            drop_connection(db)
-
-    db.query_hooks.append(hook)
-    try:
-        taken = drive.huey.storage.read_schedule(moment)
-    finally:
-        db.query_hooks.remove(hook)
-    assert len(taken) >= 500
-    drive._drop_if_dead(db)
-    assert taken + drive.huey.storage.read_schedule(moment) == expected
-
-
-def test_a_message_that_has_the_number_of_one_that_was_just_taken_is_not_taken_in_its_place(drive, db):
-    storage, others = drive.huey.storage, []
-    storage.enqueue(b"first")
-
-    def elsewhere():
-        with db.connection_context():
-            others.append(storage.dequeue())
-            storage.enqueue(b"second")
-
-    def hook(event):
-        if event.sql.startswith("select id, data") and not others:
-            others.append(None)
-            with ThreadPoolExecutor(1) as threads:
-                threads.submit(elsewhere).result()
-
-    db.query_hooks.append(hook)
-    try:
-        taken = storage.dequeue()
-    finally:
-        db.query_hooks.remove(hook)
-    if drive._has_fast_paths():  # one statement, which nobody comes between
-        assert (taken, others) == (b"first", [])
-    else:
-        assert (taken, others) == (b"second", [None, b"first"])
-    assert storage.dequeue() is None
-
-
-def test_many_messages_are_put_as_one_after_the_other(drive, clock):
-    huey, sent = drive.huey, []
-    huey.signal(gd.SIGNAL_ENQUEUED, gd.SIGNAL_SCHEDULED)(told := lambda signal_name, task: sent.append(task.id))
-    later, perform = clock() + timedelta(hours=1), drive._tasks["default"]
-    tasks = [perform.s(number, eta=later if number % 3 else None, priority=number % 2) for number in range(1, 1501)]
-
-    def one_by_one(messages):
-        for task in messages:
-            (huey.add_schedule if task.eta else huey.enqueue)(task)
-
-    found = {}
-    for put in (huey.put_all, one_by_one):
-        huey.flush()
-        sent.clear()
-        put(tasks)
-        kept = sorted((task.id, task.args, task.eta) for task in huey.scheduled())
-        found[put] = [(task.id, task.args) for task in huey.pending()], kept
-        assert sorted(sent) == sorted(task.id for task in tasks)
-    huey.disconnect_signal(told)
-    assert (huey.pending_count(), huey.scheduled_count()) == (500, 1000)
-    assert found[huey.put_all] == found[one_by_one]
-
-
-def test_the_embedded_queue_takes_messages_in_the_order_of_huey_storage(drive, db):
-    storage, plain = drive.huey.storage, gd.SqlStorage
-    for take in (storage.dequeue, lambda: plain.dequeue(storage)):
-        for put in (storage.enqueue, lambda *message: plain.enqueue(storage, *message)):
-            for data, priority in ((b"1", None), (b"2", 5), (b"\x003%s", None), (b"4", -1), (b"5", 5.0)):
-                put(data, priority)
-            assert [take() for _ in range(6)] == [b"2", b"5", b"1", b"\x003%s", b"4", None]
-    storage.enqueue(b"6")
-    with db.atomic():
-        assert storage.dequeue() == b"6"
-
-
-def test_a_task_of_the_applications_own_may_be_revoked_on_the_embedded_queue(drive):
-    ran = []
-    own = drive.huey.task()(ran.append)
-    try:
-        result = own(1)
-        drive.huey.revoke(result.task if result else drive.huey.pending()[0])
-        work_off(drive)
-        own(2)
-        work_off(drive)
-    finally:
-        own.unregister()
-    assert ran == [2]
 
 
 # ==== Starting ========================================================================================================
@@ -2071,9 +2044,8 @@ def test_a_queue_that_is_down_costs_a_log_line_and_no_workflow(db, drive, hero, 
     workflow = Quick.create(hero=hero)
     assert reload(workflow).state == "ready"
     assert "housekeeping makes up for it" in caplog.text
-    clock, drive = drive.clock, GenevaDrive(db)  # the queue is up again
-    drive.clock = clock
-    clock.forward(minutes=2)
+    drive = GenevaDrive(db, huey=MemoryHuey("up again", results=False), clock=drive.clock)
+    drive.clock.forward(minutes=2)
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
     work_off(drive)
     assert reload(workflow).state == "finished"
@@ -2139,7 +2111,7 @@ def test_get_or_create_sees_through_an_old_snapshot(database, db, drive, hero):
         db.close()
 
     with db.atomic():
-        if drive._dialect != "sqlite":  # where the other one would have to wait
+        if drive._access.dialect.section != "sqlite":  # where the other one would have to wait
             assert Plain.select().count() == 0
             thread = threading.Thread(target=create)
             thread.start()
@@ -2271,7 +2243,8 @@ def test_a_hero_may_be_called_like_a_model_of_hueys(drive, monkeypatch):
     namespace = {"__name__": "chores", "Model": Model}
     exec("class Task(Model): pass", namespace)
     monkeypatch.setattr(gd, "_hero_models", {})
-    assert drive._embedded_models[2].__name__ == "Task"
+    huey = SqlHuey(database=drive.database, create_tables=False)
+    assert huey.storage.Task.__name__ == "Task"
     assert gd._hero_model("Task") is namespace["Task"]
 
 
@@ -2319,7 +2292,7 @@ BAD_CREATES = [
     (lambda: Plain.create(hero=User(id=1), context={"a": "x" * 140_000}), ValueError, r"context takes 1400\d\d bytes"),
     (lambda: Plain.create(hero=User(id=1), allow_multiple="no"), TypeError, r"Plain.create.*allow_multiple.*'no'"),
     (lambda: Plain.create(hero=User(id=1), options=3), gd.StepConfigurationError, r"Plain.create.*options: must be"),
-    (lambda: Plain.create(hero=User(id=1), options={"que": 1}), gd.StepConfigurationError, r"'que': use queue or"),
+    (lambda: Plain.create(hero=User(id=1), options={"que": 1}), gd.StepConfigurationError, r"'que': use queue, p"),
     (lambda: Plain.create(hero=User(id=1), options={"priority": "1"}), gd.StepConfigurationError, r"priority .*'1'"),
     (lambda: Plain.create(hero=User(id=1), options={"queue": "vip"}), gd.UnknownQueueError, r"'vip'.*one of default"),
     (lambda: Premium.create(hero=User(id=1)), gd.UnknownQueueError, r"Premium.one .*'premium'.*one of default"),
@@ -2606,11 +2579,9 @@ def narrow(request, servers):
         yield drive
 
 
-@pytest.mark.parametrize("way", ["at once", "plain", "in a test's own transaction"])
-def test_an_error_that_cannot_be_encoded_is_recorded_escaped_and_obeyed(narrow, way, monkeypatch):
-    if way == "plain":
-        monkeypatch.setattr(narrow, "_has_fast_paths", lambda: False)
-    with narrow._db.atomic() if way == "in a test's own transaction" else contextlib.nullcontext():
+@pytest.mark.parametrize("is_inside", [False, True], ids=["by itself", "in a test's own transaction"])
+def test_an_error_that_cannot_be_encoded_is_recorded_escaped_and_obeyed(narrow, is_inside):
+    with narrow.database.atomic() if is_inside else contextlib.nullcontext():
         workflow = Smiles.create(hero=User.create())
         gd.TestHelpers().speedrun_workflow(workflow, raise_errors=False)
     one, two, three = workflow.execution_history
@@ -2779,7 +2750,7 @@ def test_flow_control_within_a_transaction_of_a_condition_or_a_handler_is_refuse
 
 
 def test_flow_control_within_a_transaction_of_a_heros_own_database_is_refused(servers, drive, helpers):
-    elsewhere = open_database(servers.empty(drive._dialect))
+    elsewhere = open_database(servers.empty(drive._access.dialect.section))
 
     class Visitor(Model):
         class Meta:
@@ -2962,7 +2933,7 @@ def drop_connection(db):
 @pytest.fixture
 def served(drive):
     """SQLite has no connection that could be lost."""
-    return drive._dialect != "sqlite"
+    return drive._access.dialect.section != "sqlite"
 
 
 @pytest.mark.parametrize("within", ["nothing", "atomic", "transactional"])
@@ -2989,7 +2960,7 @@ def test_a_database_that_goes_away_in_mid_body_costs_an_attempt(db, drive, hero,
 
 def test_a_dead_connection_to_a_heros_own_database_is_replaced(servers, db, drive, served):
     if served:
-        elsewhere = open_database(servers.empty(drive._dialect))
+        elsewhere = open_database(servers.empty(drive._access.dialect.section))
 
         class Guest(Model):
             class Meta:
@@ -3018,6 +2989,82 @@ def test_a_connection_that_died_while_idle_is_replaced(db, drive, hero, served):
             drop_connection(db)
         call()
     assert (reload(workflow).state, effects()) == ("ready", ["one"])
+
+
+#: What happens to statements that a connection has prepared, and how it is undone.
+JOB_ID = "alter table geneva_drive_step_executions alter column job_id type"
+MISHAPS = {"deallocate all": "", "discard all": "", f"{JOB_ID} text": f"{JOB_ID} varchar(255)"}
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("mishap", [*MISHAPS, "prepared by others"])
+def test_what_happens_to_prepared_statements_keeps_no_step_from_being_performed(database, db, drive, mishap):
+    prepared = drive._access.dialect.prepared
+
+    def perform():
+        workflow = Quick.create(hero=User.create())
+        while task := drive.huey.dequeue():
+            drive.huey.execute(task)
+        assert reload(workflow).state == "finished"
+
+    db.close()
+    perform()
+    assert prepared[db.connection()]
+    if mishap in MISHAPS:
+        db.execute_sql(mishap)
+    else:
+        prepared[db.connection()].clear()
+    try:
+        perform()
+    finally:
+        if MISHAPS.get(mishap):
+            db.execute_sql(MISHAPS[mishap])
+            db.close()
+
+
+@pytest.mark.parametrize("has_hero", [True, False])
+def test_a_workflow_is_created_once_though_the_answer_is_lost(db, drive, served, monkeypatch, has_hero):
+    execute, lost = db.execute_sql, []
+
+    def execute_and_lose_the_connection(sql, *rest):
+        cursor = execute(sql, *rest)
+        if served and not lost and sql.lower().startswith(("execute", "with", "insert into")):
+            lost.append(sql)
+            drop_connection(db)
+            execute("select 1")
+        return cursor
+
+    class Visits(Workflow):
+        may_proceed_without_hero = True
+
+        @step
+        def one(self):
+            did("one")
+
+    hero = User.create() if has_hero else None
+    Visits.create(hero=hero, allow_multiple=True).cancel()  # on PostgreSQL, prepares the statement
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "execute_sql", execute_and_lose_the_connection)
+        workflow = Visits.create(hero=hero, allow_multiple=True)
+    assert len(lost) == served
+    assert [(each.id, each.token) for each in Visits.ongoing()] == [(workflow.id, workflow.token)]
+    drive.run(until=drive.is_idle)
+    assert (reload(workflow).state, effects()) == ("finished", ["one"])
+
+
+def test_a_connection_context_is_left_as_ever_though_the_connection_in_it_was_replaced(db, drive, hero, served):
+    db.close()
+    with db.connection_context():
+        with db.connection_context():
+            if served:
+                drop_connection(db)
+            workflow = Plain.create(hero=hero)
+        assert not db.is_closed()
+        if served:
+            drop_connection(db)
+        workflow.pause()
+    assert db.is_closed()
+    assert reload(workflow).state == "paused"
 
 
 def test_system_exit_is_an_error_of_the_step_and_then_raised_on(drive, hero):
@@ -3800,16 +3847,12 @@ def test_each_attempt_of_a_run_on_has_a_fresh_workflow_and_hero(drive, hero):
 
 def test_a_run_on_needs_no_second_message_and_can_be_turned_off(drive, hero):
     workflow = Quick.create(hero=hero)
-    (message,) = messages(drive)
-    drive.huey.flush()
-    drive._perform(message)
+    _message(drive)
     assert reload(workflow).state == "finished"
     assert len({each.job_id for each in workflow.execution_history}) == 1
     drive.run_on = 0
     workflow = Quick.create(hero=hero)
-    (message,) = messages(drive)
-    drive.huey.flush()
-    drive._perform(message)
+    _message(drive)
     assert reload(workflow).current_step_name == "two"
     assert messages(drive) == [scheduled(workflow).id]
 
@@ -3859,12 +3902,12 @@ def test_queue_and_priority_of_step_instance_and_class_win_in_this_order(db, dri
         step_options = {"priority": 2}
 
     workflow = Child.create(hero=hero, options={"queue": "bulk"})
-    assert drive._route(workflow, "one") == ("bulk", 2)
-    assert drive._route(workflow, "two") == ("bulk", 9)
+    assert drive._dispatch.route(workflow, "one") == ("bulk", 2)
+    assert drive._dispatch.route(workflow, "two") == ("bulk", 9)
     (task,) = drive.queues["bulk"].pending()
     assert task.priority == 2
     assert messages(drive) == messages(drive, "premium") == []
-    assert drive._route(Base.create(hero=hero), "one") == ("premium", 1)
+    assert drive._dispatch.route(Base.create(hero=hero), "one") == ("premium", 1)
 
 
 def test_a_queue_that_a_deploy_took_away_gives_way_to_the_default_one(db, drive, hero, caplog):
@@ -4673,7 +4716,7 @@ def test_a_consumer_that_drains_hands_a_step_on_at_a_checkpoint_and_an_inline_ca
                 did(str(number))
                 if number == 4 and not begun.is_set():
                     begun.set()
-                    assert drive._consumers["default"].stop_flag.wait(timeout=30)
+                    assert drive._dispatch.consumers["default"].stop_flag.wait(timeout=30)
 
     begun = threading.Event()
     workflow = Handed.create(hero=hero)
@@ -5061,16 +5104,16 @@ REFUSED_LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_LOOPS)
-def test_what_cannot_be_gone_over_again_is_refused_and_nothing_visited(drive, hero, table, monkeypatch, name):
-    items, how, message = REFUSED_LOOPS[name]
+def test_what_cannot_be_gone_over_again_is_refused_and_nothing_visited(drive, hero, table, monkeypatch):
     table(Odd, Pair)
     Odd.create(color=Color.RED)
     did("ada")
     did("ada")
-    assert refusal(monkeypatch, items, **how).startswith("Looped.one: resume_over(): ")
-    assert message in refusal(monkeypatch, items, **how)
-    assert Looped.visited == []
+    for name, (items, how, message) in REFUSED_LOOPS.items():
+        found = refusal(monkeypatch, items, **how)
+        assert found.startswith("Looped.one: resume_over(): "), name
+        assert message in found, name
+        assert Looped.visited == [], name
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -5097,13 +5140,13 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_a_cursor_of_another_loop_is_named_with_the_way_out(drive, hero, monkeypatch, name):
-    items, cursor = MISFITS[name]
-    message = refusal(monkeypatch, items, cursor)
-    assert f"Looped.one: resume_over(): cannot go on at the cursor {cursor!r}: the items were others" in message
-    assert "resume_at(), or with reattempt(rewind=True)" in message
-    assert Looped.visited == []
+def test_a_cursor_of_another_loop_is_named_with_the_way_out(drive, hero, monkeypatch):
+    for name, (items, cursor) in MISFITS.items():
+        message = refusal(monkeypatch, items, cursor)
+        beginning = f"Looped.one: resume_over(): cannot go on at the cursor {cursor!r}: the items were others"
+        assert beginning in message, name
+        assert "resume_at(), or with reattempt(rewind=True)" in message, name
+        assert Looped.visited == [], name
 
 
 def test_times_and_numbers_for_each_other_are_misfits_too(drive, table, monkeypatch):
@@ -5766,7 +5809,7 @@ class Actual:
             delete_completed_workflows_after=KEPT,
         )
         self.clock, self.huey, self.one_writer = self.drive.clock, self.drive.huey, isinstance(db, SqliteDatabase)
-        for model in [*self.drive._embedded_models, *reversed(gd.MODELS), *MODELS]:
+        for model in [*reversed(gd.MODELS), *MODELS]:
             model.delete().execute()
         self.heroes = [User.create().id for _ in range(3)]
         self.observed, self.turns, self.performed = [], [], []
@@ -5907,7 +5950,7 @@ class Actual:
         return Workflow.select().where(Workflow.id > execution.workflow_id).count(), later.count()
 
     def deliver(self, place, number):
-        return self.report(lambda: self.drive._perform(self.huey.dequeue().args[0]))
+        return self.report(lambda: self.huey.dequeue().execute())
 
     def perform(self, place, number, how):
         workflow = self.find(place)
@@ -5982,11 +6025,14 @@ class Actual:
 class Sequence:
     """A sequence of moves, each made on the drive and on the model and compared."""
 
-    def __init__(self, db, is_embedded, run_on, on_death):
-        huey = None if is_embedded else MemoryHuey("outside", results=False)
+    def __init__(self, db, queue, run_on, on_death):
+        huey = MemoryHuey("outside", results=False) if queue == "outside" else None
+        if queue == "along":
+            huey = SqlHuey("along", database=db, results=False)
+            huey.flush()
         self.actual = Actual(db, huey, run_on, on_death)
         self.imagined = Imagined(self.actual.clock.now, run_on, on_death, self.actual.one_writer)
-        self.is_embedded = is_embedded
+        self.queue = queue
         self.known, self.lost = set(), set()
 
     def play(self, moves):
@@ -5994,9 +6040,9 @@ class Sequence:
             if all(each.is_over for each in self.imagined.workflows):
                 self.make(Move("create", (0, False)))
             self.make(move)
-            assert self.actual.drive.doctor() == []
+            assert violations(self.actual.drive) == []
         self.come_to_an_end()
-        assert self.actual.drive.doctor() == []
+        assert violations(self.actual.drive) == []
 
     def make(self, move):
         """Make a move and compare; returns whether the process lived through it."""
@@ -6038,7 +6084,10 @@ class Sequence:
             if message is None:
                 return lived
             lived &= self.make(Move("deliver", message, turns, dies))
-            turns, dies = tuple(self.actual.turns), None
+            left = tuple(self.actual.turns)
+            if left != turns or not lived:  # else that was an old message, which changes nothing
+                dies = None
+            turns = left
             if not turns:
                 return lived
 
@@ -6046,13 +6095,16 @@ class Sequence:
         return picture(self.imagined.workflows, self.actual.heroes)
 
     def may_lose(self, move):
-        # A death loses what was taken out of the queue; what goes into an embedded one is part of the commit.
-        return move.name in ("alarm", "deliver") or not self.is_embedded
+        if self.queue == "along":  # what goes into it is part of the commit; what was taken out is lost
+            return move.name in ("alarm", "deliver")
+        return self.queue == "outside"
 
     def check_messages(self, may_lose):
         under_way, owed = set(messages(self.actual.drive)), self.actual.owed
         self.known |= self.actual.known
         assert under_way <= self.known, "a message for an execution that was never committed"
+        if self.queue == "own":
+            assert under_way == owed, "what is in the queue is what the rows say, and cannot be lost"
         if may_lose:
             self.lost |= owed - under_way
         self.lost &= owed - under_way
@@ -6161,21 +6213,33 @@ QUEUE = st.builds(Move, st.sampled_from(["alarm", "lose"]), dies=deaths(8))
 MOVES = st.one_of(WORK, WORK, WORK, WORK, WORK, WORK, HAPPEN, HAPPEN, HAPPEN, HAPPEN, QUEUE)
 
 
-def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(db, caplog, is_exhaustive):
+# The drive's own; one whose messages are rows of the drive's database; one that loses what a death comes before.
+QUEUES = ["own", "along", "outside"]
+
+
+@pytest.fixture
+def tables_of_huey(db):
+    yield
+    SqlHuey("along", database=db).storage.drop_tables()
+
+
+def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(
+    db, tables_of_huey, caplog, is_exhaustive
+):
     caplog.set_level(logging.CRITICAL)
     usual = (100 if is_exhaustive else 25) if isinstance(db, SqliteDatabase) else (20 if is_exhaustive else 4)
     examples = int(os.environ.get("GENEVA_DRIVE_TEST_EXAMPLES") or usual)
 
     @settings(max_examples=examples, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
     @given(
-        is_embedded=st.booleans(),
+        queue=st.sampled_from(QUEUES),
         run_on=st.booleans(),
         on_death=st.sampled_from(["reattempt", "reattempt", "cancel"]),
         # Hypothesis keeps lists short unless told otherwise; a counterexample may come down to the short ones.
         sequence=st.lists(MOVES, max_size=6) | st.lists(MOVES, min_size=30, max_size=50),
     )
-    def play(is_embedded, run_on, on_death, sequence):
-        Sequence(db, is_embedded, run_on, on_death).play(sequence)
+    def play(queue, run_on, on_death, sequence):
+        Sequence(db, queue, run_on, on_death).play(sequence)
 
     play()
 
@@ -6243,19 +6307,24 @@ DEADLY = [
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # elsewhere it takes minutes
-@pytest.mark.parametrize("is_embedded", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(db, caplog, is_embedded):
+@pytest.mark.parametrize(
+    "queue", [QUEUES[0], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in QUEUES[1:])]
+)
+def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(
+    db, tables_of_huey, caplog, queue, is_exhaustive
+):
     caplog.set_level(logging.CRITICAL)
     for *before, move in DEADLY:
         for cause in ("statement", "commit"):
-            for moment in itertools.count():
-                sequence = Sequence(db, is_embedded, run_on=True, on_death="reattempt")
+            for moment in itertools.count(step=3 if cause == "statement" and not is_exhaustive else 1):
+                sequence = Sequence(db, queue, run_on=True, on_death="reattempt")
                 assert all(sequence.make(each) for each in before)
                 if sequence.make(move._replace(dies=(cause, moment))):
                     break
-            assert moment > (2 if cause == "statement" else 0)
+            changes_nothing = move.name == "perform"  # of what is not due
+            assert moment > (2 if cause == "statement" else 0) or changes_nothing, (before, move)
         sequence.come_to_an_end()
-        assert sequence.actual.drive.doctor() == []
+        assert violations(sequence.actual.drive) == []
 
 
 # ==== Signals =========================================================================================================
@@ -6398,10 +6467,11 @@ def test_what_a_timeout_does_is_the_steps_to_say(drive, clock, hero, helpers, ac
         assert first.error_class_name is None
     else:
         assert first.error_class_name == "geneva_drive.SignalTimeoutError"
-        assert first.error_message.endswith("the step one waited for the signal 'go' in vain, for 1 min")
+        assert first.error_message.endswith("the step one waited for the signal 'go' for 1 min, and it did not come")
 
 
-def test_a_message_brings_the_timeout_and_housekeeping_one_that_was_lost(drive, clock, hero):
+def test_a_message_brings_the_timeout_and_housekeeping_one_that_was_lost(db, drive, clock):
+    drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False), clock=clock)
     workflows = [Payment.create(hero=User.create()) for _ in range(2)]
     drive.huey.flush()
     clock.forward(days=2, hours=23)
@@ -6851,10 +6921,15 @@ def test_steps_that_begin_or_cease_to_wait_with_a_deploy_strand_nobody(drive, cl
     paused = define(wait_for="go").create(hero=User.create())
     paused.pause()
     define()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0  # in a rolling deploy, this may be the old code
     clock.forward(minutes=10)
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
-    reload(paused).resume()
+    drive.housekeeping()
+    work_off(drive)
+    assert history(workflow) == history(paused) == [("one", "waiting", None)]  # by hand alone: it may be the old code
+    assert drive.doctor() == [each.problem for each in drive._reports.stranded()]
+    assert drive.doctor()[0].startswith("2 ongoing workflows of Deployed wait at the step 'one' for the signal 'go', ")
+    reload(workflow).pause()
+    for each in (workflow, paused):
+        reload(each).resume()
     work_off(drive)
     assert [reload(each).state for each in (workflow, paused)] == ["finished", "finished"]
 
@@ -6879,6 +6954,7 @@ def test_steps_that_begin_or_cease_to_wait_with_a_deploy_strand_nobody(drive, cl
         ({"wait_for": 7}, r"wait_for must be a signal's name, not 7"),
         ({"wait_for": ""}, r"wait_for must be a signal's name, not ''"),
         ({"timeout": 7}, r"timeout goes with wait_for only"),
+        ({"timeout": 7, "wait_for": None}, r"timeout goes with wait_for only"),
         ({"matching": len}, r"matching goes with wait_for only"),
         ({"wait_for": "x", "on_timeout": "skip"}, r"on_timeout goes with timeout only"),
         ({"wait_for": "x", "timeout": -1}, r"timeout must be neither negative"),
@@ -6934,7 +7010,7 @@ def test_doctor_finds_a_step_that_waits_for_what_is_there(drive, hero):
     gd.WorkflowSignal.insert(workflow=workflow.id, name="confirmed", created_at=START).execute()
     waits = StepExecution.get()
     spoilt = Quick.create(hero=hero)
-    scheduled(spoilt)._write(state="waiting")
+    scheduled(spoilt)._write(state="waiting", queue=None)
     diagnosed(
         drive,
         f"execution {waits.id} waits for the signal confirmed, which is there",
@@ -6991,15 +7067,16 @@ class Meeting(Workflow):
         did(f"{self.id}: {self.signal_payload}")
 
 
-def test_in_no_order_of_arrival_a_signal_is_lost_or_doubled(database, drive):
-    Meeting.create_many([User.create() for _ in range(200)])
+def test_in_no_order_of_arrival_a_signal_is_lost_or_doubled(database, drive, is_exhaustive):
+    count = 500 if is_exhaustive else 80
+    Meeting.create_many([User.create() for _ in range(count)])
     ids = [each.id for each in Meeting.select()]
     database.peewee.close()
     sent = in_processes(4, _signal_and_work, database.url, ids, fork.Barrier(4))
     work_off(drive)
-    assert sorted(sent) == [False] * 200 + [True] * 200
+    assert sorted(sent) == [False] * count + [True] * count
     assert sorted(effects()) == sorted(f"{each}: {each}" for each in ids)
-    assert Meeting.finished().count() == 200
+    assert Meeting.finished().count() == count
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # SQLite lets nobody else write meanwhile
@@ -7110,38 +7187,6 @@ def test_a_step_that_had_a_signal_at_its_beginning_and_refused_it_gets_a_message
     assert (reload(workflow).state, history(workflow)[1:]) == ("paused", [("two", "failed", "failed")])
 
 
-def test_a_transactional_step_that_deadlocks_finds_its_signal_again(db, drive, served):
-    users = [User.create(name="first"), User.create(name="second")]
-    barrier = threading.Barrier(2)
-
-    class Locks(Workflow):
-        @step(wait_for="go", transactional=True, on_exception="cancel")
-        def both(self):
-            mine, other = users if self.signal_payload == "forward" else users[::-1]
-            User.update(visits=User.visits + 1).where(User.id == mine.id).execute()
-            with contextlib.suppress(threading.BrokenBarrierError):
-                if served:
-                    barrier.wait(timeout=5)
-            User.update(visits=User.visits + 1).where(User.id == other.id).execute()
-
-    workflows = [Locks.create(hero=hero) for hero in users]
-    for workflow, payload in zip(workflows, ("forward", "backward")):
-        workflow.signal("go", payload)
-
-    def run(message):
-        drive._perform(message)
-        db.close()
-
-    threads = [threading.Thread(target=run, args=(scheduled(each).id,)) for each in workflows]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [each.state for each in Locks.select()] == ["finished", "finished"]
-    assert [consumed(each) for each in workflows] == [["forward"], ["backward"]]
-    assert [each.visits for each in User.select()] == [2, 2]
-
-
 def test_the_heartbeat_goes_on_when_another_worker_has_taken_the_step_that_one_put_back(db, drive, hero):
     class Slowly(Workflow):
         @step(wait_for="go", matching=bool)
@@ -7177,7 +7222,7 @@ def test_the_heartbeat_goes_on_when_another_worker_has_taken_the_step_that_one_p
 
 
 def _refuse_and_fail(number, url, workflow_id, results):
-    GenevaDrive(open_database(url))
+    User.bind(GenevaDrive(open_database(url)).database)  # the parent's connection is in a transaction
     with contextlib.suppress(LookupError):
         scheduled(Workflow(id=workflow_id)).execute()
     results.put(Workflow.get_by_id(workflow_id).state)
@@ -7275,8 +7320,8 @@ def test_a_workflow_whose_class_is_gone_stays_scheduled_and_can_be_canceled(driv
     assert "'GoneSince', which no class defines" in caplog.text
     assert (reload(gone).state, history(gone)) == ("ready", [("one", "scheduled", None)])
     clock.forward(minutes=5)
-    drive.huey.flush()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    work_off(drive)
+    assert (messages(drive), history(gone)) == ([scheduled(gone).id], [("one", "scheduled", None)])
     gone.pause()
     for call in (gone.resume, gone.skip):
         with pytest.raises(gd.WorkflowNotDefinedError, match="GoneSince"):
@@ -7418,7 +7463,7 @@ def test_a_removed_step_can_be_skipped_by_hand(drive, helpers, is_paused, place)
     assert (workflow.state, effects()) == ("finished", [name for name in ONE_TWO_THREE if name != place])
 
 
-@pytest.mark.parametrize("how", ["housekeeping", "timeout", "resume", "skip"])
+@pytest.mark.parametrize("how", ["timeout", "resume", "skip"])
 def test_what_waits_for_a_signal_at_a_removed_step_goes_on(drive, clock, helpers, how):
     waits = step("go", wait_for="paid", timeout=3600, on_timeout="cancel")
     workflow = version(**{**ONE_TWO_THREE, "two": waits}).create(hero=User.create())
@@ -7428,10 +7473,8 @@ def test_what_waits_for_a_signal_at_a_removed_step_goes_on(drive, clock, helpers
         workflow.pause()
     deploy(without("two"))
     workflow = reload(workflow)
-    if how == "housekeeping":
-        clock.forward(seconds=drive.undefined_step_grace.total_seconds())
-        assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
-    elif how == "timeout":
+    assert stranded(drive) == [("wait", "Tour", "paid", 1)]  # without a timeout it would wait for ever
+    if how == "timeout":
         clock.forward(hours=1)
     else:
         getattr(workflow, how)()
@@ -7589,8 +7632,8 @@ def test_the_name_of_a_removed_step_may_be_that_of_an_attribute_since():
 
 BAD_REMOVALS = {
     "pause = removed_step()": r"Bad.pause: a step must not be called 'pause'",
-    "gone = removed_step(3)": r"Bad.3: a step's name must be text",
-    "gone = removed_step('')": r"Bad.: a step's name must be text",
+    "gone = removed_step(3)": r"Bad.3: name must be text of 1 to 255 printable characters, not 3",
+    "gone = removed_step('')": r"Bad.: name must be text of 1 to 255 .*, not ''",
     "gone = removed_step(before_step='nowhere')": r"Bad.gone: there is no step 'nowhere' yet",
     "gone = removed_step(before_step='one', after_step='one')": r"Bad.gone: before_step and after_step exclude",
     "one = removed_step()": r"Bad.one: the step is declared twice",
@@ -7709,7 +7752,7 @@ def claims(number):
 
 
 def stranded(drive):
-    return [each[:4] for each in drive._stranded()]
+    return [each[:4] for each in drive._reports.stranded()]
 
 
 def test_what_waits_for_a_signal_that_a_deploy_renamed_is_named_until_it_is_resumed(drive, command_line):
@@ -7740,27 +7783,31 @@ def test_what_waits_for_a_signal_that_a_deploy_renamed_is_named_until_it_is_resu
     assert (effects(), reload(first).current_step_name) == (["7"], "step_2")
 
 
-def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_another_is_named(drive, clock):
+def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_another_is_named(drive):
     waits_for("paid", "sent")
-    (workflow,) = claims(1)
+    workflows = claims(2)
     waits_for("sent", "paid")
-    assert stranded(drive) == [("changed wait", "Claim", "paid", 1)]
+    assert stranded(drive) == [("changed wait", "Claim", "paid", 2)]
     assert drive.doctor() == []  # for what it waits is waited for by a step of its class
     waits_for(None, "sent")
-    assert stranded(drive) == [("wait", "Claim", "paid", 1)]
-    assert drive.doctor() == [each.problem for each in drive._stranded()]
-    assert drive.doctor()[0].endswith("keep wait_for='paid', or let housekeeping have them go on without it")
+    assert stranded(drive) == [("wait", "Claim", "paid", 2)]
+    assert drive.doctor() == [each.problem for each in drive._reports.stranded()]
+    advice = "keep wait_for='paid', or pause() and resume() them with this code"
+    assert drive.doctor()[0].endswith(advice)
     waits_for()  # the step is gone
     assert drive.doctor()[0].endswith("keep wait_for='paid', or pause() them, and resume_at() another step")
     waits_for(None, "paid")
-    assert stranded(drive) == [("changed wait", "Claim", "paid", 1)]
+    assert stranded(drive) == [("changed wait", "Claim", "paid", 2)]
     waits_for(removed_step(), "sent")
-    assert stranded(drive) == drive.doctor() == []  # housekeeping has them go on
-    waits_for(None, "paid")
-    clock.forward(minutes=11)
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
-    work_off(drive)
-    assert (stranded(drive), reload(workflow).current_step_name) == ([], "step_2")
+    assert stranded(drive) == [("wait", "Claim", "paid", 2)]
+    assert drive.doctor()[0].endswith(advice)
+    for workflow, first in zip(workflows, (removed_step(), None)):
+        waits_for(first, "paid")
+        reload(workflow).pause()
+        reload(workflow).resume()
+        work_off(drive)
+        assert reload(workflow).current_step_name == "step_2"
+    assert (stranded(drive), effects()) == ([], ["None"])
 
 
 def test_the_signals_that_were_accepted_and_no_step_is_to_take_after_a_deploy_are_counted(drive, command_line):
@@ -7794,15 +7841,14 @@ def test_what_stands_at_a_removed_step_is_shown_as_any_other(command_line, drive
 @pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(db, drive, clock):
     for moment in itertools.count():
-        drive.huey.flush()
+        work_off_at(drive)
         standing_at("one")
         deploy(without("one"))
         if not dies_at(moment, db, lambda: _message(drive)):
             break
         assert drive.doctor() == []
-    # These claim, and end, with one statement; PostgreSQL asks for the name of its sequence besides.
-    least = {"postgresql": 6, "mysql": 5} if drive._has_fast_paths() else {}
-    assert moment >= least.get(drive._dialect, 8)
+    # To take a step, and to end it and claim the next one: a statement each there, a short transaction elsewhere.
+    assert moment >= (3 if drive._access.dialect.is_one_statement else 7)
     for _ in range(3):
         clock.forward(minutes=10)
         drive.housekeeping()
@@ -7873,9 +7919,7 @@ def test_old_code_and_new_take_turns_and_perform_each_step_once(drive, clock):
         deploy(cls)
         if not Workflow.ongoing().exists():
             break
-        for task in drive.huey.read_schedule(clock.now.replace(tzinfo=None)):
-            drive.huey.enqueue(task)
-        clock.forward(seconds=7)
+        clock.forward(seconds=4)
         for _ in range(3):
             if task := drive.huey.dequeue():
                 drive.huey.execute(task)
@@ -7893,14 +7937,14 @@ def test_the_grace_may_be_turned_off_and_does_not_count_for_calls_in_the_process
     with pytest.raises(gd.StepNotDefinedError):
         scheduled(workflow).execute()
     assert reload(workflow).state == "paused"
-    drive.huey.flush()
     drive.undefined_step_grace = 0
     workflow = create_by_new_code()
     work_off(drive)
     assert (reload(workflow).state, messages(drive)) == ("paused", [])
 
 
-def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_lost(drive, clock):
+def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_lost(db, drive, clock):
+    drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False), clock=clock)
     workflow, lost = create_by_new_code(), 0
     while reload(workflow).state == "ready":
         drive.huey.flush()
@@ -7915,19 +7959,17 @@ def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_los
 @pytest.mark.exhaustive("postgresql", "mysql")
 def test_wherever_a_process_dies_that_puts_off_a_step_it_is_taken_up_again(db, drive, clock):
     for moment in itertools.count():
-        drive.huey.flush()
-        workflow = create_by_new_code()
-        if not dies_at(moment, db, lambda: _message(drive)):
+        create_by_new_code()
+        if not dies_at(moment, db, drive.huey.dequeue):
             break
         assert drive.doctor() == []
-        assert history(workflow) == [("zero", "scheduled", None)]
     assert moment >= 4
-    drive.huey.flush()
     clock.forward(minutes=2)
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == moment + 1
+    drive.housekeeping()  # those that had claimed one died in mid-attempt
     deploy(version(**NEW))
     work_off(drive)
     assert effects() == ["zero", "one"] * (moment + 1)
+    assert {len(history(each)) for each in Workflow.select()} == {3, 4}
 
 
 def test_a_step_that_is_put_off_stays_in_the_queue_that_it_was_in(db, drive):
@@ -7947,12 +7989,12 @@ def test_a_step_of_the_new_code_that_waits_for_a_signal_is_put_off_as_any_other(
     paid, late = [new.create(hero=User.create()) for _ in range(2)]
     paid.signal("paid")
     deploy(version(last=step("go")))
-    for seconds, states in ((0, ["scheduled", "waiting"]), (60, ["scheduled", "waiting"])):
+    for seconds, late_state in ((0, "waiting"), (60, "scheduled")):  # its time to wait is over
         clock.forward(seconds=seconds)
         work_off_at(drive)
-        assert [history(each) for each in (paid, late)] == [[("zero", state, None)] for state in states]
-    # The one that was paid has two: for its signal, and for its timeout.
-    assert set(messages(drive)) == {each.execution_history.get().id for each in (paid, late)}
+        assert history(paid) == [("zero", "scheduled", None)]
+        assert history(late) == [("zero", late_state, None)]
+    assert messages(drive) == [each.execution_history.get().id for each in (paid, late)]
     deploy(new)
     clock.forward(seconds=30)
     work_off_at(drive)
@@ -7968,20 +8010,34 @@ def test_immediate_mode_knows_no_grace_for_there_is_no_other_consumer(db, drive)
     assert history(workflow) == [("zero", "failed", "failed")]
 
 
+@pytest.mark.parametrize("is_embedded", [True, False], ids=["embedded", "outside"])
+def test_the_grace_of_a_step_that_waited_for_a_signal_begins_with_the_end_of_its_wait(db, drive, is_embedded):
+    drive = GenevaDrive(db, huey=None if is_embedded else MemoryHuey("outside", results=False), clock=Clock())
+    new = version(zero=step("go", wait_for="paid", timeout=3600, on_timeout="skip"), last=step("go"))
+    workflow = new.create(hero=User.create())
+    deploy(version(last=step("go")))
+    drive.clock.forward(seconds=3600)
+    ring(drive)
+    assert history(workflow) == [("zero", "scheduled", None)]
+    assert (scheduled(workflow).due_at - drive.clock.now).total_seconds() == 1
+    deploy(new)
+    ring(drive)
+    assert history(workflow)[0] == ("zero", "skipped", "skipped")
+
+
 def test_a_step_that_is_put_off_can_be_paused_resumed_and_canceled(drive, clock):
     workflow = create_by_new_code()
     ring(drive)
     workflow.pause()
     with pytest.raises(gd.StepNotDefinedError):
         workflow.resume()
-    drive.huey.flush()
+    assert messages(drive) == []
     deploy(version(**NEW))
     workflow.resume()
     deploy(version(**ONE_TWO_THREE))
     ring(drive)
     assert messages(drive) == [scheduled(workflow).id]
     reload(workflow).cancel()
-    ring(drive)
     assert (messages(drive), history(workflow)) == ([], [("zero", "canceled", "canceled")])
 
 
@@ -8030,7 +8086,7 @@ def test_updates_and_deletions_on_a_subclass_touch_its_rows_alone(drive):
 
 
 def test_executions_are_deleted_with_their_workflow(drive, hero):
-    drive._db.execute_sql("pragma foreign_keys = 0") if drive._dialect == "sqlite" else None
+    drive._access.database.execute_sql("pragma foreign_keys = 0") if drive._access.dialect.section == "sqlite" else None
     try:
         for delete in (lambda: Plain.delete().execute(), lambda: Plain.get().delete_instance()):
             Plain.create(hero=hero)
@@ -8038,7 +8094,9 @@ def test_executions_are_deleted_with_their_workflow(drive, hero):
             assert StepExecution.select().count() == 0
         Plain.create(hero=hero)
     finally:
-        drive._db.execute_sql("pragma foreign_keys = 1") if drive._dialect == "sqlite" else None
+        drive._access.database.execute_sql(
+            "pragma foreign_keys = 1"
+        ) if drive._access.dialect.section == "sqlite" else None
 
 
 def test_rows_can_be_changed_while_a_query_is_iterated(drive):
@@ -8414,11 +8472,13 @@ BAD_DEFINITIONS = {
     "@step(on_exception='reattempt', terminal_action='x')\ndef send(self): pass": r"Bad.send: .*terminal_action must",
     "@step(before_step='nowhere')\ndef send(self): pass": r"Bad.send: there is no step 'nowhere' yet",
     "@step\ndef a(self): pass\n@step(before_step='a', after_step='a')\ndef send(self): pass": r"Bad.send: .*exclude",
-    "@step(transactional=1)\ndef send(self): pass": r"Bad.send: transactional must be a bool",
+    "@step(transactional=1)\ndef send(self): pass": r"Bad.send: transactional must be a bool, not 1",
     "@step(resumable=1)\ndef send(self): pass": r"Bad.send: resumable must be a bool",
     "@step(resumable=True, transactional=True)\ndef send(self): pass": r"Bad.send: resumable and transactional exclude",
+    "@step(before_step=3)\ndef send(self): pass": r"Bad.send: before_step must be a step's name, not 3",
+    "@step(on_exception=print, terminal_action='skip')\ndef send(self): pass": r"Bad.send: terminal_action goes with",
     "@step(options={'q': 1})\ndef send(self): pass": r"Bad.send: options: unknown option 'q'",
-    "@step(name='')\ndef send(self): pass": r"Bad.: a step's name must be text",
+    "@step(name='')\ndef send(self): pass": r"Bad.: name must be text of 1 to 255 .*, not ''",
     "@step\ndef pause(self): pass": r"Bad.pause: a step must not be called 'pause'",
     "@step\ndef id(self): pass": r"Bad.id: a step must not be called 'id'",
     "@step(name='state')\ndef send(self): pass": r"Bad.state: a step must not be called 'state'",
@@ -8428,7 +8488,7 @@ BAD_DEFINITIONS = {
     "many = [step('nowhere')]": r"Bad.many_1: its body 'nowhere' is not a method",
     "step_options = {'priority': 'high'}": r"Bad.step_options: priority must be an int",
     "step_options = 3": r"Bad.step_options: must be a dict",
-    "exception_policies = [3]": r"Bad.exception_policies: must hold ExceptionPolicy objects",
+    "exception_policies = [3]": r"Bad.exception_policies: must be a list of ExceptionPolicy objects, not \[3\]",
     "exception_policies = ExceptionPolicy('skip')": r"Bad.exception_policies: must be a list",
     "workflow_type = 3": r"Bad: workflow_type must be text",
     "name = CharField()": r"Bad.name: workflows share one table",
@@ -8457,14 +8517,14 @@ def test_a_wrong_definition_names_class_step_and_fix(body):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("explode",), "the action must be one of pause, cancel, skip, reattempt"),
+        (("explode",), "action must be one of pause, cancel, skip, reattempt, not 'explode'"),
         (("skip", 3), "matching must name exception classes, not 3"),
         (("skip", int), "matching must name exception classes"),
         (("reattempt", None, -1), "wait must be neither negative"),
         (("reattempt", None, 1, 0.5), "backoff must be a number, at least 1"),
         (("reattempt", None, 1, 2, 3), "jitter must be a fraction"),
         (("reattempt", None, 1, 2, 0, "x"), "max_wait must be"),
-        (("reattempt", None, 1, 2, 0, 1, 2.5), "max_reattempts must be an int or None"),
+        (("reattempt", None, 1, 2, 0, 1, 2.5), "max_reattempts must be None or an int, at least 0, not 2.5"),
         (("reattempt", None, 1, 2, 0, 1, 2, "reattempt"), "terminal_action must be one of pause, cancel, skip"),
         (("reattempt", None, 1, 2, 0, 1, 2, "skip", "often"), "report must be one of terminal_only"),
     ],
@@ -8707,20 +8767,19 @@ def test_an_unsupported_database_is_refused_before_anything_is_created():
 
 
 ENGINE_TABLES = [model._meta.table_name for model in gd.MODELS]
-QUEUE_TABLES = [f"geneva_drive_huey_{name}" for name in ("kv", "schedule", "task", "counter")]
 SCHEMA_INDEXES = sorted(set(re.findall(r"^create (?:unique )?index (\w+)", gd.SCHEMA_FILE.read_text(), re.MULTILINE)))
 
 
 def test_the_schema_file_speaks_of_the_models_tables_and_columns():
-    for section in ("every database", "postgresql", "sqlite", "mysql", "embedded queue"):
+    for section in ("every database", "postgresql", "sqlite", "mysql"):
         for statement in gd._schema_statements(section):
             assert statement == statement.strip()
             assert not statement.isupper()
             table = re.search(r" on (\w+)|alter table (\w+)", statement)
-            assert (table[1] or table[2]) in ENGINE_TABLES + QUEUE_TABLES
+            assert (table[1] or table[2]) in ENGINE_TABLES
             columns = re.search(r"\((.*?)\)", statement.split(" on ")[-1]) if " on " in statement else None
             known = {field.column_name for model in gd.MODELS for field in model._meta.sorted_fields}
-            known |= {"queue", "timestamp", "priority", "ongoing", "active"}
+            known |= {"ongoing", "active"}
             for column in columns[1].split(", ") if columns else ():
                 assert column.split()[0] in known, statement
     for states, expected in ((gd.ONGOING, "one_ongoing_workflow"), (gd.ACTIVE, "one_active_execution")):
@@ -8730,8 +8789,11 @@ def test_the_schema_file_speaks_of_the_models_tables_and_columns():
 
 def test_create_tables_is_idempotent_and_completes_what_was_begun(database, db, drive):
     tables = set(db.get_tables())
-    assert set(ENGINE_TABLES + QUEUE_TABLES) <= tables
-    db.execute_sql("drop index geneva_drive_hero" + (" on geneva_drive_workflows" if drive._dialect == "mysql" else ""))
+    assert {each for each in tables if each.startswith("geneva_drive")} == {*ENGINE_TABLES, "geneva_drive_schema"}
+    db.execute_sql(
+        "drop index geneva_drive_hero"
+        + (" on geneva_drive_workflows" if drive._access.dialect.section == "mysql" else "")
+    )
     drive.create_tables()
     assert "geneva_drive_hero" in {each.name for each in db.get_indexes("geneva_drive_workflows")}
     drive.create_tables()
@@ -8772,16 +8834,21 @@ def test_before_create_tables_each_call_says_so(servers, kind, call):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_with_the_tables_of_an_older_version_a_call_says_so(servers, kind):
+def test_with_the_tables_of_an_older_version_a_call_says_so(servers, monkeypatch, kind):
     db = open_database(servers.empty(kind))
     with driven(db) as drive:
         version, column = "geneva_drive_schema", "transitioned_at"
-        db.execute_sql(f"delete from {version}")
         db.execute_sql(f"alter table geneva_drive_workflows rename column {column} to spoilt")
-        with pytest.raises(gd.GenevaDriveError, match=r"is at version 1, .* call drive\.create_tables\(\)"):
+        monkeypatch.setattr(gd, "SCHEMA_VERSION", gd.SCHEMA_VERSION + 1)
+        problem = rf"is at version {gd.SCHEMA_VERSION - 1}, .* call drive\.create_tables\(\)"
+        with pytest.raises(gd.GenevaDriveError, match=problem):
             Quick.create(hero=User.create())
         db.execute_sql(f"alter table geneva_drive_workflows rename column spoilt to {column}")
         drive.create_tables()
+        assert [row for (row,) in db.execute_sql(f"select version from {version} order by version")] == [
+            gd.SCHEMA_VERSION - 1,
+            gd.SCHEMA_VERSION,
+        ]
 
 
 class Author(Model):
@@ -8844,9 +8911,10 @@ def test_tables_of_another_database_are_not_created_in_passing(db, drive, tmp_pa
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_an_outside_queue_needs_no_tables_of_its_own(servers, kind):
+@pytest.mark.parametrize("is_outside", [False, True])
+def test_no_queue_needs_tables_of_its_own(servers, kind, is_outside):
     db = open_database(servers.empty(kind))
-    GenevaDrive(db, huey=MemoryHuey("outside")).create_tables()
+    GenevaDrive(db, huey=MemoryHuey("outside") if is_outside else None, queues=["premium"]).create_tables()
     assert sorted(db.get_tables()) == sorted([*ENGINE_TABLES, "geneva_drive_schema"])
     db.close()
 
@@ -8859,7 +8927,7 @@ def test_the_database_itself_refuses_a_second_active_execution(drive, hero):
     for state in gd.ACTIVE:
         with pytest.raises(peewee.IntegrityError):
             StepExecution.insert(**{**values, "state": state}).execute()
-    spare = StepExecution.insert(**{**values, "state": "completed"}).execute()
+    spare = StepExecution.insert(**{**values, "state": "completed", "queue": None}).execute()
     number = f"workflow {workflow.id} counts 1 executions, but its newest is number 2"
     diagnosed(drive, number, f"execution {spare} is completed, but the outcome None and the end None do not fit")
 
@@ -8868,334 +8936,81 @@ def test_an_applications_own_task_and_schedule_tables_are_left_alone(db, drive, 
     assert not {"task", "schedule", "kv", "counter"} & set(db.get_tables())
 
 
-# ==== Upgrades: a database that the first release has made ============================================================
-
-# What the first release executed; the words in braces are types.
-FIRST_TYPES = {
-    "sqlite": {
-        "key": "integer not null primary key",
-        "big": "integer",
-        "name": "varchar(255)",
-        "exact": "varchar(255)",
-        "text": "text",
-        "moment": "datetime",
-        "flag": "integer",
-        "blob": "blob",
-        "ticks": "integer",
-        "priority": "real",
-    },
-    "postgresql": {
-        "key": "bigserial not null primary key",
-        "big": "bigint",
-        "name": "varchar(255)",
-        "exact": "varchar(255)",
-        "text": "text",
-        "moment": "timestamp",
-        "flag": "boolean",
-        "blob": "bytea",
-        "ticks": "bigint",
-        "priority": "real",
-    },
-    "mysql": {
-        "key": "bigint auto_increment not null primary key",
-        "big": "bigint",
-        "name": "varchar(255) character set utf8mb4 collate utf8mb4_bin",
-        "exact": "varbinary(1020)",
-        "text": "longtext character set utf8mb4",
-        "moment": "datetime(6)",
-        "flag": "bool",
-        "blob": "blob",
-        "ticks": "bigint",
-        "priority": "float",
-    },
-}
-FIRST_TABLES = """
-create table geneva_drive_workflows (id {key}, type {exact} not null, hero_type {exact}, hero_id {exact},
-    state {name} not null, current_step_name {name}, allow_multiple {flag} not null, context {text} not null,
-    options {text}, execution_count integer not null, pause_requested {flag} not null, token {name} not null,
-    created_at {moment} not null, transitioned_at {moment});
-create table geneva_drive_step_executions (id {key}, workflow_id {big} not null, number integer not null,
-    step_name {name} not null, state {name} not null, outcome {name}, scheduled_for {moment} not null,
-    enqueued_at {moment}, started_at {moment}, heartbeat_at {moment}, performed_by {name}, finished_at {moment},
-    reattempts integer not null, recoveries integer not null, error_class_name {name}, error_message {text},
-    error_backtrace {text}, job_id {name}, created_at {moment} not null,
-    foreign key (workflow_id) references geneva_drive_workflows (id) on delete cascade);
-create table geneva_drive_huey_kv (queue varchar(255) not null, "key" varchar(255) not null, value {blob} not null,
-    primary key (queue, "key"));
-create table geneva_drive_huey_schedule (id {key}, queue varchar(255) not null, data {blob} not null,
-    timestamp {ticks} not null);
-create table geneva_drive_huey_task (id {key}, queue varchar(255) not null, data {blob} not null,
-    priority {priority} not null);
-create table geneva_drive_huey_counter (queue varchar(255) not null, "key" varchar(255) not null,
-    value integer not null, primary key (queue, "key"));
-create unique index geneva_drive_execution_number on geneva_drive_step_executions (workflow_id, number);
-create index geneva_drive_hero on geneva_drive_workflows (hero_id, hero_type);
-create index geneva_drive_huey_task_order on geneva_drive_huey_task (queue, priority desc, id);
-create index geneva_drive_huey_schedule_due on geneva_drive_huey_schedule (queue, timestamp)
-"""
-FIRST_PARTIAL_INDEXES = """
-create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id)
-    where state in ('ready', 'performing', 'paused') and not allow_multiple;
-create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id)
-    where state in ('scheduled', 'waiting', 'in_progress');
-create index geneva_drive_overdue on geneva_drive_step_executions (scheduled_for, id) where state = 'scheduled';
-create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
-create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id)
-    where state in ('finished', 'canceled')
-"""
-FIRST_INDEXES = {
-    "sqlite": FIRST_PARTIAL_INDEXES,
-    "postgresql": FIRST_PARTIAL_INDEXES,
-    "mysql": """
-alter table geneva_drive_workflows add column ongoing tinyint generated always as
-    (case when state in ('ready', 'performing', 'paused') and not allow_multiple then 1 end) stored;
-create unique index geneva_drive_one_ongoing_workflow on geneva_drive_workflows (type, hero_type, hero_id, ongoing);
-alter table geneva_drive_step_executions add column active tinyint generated always as
-    (case when state in ('scheduled', 'waiting', 'in_progress') then 1 end) stored;
-create unique index geneva_drive_one_active_execution on geneva_drive_step_executions (workflow_id, active);
-create index geneva_drive_overdue on geneva_drive_step_executions (state, scheduled_for, id);
-create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
-create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id)
-""",
-}
-FIRST_TRIGGER = """
-create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
-    begin delete from geneva_drive_step_executions where workflow_id = old.id; end
-"""
-
-# Its messages in the embedded queue: that execution 1 is to be performed now, execution 3 on the third of March.
-FIRST_JOBS = [f"1772366400000000-{number:032x}" for number in range(20)]
-FIRST_MESSAGE = (
-    b"\x80\x05\x95\x86\x00\x00\x00\x00\x00\x00\x00\x8c\rhuey.registry\x94\x8c\x07Message\x94\x93\x94(\x8c1%b\x94"
-    b"\x8c\x19geneva_drive.perform_step\x94NK\x00K\x00NK%c\x85\x94}\x94NNNNNNK\x00t\x94\x81\x94."
-)
-FIRST_SCHEDULED_MESSAGE = (
-    b"\x80\x05\x95\xae\x00\x00\x00\x00\x00\x00\x00\x8c\rhuey.registry\x94\x8c\x07Message\x94\x93\x94(\x8c1%b\x94"
-    b"\x8c\x19geneva_drive.perform_step\x94\x8c\x08datetime\x94\x8c\x08datetime\x94\x93\x94C\n\x07\xea\x03\x03\x0c\x00"
-    b"\x00\x00\x00\x00\x94\x85\x94R\x94K\x00K\x00NK%c\x85\x94}\x94NNNNNNK\x00t\x94\x81\x94."
-)
-
-# Of each workflow of the class Plain: its state, whether it is to pause, the states of its executions.
-FIRST_WORKFLOWS = [
-    ("ready", False, "scheduled"),
-    ("ready", False, "completed", "scheduled"),
-    ("performing", False, "completed", "in_progress"),  # by a process that died, as the next one
-    ("performing", True, "completed", "in_progress"),
-    ("paused", False, "completed", "scheduled"),
-    ("paused", False, "completed", "failed"),
-    ("finished", False, "completed", "completed", "completed"),
-    ("canceled", False, "completed", "canceled"),
-    ("canceled", False, "completed", "in_progress"),  # canceled while it was performed
-    ("ready", False, "scheduled"),  # and its message was lost
-]
-
-
-def execute_all(db, script):
-    for statement in script.strip().split(";\n"):
-        db.execute_sql(" ".join(statement.replace('"', db.quote[0]).split()))
-
-
-def insert(db, table, **values):
-    """An insert as the first release made them: it names the columns that it knew."""
-    statement = f"insert into {table} ({', '.join(values)}) values ({', '.join([db.param] * len(values))})"
-    db.execute_sql(statement, list(values.values()))
-
-
-def first_release(url):
-    """A drive on a database that the first release made, with workflows in all states."""
-    db = open_database(url)
-    kind = gd._dialect(db)
-    execute_all(db, FIRST_TABLES.format(**FIRST_TYPES[kind]))
-    execute_all(db, FIRST_INDEXES[kind])
-    if kind == "sqlite":
-        execute_all(db, FIRST_TRIGGER)
-    for model in MODELS:
-        model.bind(db)
-    db.create_tables(MODELS)
-    first_workflows(db)
-    return GenevaDrive(db, clock=Clock())
-
-
-def first_workflows(db):
-    """What the first release has written of FIRST_WORKFLOWS; the ids are 1, 2, 3, …, as on an empty database."""
-    now, execution = START.replace(tzinfo=None), itertools.count(1)
-    for number, (state, pause_requested, *attempts) in enumerate(FIRST_WORKFLOWS, 1):
-        insert(
-            db,
-            "geneva_drive_workflows",
-            type="Plain",
-            hero_type="User",
-            hero_id=str(User.create().id),
-            state=state,
-            current_step_name=("one", "two", "three")[len(attempts) - 1] if state in gd.ONGOING else None,
-            allow_multiple=False,
-            context="{}",
-            options=None,
-            execution_count=len(attempts),
-            pause_requested=pause_requested,
-            token=f"{number:032x}",
-            created_at=now,
-            transitioned_at=None if state in ("ready", "performing") else now,
-        )
-        for place, attempt in enumerate(attempts):
-            _first_execution(db, next(execution), number, place, attempt)
-    insert(db, "geneva_drive_huey_task", queue="default", data=FIRST_MESSAGE % (FIRST_JOBS[1].encode(), 1), priority=0)
-    data = FIRST_SCHEDULED_MESSAGE % (FIRST_JOBS[3].encode(), 3)
-    insert(db, "geneva_drive_huey_schedule", queue="default", data=data, timestamp=1772539200000)
-
-
-def _first_execution(db, execution_id, workflow_id, place, state):
-    now, values = START.replace(tzinfo=None), {}
-    if state not in ("scheduled", "canceled"):
-        of_another_boot = "94e63c66-fcda-4e37-acbf-ccc41446caae/4026531836/10244/249702"
-        values |= {"started_at": now, "heartbeat_at": now, "performed_by": of_another_boot}
-    if state not in gd.ACTIVE:
-        values |= {"outcome": "success" if state == "completed" else state, "finished_at": now}
-    if state == "failed":
-        values |= {"error_class_name": "LookupError", "error_message": "as ever", "error_backtrace": "Traceback …"}
-    insert(
-        db,
-        "geneva_drive_step_executions",
-        workflow_id=workflow_id,
-        number=place + 1,
-        step_name=("one", "two", "three")[place],
-        state=state,
-        scheduled_for=now + timedelta(days=2 * (place == 1)),
-        enqueued_at=now,
-        reattempts=0,
-        recoveries=0,
-        job_id=FIRST_JOBS[execution_id],
-        created_at=now,
-        **values,
-    )
+# -- upgrades: a database that lacks what this code has --
 
 
 def shape(db):
     """All that tells one schema from another."""
-    tables = [table for table in db.get_tables() if table.startswith("geneva_drive_")]
+    found = {("version", *row) for row in db.execute_sql("select version from geneva_drive_schema").fetchall()}
     if isinstance(db, SqliteDatabase):
-        triggers = db.execute_sql("select name, sql from sqlite_master where type = 'trigger'").fetchall()
-    else:
-        triggers = []
-    versions = db.execute_sql("select version from geneva_drive_schema").fetchall()
-    return {
-        "triggers": {*triggers},
-        "versions": versions,
-        **{table: {*_columns(db, table), *_indexes(db, table)} for table in tables},
-    }
-
-
-def _columns(db, table):
-    if isinstance(db, peewee.MySQLDatabase):  # with collations and expressions
-        definition = db.execute_sql(f"show create table {table}").fetchone()[1]
-        yield from (re.sub(r",$| AUTO_INCREMENT=\d+", "", line) for line in definition.split("\n"))
-    else:
-        yield from ((each.name, each.full_type.lower(), each.null, each.default) for each in db.get_columns(table))
-        yield from ((each.column, each.dest_table, each.on_delete) for each in db.get_foreign_keys(table))
-
-
-def _indexes(db, table):
-    return ((each.name, each.sql, tuple(each.columns), each.unique) for each in db.get_indexes(table))
-
-
-def new_shape(url):
-    """What create_tables() makes of an empty database."""
-    with contextlib.closing(open_database(url)) as db:
-        GenevaDrive(db).create_tables()
-        return shape(db)
+        found |= {*db.execute_sql("select name, sql from sqlite_master where type = 'trigger'").fetchall()}
+    for table in ENGINE_TABLES:
+        found |= {(each.name, each.sql, *each.columns, each.unique) for each in db.get_indexes(table)}
+        if isinstance(db, peewee.MySQLDatabase):  # with collations and expressions
+            definition = db.execute_sql(f"show create table {table}").fetchone()[1]
+            found |= {re.sub(r",$| AUTO_INCREMENT=\d+", "", line) for line in definition.split("\n")}
+        else:
+            found |= {(table, each.name, each.full_type.lower(), each.null) for each in db.get_columns(table)}
+            found |= {(table, each.column, each.dest_table, each.on_delete) for each in db.get_foreign_keys(table)}
+    return found
 
 
 @pytest.fixture(params=SERVERS)
-def upgrades(request, servers):
-    """Makes databases of one kind: empty ones, and those of the first release."""
+def earlier(request, servers):
+    """Makes databases that lack a part of each kind, and have a workflow on its way; gives drives on them."""
     made = []
 
-    def make(is_empty=False):
+    def make():
         url = servers.empty(request.param)
-        if is_empty:
-            return url
-        made.append(first_release(url))
-        return made[-1], url
+        db = open_database(url)
+        for model in MODELS:
+            model.bind(db)
+        drive = GenevaDrive(db, clock=Clock())
+        drive.create_tables(MODELS)
+        drive.shape, drive.url, drive.workflow = shape(db), url, Plain.create(hero=User.create())
+        on = " on {}" if request.param == "mysql" else ""
+        for index, table in (("one_ongoing_workflow", ENGINE_TABLES[0]), ("queue", ENGINE_TABLES[1])):
+            db.execute_sql(f"drop index geneva_drive_{index}{on.format(table)}")
+        for table, column in [(ENGINE_TABLES[1], "cursor")] + [(ENGINE_TABLES[0], "ongoing")] * bool(on):
+            db.execute_sql(f"alter table {table} drop column {column.join(db.quote)}")
+        if request.param == "sqlite":
+            db.execute_sql("drop trigger geneva_drive_delete_executions")
+        db.execute_sql(f"drop table {ENGINE_TABLES[2]}")
+        db.execute_sql("delete from geneva_drive_schema")
+        made.append(db)
+        return drive
 
     yield make
-    for drive in made:
-        drive.database.close()
+    for db in made:
+        db.close()
 
 
-def wait(drive, **duration):
-    """What a consumer does after a time: it takes the messages that fell due."""
-    drive.clock.forward(**duration)
-    for task in drive.huey.read_schedule(drive.clock.now.replace(tzinfo=None)):
-        drive.huey.enqueue(task)
-    work_off(drive)
-
-
-def go_on(drive):
-    """What a consumer does in the days to come, and a person who resumes what is paused."""
-    for _ in range(5):
-        drive.housekeeping()
-        for workflow in Workflow.paused():
-            workflow.resume()
-        wait(drive, days=1)
-
-
-def test_workflows_in_flight_go_on_to_their_ends_on_an_upgraded_database(upgrades):
-    expected = new_shape(upgrades(is_empty=True))
-    drive, _ = upgrades()
+def test_create_tables_adds_what_is_missing_and_workflows_go_on(earlier, monkeypatch):
+    drive, statements = earlier(), []
     drive.create_tables()
-    assert drive.doctor() == []
-    assert shape(drive.database) == expected
-    workflows = list(Workflow.select().order_by(Workflow.id))
-    assert messages(drive) == [1, 3]
-    work_off(drive)  # the message that was queued
-    assert history(workflows[0])[0] == ("one", "completed", "success")
-    wait(drive, days=2)  # and the one that was scheduled
-    assert [reload(each).state for each in workflows[:2]] == ["finished", "finished"]
-    go_on(drive)
-    assert drive.doctor() == []
-    ends = ["canceled" if state == "canceled" else "finished" for state, *_ in FIRST_WORKFLOWS]
-    assert [reload(each).state for each in workflows] == ends
-    one, *ended = [(name, "completed", "success") for name in ("one", "two", "three")]
-    recovered = [one, ("two", "failed", "recovered")]
-    assert history(workflows[2]) == history(workflows[3]) == recovered + ended
-    assert history(workflows[4]) == [one, *ended]
-    assert history(workflows[5]) == [one, ("two", "failed", "failed"), *ended]
-    assert history(workflows[8]) == recovered
-    assert Counter(effects()) == {"one": 2, "two": 7, "three": 7}
-
-
-def test_an_upgrade_adds_to_tables_only_what_earlier_code_need_not_know_of(upgrades):
-    drive, _ = upgrades()
-    db, added = drive.database, []
-    for model in filter(Model.table_exists.__func__, gd.MODELS):
-        known = {column.name for column in db.get_columns(model._meta.table_name)}
-        added += [each for each in model._meta.sorted_fields if each.column_name not in known]
-    assert added
-    for field in added:  # it may be left out of an insert, and is there in no time, however many rows there are
-        assert field.null
-        assert not any((field.default, field.constraints, field.unique, isinstance(field, ForeignKeyField)))
-    indexes = {each.name for table in db.get_tables() for each in db.get_indexes(table)}
-    tables = {*db.get_tables()}
-    drive.create_tables()
-    # What the first release looks for by its name, and would make again, is all there.
-    assert indexes <= {each.name for table in db.get_tables() for each in db.get_indexes(table)}
-    assert tables <= {*db.get_tables()}
+    with monkeypatch.context() as patch:
+        patch.setattr(drive.database, "query_hooks", [lambda event: statements.append(event.sql)])
+        drive.create_tables()
+    verbs = "create|alter|insert|update|delete|drop|set|lock"
+    assert not any(re.match(verbs, sql, re.IGNORECASE) for sql in statements)  # what is up to date is left alone
+    assert (shape(drive.database), drive.doctor()) == (drive.shape, [])
+    for _ in range(2):
+        work_off(drive)
+        drive.clock.forward(days=2)
+    assert (reload(drive.workflow).state, effects()) == ("finished", ["one", "two", "three"])
 
 
 @pytest.mark.exhaustive("postgresql", "mysql")
-def test_an_upgrade_that_dies_anywhere_is_completed_by_the_next_one(upgrades):
-    expected, versions = new_shape(upgrades(is_empty=True)), Counter()
+def test_an_upgrade_that_dies_anywhere_is_completed_by_the_next_one(earlier):
     for moment in itertools.count():
-        drive, _ = upgrades()
+        drive = earlier()
         if not dies_at(moment, drive.database, drive.create_tables, "create|alter|insert"):
             break
-        versions[gd._Schema(drive).version()] += 1
+        assert "has no tables of GenevaDrive" in drive.doctor()[0]  # it is the last thing to be recorded
         drive.create_tables()
-        assert shape(drive.database) == expected
-        drive.database.close()
-    assert versions == {1: moment}
-    assert moment >= 10
-    assert shape(drive.database) == expected
+        assert shape(drive.database) == drive.shape
+    assert moment >= 5
+    assert shape(drive.database) == drive.shape
 
 
 def _upgrade(number, url, barrier, results):
@@ -9205,185 +9020,491 @@ def _upgrade(number, url, barrier, results):
     results.put(drive.doctor())
 
 
-def test_eight_processes_upgrade_at_once(upgrades, is_exhaustive):
-    expected = new_shape(upgrades(is_empty=True))
+def test_eight_processes_upgrade_at_once(earlier, is_exhaustive):
     for _ in range(5 if is_exhaustive else 1):
-        drive, url = upgrades()
+        drive = earlier()
         drive.database.close()
-        assert in_processes(8, _upgrade, url, fork.Barrier(8)) == [[]] * 8
-        assert shape(drive.database) == expected
-        drive.database.close()
+        assert in_processes(8, _upgrade, drive.url, fork.Barrier(8)) == [[]] * 8
+        assert shape(drive.database) == drive.shape
 
 
-def statements_of(db, act, monkeypatch):
-    statements = []
-    with monkeypatch.context() as patch:
-        patch.setattr(db, "query_hooks", [lambda event: statements.append(event.sql)])
-        act()
-    return statements
+@pytest.mark.parametrize("earlier", ["postgresql", "mysql"], indirect=True)
+def test_the_upgrade_waits_for_open_transactions_and_holds_nobody_up(earlier):
+    drive = earlier()
+    busy, others = open_database(drive.url), open_database(drive.url)
+    is_mysql = isinstance(busy, peewee.MySQLDatabase)
+    others.execute_sql("set lock_wait_timeout = 20" if is_mysql else "set lock_timeout = '20s'")
+    waiting = "select 1 from pg_stat_activity where query ~* '^(alter|create)' and wait_event_type = 'Lock'"
+    if is_mysql:
+        waiting = "select 1 from information_schema.processlist where state like 'Waiting for table metadata lock'"
+    number = "update geneva_drive_step_executions set reattempts = reattempts + 1"
+    with busy.atomic():
+        busy.execute_sql(number)
+        upgrade = fork.Process(target=_upgrade, args=(0, drive.url, fork.Barrier(1), fork.Queue()))
+        upgrade.start()
+        for _ in range(2):
+            until(lambda: others.execute_sql(waiting).fetchone())
+            others.execute_sql("select count(*) from geneva_drive_step_executions").fetchone()
+        assert upgrade.is_alive()
+    upgrade.join()
+    assert upgrade.exitcode == 0
+    assert (drive.doctor(), StepExecution.get().reattempts) == ([], 1)
+    busy.close()
+    others.close()
 
 
-def test_tables_that_are_up_to_date_are_looked_at_and_left_alone(upgrades, monkeypatch):
-    drive, _ = upgrades()
-    verbs = "create|alter|insert|update|delete|drop|set|lock"
-    first, second = (statements_of(drive.database, drive.create_tables, monkeypatch) for _ in range(2))
-    assert sum(bool(re.match(verbs, sql, re.IGNORECASE)) for sql in first) > 10
-    assert not any(re.match(verbs, sql, re.IGNORECASE) for sql in second)
-
-
-def test_code_of_the_first_release_works_beside_the_new_code(upgrades):
-    drive, _ = upgrades()
-    db = drive.database
-    columns = {table: [each.name for each in db.get_columns(table)] for table in ENGINE_TABLES[:2]}
-    db.execute_sql("delete from geneva_drive_step_executions")
-    db.execute_sql("delete from geneva_drive_workflows")
-    drive.create_tables()
-    workflow = Plain.create(hero=User.create())
-    drive.huey.flush()
-    # What the first release executed to claim a step, to stay alive, to record the step and to schedule the next.
-    execution, now = scheduled(workflow).id, f"{drive.clock.now:%Y-%m-%d %H:%M:%S.%f}"
-    selected = ", ".join(f"t1.{name}" for name in columns[ENGINE_TABLES[1]] if name != "active")
-    selected += ", " + ", ".join(f"t2.{name}" for name in columns[ENGINE_TABLES[0]] if name != "ongoing")
-    joined = "geneva_drive_step_executions t1 join geneva_drive_workflows t2 on t1.workflow_id = t2.id"
-    assert db.execute_sql(f"select {selected} from {joined} where t1.id = {execution}").fetchone()
-    for statement in (
-        f"""update geneva_drive_workflows set state = 'performing'
-            where id = {workflow.id} and execution_count = 1 and state = 'ready'""",
-        f"""update geneva_drive_step_executions set state = 'in_progress', started_at = '{now}', heartbeat_at = '{now}',
-            performed_by = 'another' where id = {execution}""",
-        f"""update geneva_drive_step_executions set heartbeat_at = '{now}'
-            where id in ({execution}) and state = 'in_progress'""",
-        f"""update geneva_drive_workflows set state = 'ready', current_step_name = 'two', execution_count = 2,
-            transitioned_at = null
-            where id = {workflow.id} and execution_count = 1 and state = 'performing' and not pause_requested""",
-        f"""update geneva_drive_step_executions set state = 'completed', outcome = 'success', finished_at = '{now}'
-            where id = {execution}""",
-    ):
-        assert db.execute_sql(statement).rowcount == 1 or "set heartbeat_at" in statement  # MySQL counts what changes
-    _first_execution(db, 0, workflow.id, 1, "scheduled")
-    go_on(drive)
-    assert history(reload(workflow)) == [(name, "completed", "success") for name in ("one", "two", "three")]
-    assert drive.doctor() == []
-
-
-def test_the_upgrade_waits_for_open_transactions_and_holds_nobody_up(servers):
-    for kind in ("postgresql", "mysql"):
-        drive = first_release(url := servers.empty(kind))
-        busy, others = open_database(url), open_database(url)
-        patience = {"postgresql": "lock_timeout = '20s'", "mysql": "lock_wait_timeout = 20"}
-        others.execute_sql(f"set {patience[kind]}")
-        waiting = {
-            "postgresql": "select 1 from pg_stat_activity where query like 'alter%%' and wait_event_type = 'Lock'",
-            "mysql": "select 1 from information_schema.processlist where state like 'Waiting for table metadata lock'",
-        }
-        with busy.atomic():
-            busy.execute_sql("update geneva_drive_step_executions set reattempts = 1 where id = 1")
-            upgrade = fork.Process(target=_upgrade, args=(0, url, fork.Barrier(1), fork.Queue()))
-            upgrade.start()
-            for _ in range(2):
-                until(lambda: others.execute_sql(waiting[kind]).fetchone())  # noqa: B023
-                others.execute_sql("update geneva_drive_step_executions set reattempts = reattempts + 1 where id = 2")
-            assert upgrade.is_alive()
-        upgrade.join()
-        assert upgrade.exitcode == 0
-        assert drive.doctor() == []
-        assert [each.reattempts for each in StepExecution.select().order_by(StepExecution.id).limit(2)] == [1, 2]
-        for db in (busy, others, drive.database):
-            db.close()
-
-
-def test_a_newer_schema_is_worked_on_and_left_as_it_is(upgrades):
-    drive, _ = upgrades()
-    drive.create_tables()
-    db = drive.database
-    db.execute_sql("alter table geneva_drive_step_executions add column of_a_later_version integer")
-    db.execute_sql(f"insert into geneva_drive_schema (version) values ({gd.SCHEMA_VERSION + 1})")
-    before = shape(db)
-    drive.create_tables()
-    assert shape(db) == before
-    assert drive.doctor() == []
-    workflow = Quick.create(hero=User.create())
-    drive.run(until=lambda: reload(workflow).state == "finished")
-
-
-def test_a_queue_that_is_added_later_gets_its_tables(upgrades):
-    with contextlib.closing(open_database(upgrades(is_empty=True))) as db:
-        GenevaDrive(db, huey=MemoryHuey("outside")).create_tables()
-        drive = GenevaDrive(db)
+@pytest.mark.parametrize("earlier", ["mysql"], indirect=True)
+def test_on_mysql_the_tables_are_not_changed_inside_a_transaction_which_that_would_commit(earlier):
+    drive = earlier()
+    for is_done in (False, True):
+        refused = pytest.raises(
+            gd.GenevaDriveError, match=r"create_tables\(\) has tables to change, .* outside of trans"
+        )
+        with drive.database.atomic() as transaction:
+            User.create(name="nobody")
+            with contextlib.nullcontext() if is_done else refused:
+                drive.create_tables()
+            transaction.rollback()
         drive.create_tables()
-        assert {*QUEUE_TABLES} <= {*db.get_tables()}
-        assert "geneva_drive_huey_task_order" in {each.name for each in db.get_indexes("geneva_drive_huey_task")}
-
-
-def test_on_mysql_the_tables_are_not_changed_inside_a_transaction_which_that_would_commit(servers):
-    drive = first_release(servers.empty("mysql"))
-    with drive.database.atomic() as transaction:
-        User.create(name="nobody")
-        with pytest.raises(gd.GenevaDriveError, match=r"create_tables\(\) has tables to change, .* outside of transac"):
-            drive.create_tables()
-        transaction.rollback()
-    drive.create_tables()
-    with drive.database.atomic() as transaction:
-        User.create(name="nobody")
-        drive.create_tables()
-        transaction.rollback()
     assert not User.select().where(User.name == "nobody").exists()
-    drive.database.close()
 
 
-def test_a_forgotten_upgrade_is_told_of_and_stops_a_consumer_before_it_takes_a_message(upgrades, monkeypatch, capsys):
-    drive, _ = upgrades()
-    problem = r"the schema of the database '.*' is at version 1, this version of GenevaDrive needs version 2: call .*"
-    assert len(drive.doctor()) == 1
-    assert re.fullmatch(problem, drive.doctor()[0])
-    with pytest.raises(gd.GenevaDriveError, match=problem):
-        drive.run()
-    assert messages(drive) == [1, 3]
-    shop = types.ModuleType("shop")
-    shop.drive, shop.__spec__ = drive, ModuleSpec("shop", None)
-    monkeypatch.setitem(sys.modules, "shop", shop)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for command in ("worker", "list", "doctor", "housekeeping"):
-        assert gd.main(["shop", command]) == 1
-        assert re.search(problem, capsys.readouterr().err)
-    logging.getLogger("huey").setLevel(logging.NOTSET)
-    drive.create_tables()
-    workflow = Workflow.get_by_id(1)
-    drive.run(until=lambda: history(workflow)[0][1] == "completed")
+@pytest.mark.parametrize("kind", SERVERS)
+def test_older_code_works_beside_a_newer_schema_and_leaves_it_as_it_is(servers, kind):
+    with driven(open_database(servers.empty(kind))) as drive:
+        db = drive.database
+        db.execute_sql("alter table geneva_drive_step_executions add column of_a_later_version integer")
+        db.execute_sql(f"insert into geneva_drive_schema (version) values ({gd.SCHEMA_VERSION + 1})")
+        before = shape(db)
+        drive.create_tables()
+        assert (shape(db), drive.doctor()) == (before, [])
+        workflow = Quick.create(hero=User.create())
+        drive.run(until=lambda: reload(workflow).state == "finished")
 
 
-def test_a_huey_consumer_refuses_tables_that_are_older_than_its_code(app):
-    workflow = app.create("Welcome")
-    app.db.execute_sql("delete from geneva_drive_schema")
-    assert app.consumer().wait(timeout=30) == 1
-    assert "is at version 1, this version of GenevaDrive needs version 2: call drive.create_tables()" in app.log()
-    assert app.db.execute_sql("select count(*) from geneva_drive_huey_task").fetchone() == (1,)
-    app.run("setup")
-    app.consumer()
-    until(lambda: app.state(workflow) == "finished")
+def test_code_that_is_newer_than_the_tables_says_so_and_takes_no_step(db, drive, command_line, monkeypatch):
+    workflow = Quick.create(hero=User.create())
+    with monkeypatch.context() as patch:
+        patch.setattr(gd, "SCHEMA_VERSION", 2)
+        problem = (
+            r"the schema of .* is at version 1, this version of GenevaDrive needs version 2: call drive\.create_tab"
+        )
+        assert len(drive.doctor()) == 1
+        assert re.match(problem, drive.doctor()[0])
+        for start in (drive.run, drive.huey.create_consumer(workers=1).start):
+            with pytest.raises(gd.GenevaDriveError, match=problem):
+                start()
+        for command in ("worker", "list", "doctor", "housekeeping"):
+            status, _, errors = command_line(command)
+            assert (status, bool(re.search(problem, errors))) == (1, True)
+    assert (history(workflow), drive.doctor()) == ([("one", "scheduled", None)], [])
+    drive.run(until=lambda: reload(workflow).state == "finished")
 
 
 def test_a_consumer_starts_though_the_version_cannot_be_read_yet(tmp_path, caplog):
     db = SqliteDatabase(tmp_path / "app.db", timeout=0.1)
+    with driven(db) as drive:
+        workflow = Quick.create(hero=User.create())
+        db.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+            other.execute("begin exclusive")
+
+            def is_over():
+                if other.in_transaction:
+                    other.rollback()
+                    db.timeout = 20
+                return reload(workflow).state == "finished"
+
+            drive.run(until=is_over)
+    assert "the version of the schema cannot be read: database is locked" in caplog.text
+
+
+# ==== The drive's own Huey: the row is the message ====================================================================
+
+
+class Ranked(Workflow):
+    @step
+    def one(self):
+        did(f"{self.context['rank']}")
+
+
+def ranked(*ranks, **options):
+    """Workflows of these priorities, in this order."""
+    return [
+        Ranked.create(hero=User.create(), context={"rank": rank}, options={"priority": rank} if rank else None)
+        for rank in ranks
+    ]
+
+
+def test_what_is_due_is_performed_by_its_priority_and_then_by_its_time(drive, clock):
+    ranked(0, -3, 7, 2)
+    clock.forward(seconds=-5)
+    ranked(0, 7)  # due before the others
+    clock.forward(seconds=5)
+    ranked(2, 7)
+    Foremost.create(hero=User.create())  # higher than all, and not due
+    expected = list(StepExecution.select().where(StepExecution.due_at <= clock()))
+    expected.sort(key=lambda each: (-each.priority, each.due_at, each.id))
+    assert [each.priority for each in expected] == [7, 7, 7, 2, 2, 0, 0, -3]
+    assert [task.args[0] for task in drive.huey.pending()] == [each.id for each in expected]
+    taken = []
+    while task := drive.huey.dequeue():
+        taken.append(task.args[0])
+        drive.huey.execute(task)
+    assert taken == [each.id for each in expected]
+    ranked(7)
+    clock.forward(days=1)
+    work_off(drive)
+    assert effects()[-2:] == ["foremost", "7"]
+
+
+class Foremost(Workflow):
+    step_options = {"priority": 9}
+
+    @step(wait=timedelta(days=1))
+    def one(self):
+        did("foremost")
+
+
+def _create_ranked(number, url, results):
+    db = open_database(url)
     for model in MODELS:
         model.bind(db)
-    drive = GenevaDrive(db)
-    drive.create_tables()
-    db.create_tables(MODELS)
-    workflow = Quick.create(hero=User.create())
+    GenevaDrive(db)
+    ranked(9)
+    results.put(1)
     db.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
-        other.execute("begin exclusive")
 
-        def is_over():
-            if other.in_transaction:
-                other.rollback()
-                db.timeout = 20
-            return reload(workflow).state == "finished"
 
-        drive.run(until=is_over)
-    assert "the version of the schema cannot be read: database is locked" in caplog.text
+def test_a_priority_that_another_process_adds_is_seen_within_a_second(database, db, drive):
+    ranked(0, 0)
+    drive.huey.execute(drive.huey.dequeue())  # the priorities are known by now
     db.close()
+    in_processes(1, _create_ranked, database.url)
+    until(lambda: drive.huey.storage.priorities() == (9, 0))
+    work_off(drive)
+    assert effects() == ["0", "9", "0"]
+
+
+def test_the_queue_shows_the_steps_as_tasks_with_their_times_and_priorities(drive, clock):
+    now = ranked(0)[0]
+    urgent = ranked(5)[0]
+    later = Tomorrow.create(hero=User.create())
+    waits = Asking.create(hero=User.create())
+    Confirming.create(hero=User.create()).pause()
+    Confirming.create(hero=User.create()).cancel()
+    gd._Attempt.claim(drive, scheduled(Plain.create(hero=User.create())).id)
+    Awaits.create(hero=User.create())  # without a limit
+    huey = drive.huey
+    shown = [(task.name, task.args, task.eta, task.priority) for task in huey.pending()]
+    ids = {each.id: each.execution_history.get().id for each in (now, urgent, later, waits)}
+    assert shown == [
+        ("perform_step", (ids[urgent.id],), None, 5),
+        ("perform_step", (ids[now.id],), None, None),
+    ]
+    day, month = clock.now + timedelta(days=1), clock.now + timedelta(days=30)
+    shown = [(task.args, task.eta.replace(tzinfo=timezone.utc)) for task in huey.scheduled()]
+    assert shown == [((ids[later.id],), day), ((ids[waits.id],), month)]
+    assert (len(huey), huey.pending_count(), huey.scheduled_count()) == (2, 2, 2)
+    assert [len(huey.pending(limit=1)), len(huey.scheduled(limit=1))] == [1, 1]
+    assert bool(huey)
+    assert [task.id for task in huey.pending()] == [
+        StepExecution.get_by_id(task.args[0]).job_id for task in huey.pending()
+    ]
+    assert (huey.all_results(), huey.result_count(), huey.flush_locks("any")) == ({}, 0, set())
+
+
+class Confirming(Workflow):
+    @step
+    def one(self):
+        did("confirming")
+
+
+@contextlib.contextmanager
+def told_by(huey):
+    """What Huey's signals and hooks tell of tasks."""
+    told = []
+
+    @huey.signal()
+    def receiver(name, task, error=None):
+        told.append((name, task.args[0]))
+
+    huey.pre_execute("told")(lambda task: told.append(("before", task.args[0])))
+    huey.post_execute("told")(lambda task, value, error: told.append(("after", task.args[0])))
+    try:
+        yield told
+    finally:
+        huey.disconnect_signal(receiver)
+        huey.unregister_pre_execute("told")
+        huey.unregister_post_execute("told")
+
+
+def test_signals_and_hooks_of_hueys_see_the_steps(db, drive, hero):
+    class FailsLater(Workflow):
+        @step
+        def one(self):
+            pass
+
+        @step(wait=10)
+        def two(self):
+            raise OddError
+
+    with told_by(drive.huey) as told:
+        with db.atomic():
+            workflow = FailsLater.create(hero=hero)
+            assert told == []  # nobody is told of what is not committed
+        first = scheduled(workflow).id
+        with pytest.raises(ZeroDivisionError), db.atomic():
+            FailsLater.create(hero=User.create())
+            raise ZeroDivisionError
+        assert told == [("enqueued", first)]
+        work_off(drive)
+        second = scheduled(workflow).id
+        performed = ["enqueued", "executing", "before", "after", "complete"]
+        assert sorted(told) == sorted([*((name, first) for name in performed), ("scheduled", second)])
+        assert [name for name, number in told if number == first] == performed
+        del told[:]
+        drive.clock = lambda: utcnow() + timedelta(seconds=11)
+        work_off(drive)
+        assert told == [(name, second) for name in ("executing", "before", "error", "after")]
+    assert reload(workflow).state == "paused"
+
+
+def test_a_step_that_a_hook_cancels_is_put_back_and_counts_as_no_attempt(drive, clock, hero):
+    workflow, canceled = Quick.create(hero=hero, options={"priority": 4}), []
+
+    @drive.huey.pre_execute("not yet")
+    def not_yet(task):
+        canceled.append(task.args[0])
+        raise CancelExecution
+
+    with told_by(drive.huey) as told:
+        assert drive.huey.execute(drive.huey.dequeue()) is None
+        assert ("canceled", scheduled(workflow).id) in told
+    drive.huey.unregister_pre_execute("not yet")
+    execution = scheduled(workflow)
+    assert canceled == [execution.id]
+    assert (history(workflow), effects()) == ([("one", "scheduled", None)], [])
+    assert (execution.started_at, execution.performed_by) == (None, None)
+    assert (execution.reattempts, execution.recoveries) == (0, 0)
+    assert reload(workflow).state == "ready"
+    assert drive.huey.dequeue() is None  # for a little while
+    assert execution.due_at > clock()
+    assert execution.scheduled_for <= clock()
+    assert execution.priority == 4
+    clock.forward(minutes=11)
+    work_off(drive)
+    assert (reload(workflow).state, effects()) == ("finished", ["one", "two", "three"])
+
+
+@pytest.mark.parametrize("error", [RetryTask, TaskLockedException, CancelExecution])
+def test_what_hueys_own_exceptions_do_in_a_body_is_what_other_errors_do(drive, hero, error):
+    class Raising(Workflow):
+        @step
+        def one(self):
+            raise error("so")
+
+    workflow = Raising.create(hero=hero)
+    work_off(drive)
+    assert (reload(workflow).state, history(workflow)) == ("paused", [("one", "failed", "failed")])
+
+
+REFUSED = {
+    "a task": lambda huey: huey.task()(lambda: did("no"))(),
+    "a task for later": lambda huey: huey.task()(lambda: did("no")).schedule(delay=1),
+    "many": lambda huey: huey.task()(lambda n: did("no")).map([1, 2]),
+    "a pipeline": lambda huey: huey.enqueue((task := huey.task()(lambda: did("no"))).s().then(task)),
+    "a group": lambda huey: huey.enqueue(group([huey.task()(lambda: did("no")).s()])),
+    "immediate": lambda huey: setattr(huey, "immediate", True),
+    "revoke_all": lambda huey: huey.revoke_all(huey._geneva_drive_tasks[0]),
+    "revoke_by_id": lambda huey: huey.revoke_by_id("any"),
+    "lock_task": lambda huey: huey.lock_task("any").acquire(),
+    "is_locked": lambda huey: huey.is_locked("any"),
+    "rate_limit": lambda huey: huey.rate_limit("any", 1, 1).__enter__(),
+    "put": lambda huey: huey.put("any", 1),
+    "result": lambda huey: huey.result("any"),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_what_the_drives_own_huey_does_not_do_it_refuses_in_words(drive, hero, call):
+    with pytest.raises(gd.ConfigurationError, match=r"the drive's own .*GenevaDrive\(db, huey=\.\.\.\)"):
+        REFUSED[call](drive.huey)
+    assert drive.huey.immediate is False
+    workflow = Quick.create(hero=hero)
+    work_off(drive)
+    assert effects() == ["one", "two", "three"]
+    assert reload(workflow).state == "finished"
+
+
+def test_flush_leaves_the_steps(drive, hero):
+    workflow = Quick.create(hero=hero)
+    Tomorrow.create(hero=hero)
+    drive.huey.flush()
+    for flush in ("flush_queue", "flush_schedule", "flush_results", "flush_counters"):
+        getattr(drive.huey.storage, flush)()
+    assert (drive.huey.pending_count(), drive.huey.scheduled_count()) == (1, 1)
+    work_off(drive)
+    assert reload(workflow).state == "finished"
+
+
+def test_periodic_tasks_run_in_the_scheduler_after_housekeeping_and_are_retried(drive, hero, monkeypatch):
+    told, sweep = [], gd._Recovery.sweep
+
+    def note(what):
+        told.append((what, threading.current_thread().name, drive._access.database.is_closed()))
+
+    monkeypatch.setattr(gd._Recovery, "sweep", lambda self: note("housekeeping") or sweep(self))
+
+    @drive.huey.periodic_task(lambda moment: len(told) < 20, retries=2, retry_delay=1)
+    def creates():
+        note("creates")
+        if sum(what == "creates" for what, *_ in told) < 3:
+            raise OddError
+        Quick.get_or_create(hero=hero)
+
+    @drive.huey.periodic_task(lambda moment: False)
+    def never():
+        note("never")
+
+    with told_by_names(drive.huey) as names:
+        drive.run(workers=2, until=lambda: "finished" in [each.state for each in Quick.select()])
+    whats = [what for what, thread, _ in told if thread == "Scheduler"]
+    assert whats[0] == "housekeeping"
+    assert whats.count("creates") >= 3
+    assert "never" not in whats
+    assert {thread for what, thread, _ in told if what == "creates"} == {"Scheduler"}
+    assert effects() == ["one", "two", "three"]
+    assert {"executing", "error", "retrying", "complete"} <= {name for name, task in names if task == "creates"}
+
+
+@contextlib.contextmanager
+def told_by_names(huey):
+    told = []
+    receiver = huey.signal()(lambda name, task, error=None: told.append((name, task.name)))
+    try:
+        yield told
+    finally:
+        huey.disconnect_signal(receiver)
+
+
+def test_a_periodic_task_leaves_no_connection_behind_in_the_scheduler(db, drive):
+    seen = []
+
+    @drive.huey.periodic_task(lambda moment: True)
+    def looks():
+        seen.append(User.select().count())
+
+    def tick():
+        for task in drive.huey.read_periodic(None):
+            drive.huey.enqueue(task)
+        return db.is_closed()
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(tick).result(timeout=30) is True
+    assert seen == [0]
+    db.connect(reuse_if_open=True)
+    tick()
+    assert not db.is_closed()  # it is the caller's
+
+
+MISPLACED = {
+    "paused": (
+        {"state": "paused", "transitioned_at": START},
+        {},
+        "is scheduled in a workflow that is paused, but in the queue default",
+    ),
+    "of nobody": ({}, {"queue": None}, "is scheduled in a workflow that is ready, but in no queue"),
+    "without a limit": (
+        {},
+        {"state": "waiting", "waiting_for": "told"},
+        "is waiting in a workflow that is ready, but in the queue default",
+    ),
+    "with a limit": (
+        {},
+        {"state": "waiting", "waiting_for": "told", "times_out_at": START, "queue": None},
+        "is waiting in a workflow that is ready, but in no queue",
+    ),
+    "performed": (
+        {"state": "performing"},
+        {"state": "in_progress"},
+        "is in_progress in a workflow that is performing, but in the queue default",
+    ),
+    "of no time": ({}, {"due_at": None}, "is in the queue default, but has the priority 0 and is due at None"),
+    "of no priority": ({}, {"priority": None}, "is in the queue default, but has the priority None and is due at .*"),
+}
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_the_doctor_tells_of_what_is_in_a_queue_by_mistake_or_in_none(drive, clock, hero, case):
+    workflow = Plain.create(hero=hero)
+    execution = scheduled(workflow)
+    assert drive.doctor() == []
+    changes, columns, problem = MISPLACED[case]
+    Workflow.update(**changes, token="x").where(Workflow.id == workflow.id).execute()
+    StepExecution.update(**{"number": 1, **columns}).where(StepExecution.id == execution.id).execute()
+    diagnosed_among(drive, f"execution {execution.id} {problem}")
+
+
+def diagnosed_among(drive, sentence):
+    """Assert that doctor() says something, and remove the rows."""
+    found = drive.doctor()
+    assert [each for each in found if re.fullmatch(sentence, each)], found
+    StepExecution.delete().execute()
+    Workflow.delete().execute()
+
+
+OUT_OF_THE_QUEUE = {
+    "paused": lambda drive, workflow: workflow.pause(),
+    "canceled": lambda drive, workflow: workflow.cancel(),
+    "claimed": lambda drive, workflow: gd._Attempt.claim(drive, scheduled(workflow).id),
+    "claimed and paused": lambda drive, workflow: (
+        gd._Attempt.claim(drive, scheduled(workflow).id),
+        reload(workflow).pause(),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OUT_OF_THE_QUEUE)
+def test_what_is_paused_canceled_or_claimed_is_in_no_queue(drive, clock, hero, way):
+    workflow = Plain.create(hero=hero)
+    OUT_OF_THE_QUEUE[way](drive, workflow)
+    (execution,) = workflow.execution_history
+    assert execution.queue is None
+    assert (messages(drive), drive.huey.dequeue()) == ([], None)
+
+
+def _take_all(number, url, results):
+    db = open_database(url)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db, run_on=0)
+
+    def work():
+        with db.connection_context():
+            for _ in range(1000):
+                task = drive.huey.dequeue()
+                if task is None:
+                    return
+                results.put(task.args[0])
+                drive.huey.execute(task)
+
+    with ThreadPoolExecutor(2) as threads:
+        for each in [threads.submit(work) for _ in range(2)]:
+            each.result()
+
+
+def test_several_threads_of_several_processes_take_each_step_once(database, db, drive):
+    Quick.create_many([User.create() for _ in range(30)])
+    for rank in (5, 0, 5):
+        ranked(rank)
+    db.close()
+    taken_by_all = in_processes(3, _take_all, database.url)
+    while drive.huey.pending_count():  # what came while all had looked
+        taken_by_all += in_processes(1, _take_all, database.url)
+    assert Counter(taken_by_all) == {each.id: 1 for each in StepExecution.select()}
+    assert {each.state for each in Workflow.select()} == {"finished"}
+    assert Counter(effects()) == {"one": 30, "two": 30, "three": 30, "5": 2, "0": 1}
 
 
 # ==== Housekeeping ====================================================================================================
@@ -9410,7 +9531,24 @@ def test_housekeeping_deletes_what_is_over_long_since_in_batches(drive, clock, h
     assert drive.housekeeping()["workflows_cleaned_up"] == 0
 
 
-def test_housekeeping_queues_again_what_is_overdue_once_per_threshold(drive, clock):
+@contextlib.contextmanager
+def sql_huey(db):
+    """A Huey of the application's whose messages are rows of the drive's own database."""
+    huey = SqlHuey(database=db, results=False)
+    try:
+        yield huey
+    finally:
+        huey.storage.drop_tables()
+
+
+@pytest.fixture
+def outside(db, drive, clock):
+    """A drive whose default queue is a Huey of the application's, which may lose what it is given."""
+    return GenevaDrive(db, huey=MemoryHuey("outside", results=False), queues=["own"], clock=clock)
+
+
+def test_housekeeping_queues_again_what_is_overdue_once_per_threshold(outside, clock):
+    drive = outside
     drive.housekeeping_batch_size = 2
     due = [Plain.create(hero=User.create()) for _ in range(5)]
     waiting = Plain.create(hero=User.create())
@@ -9430,32 +9568,64 @@ def test_housekeeping_queues_again_what_is_overdue_once_per_threshold(drive, clo
     assert scheduled(paused).execute() is False
 
 
-@pytest.mark.parametrize("outside", [None, "memory", "redis", "priorities"])
-def test_housekeeping_leaves_alone_what_a_queue_is_behind_with(db, drive, servers, outside):
+@pytest.mark.parametrize("kind", ["memory", "redis", "priorities", "sql"])
+def test_housekeeping_leaves_alone_what_a_queue_is_behind_with(db, drive, servers, kind):
     make = {
-        None: lambda: None,
-        "memory": lambda: MemoryHuey("behind", results=False),
-        "redis": lambda: RedisHuey("behind", url=servers.redis(), results=False),
-        "priorities": lambda: PriorityRedisHuey("behind_too", url=servers.redis(), results=False),
+        "memory": lambda: contextlib.nullcontext(MemoryHuey("behind", results=False)),
+        "redis": lambda: contextlib.nullcontext(RedisHuey("behind", url=servers.redis(), results=False)),
+        "priorities": lambda: contextlib.nullcontext(
+            PriorityRedisHuey("behind_too", url=servers.redis(), results=False)
+        ),
+        "sql": lambda: sql_huey(db),
     }
-    drive = GenevaDrive(db, huey=make[outside](), clock=Clock())
-    drive.huey.flush()
-    workflows = []
-    for _ in range(6):
-        workflows.append(Plain.create(hero=User.create()))
-        drive.clock.forward(minutes=10)
-    for _ in range(3):
+    with make[kind]() as huey:
+        drive = GenevaDrive(db, huey=huey, clock=Clock())
+        drive.huey.flush()
+        workflows = []
+        for _ in range(6):
+            workflows.append(Plain.create(hero=User.create()))
+            drive.clock.forward(minutes=10)
+        for _ in range(3):
+            assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+            drive.clock.forward(minutes=10)
+        lost = [drive.huey.dequeue().args[0] for _ in range(2)]
+        assert lost == [scheduled(each).id for each in workflows[:2]]
+        # The queue's first message is ten minutes younger than the second of the lost ones.
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
         assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
-        drive.clock.forward(minutes=10)
-    lost = [drive.huey.dequeue().args[0] for _ in range(2)]
-    assert lost == [scheduled(each).id for each in workflows[:2]]
-    # The queue's first message is ten minutes younger than the second of the lost ones.
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 2
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
-    assert messages(drive) == sorted(scheduled(each).id for each in workflows)
-    for _ in workflows:
-        drive.huey.execute(drive.huey.dequeue())
-    assert effects() == ["one"] * 6
+        assert messages(drive) == sorted(scheduled(each).id for each in workflows)
+        for _ in workflows:
+            drive.huey.execute(drive.huey.dequeue())
+        assert effects() == ["one"] * 6
+
+
+def test_housekeeping_has_nothing_to_do_with_what_the_drives_own_queue_is_behind_with(drive, clock):
+    workflows = [Plain.create(hero=User.create()) for _ in range(3)]
+    before = list(StepExecution.select().order_by(StepExecution.id).tuples())
+    for _ in range(3):
+        clock.forward(hours=10)
+        assert set(drive.housekeeping().values()) == {0}
+    assert list(StepExecution.select().order_by(StepExecution.id).tuples()) == before
+    assert messages(drive) == [scheduled(each).id for each in workflows]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_is_in_a_queue_that_a_deploy_took_away_comes_to_the_default_one(db, drive, clock, is_own):
+    with_it = {"queues": ["premium"] if is_own else {"premium": MemoryHuey("gone", results=False)}}
+    GenevaDrive(db, clock=clock, **with_it)
+    due, later, paused = (cls.create(hero=User.create(), options={"queue": "premium"}) for cls in (Quick, Plain, Quick))
+    scheduled(later).execute()
+    paused.pause()
+    drive = GenevaDrive(db, clock=clock)
+    assert [messages(drive), drive.housekeeping()["stuck_scheduled_recovered"]] == [[], 0]
+    clock.forward(minutes=2)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    assert messages(drive) == [scheduled(due).id]
+    clock.forward(days=3)
+    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+    drive.run_on = 60
+    work_off(drive)
+    assert [reload(each).state for each in (due, later, paused)] == ["finished", "finished", "paused"]
 
 
 def test_what_waits_behind_a_higher_priority_is_not_taken_for_lost(db, drive):
@@ -9464,22 +9634,23 @@ def test_what_waits_behind_a_higher_priority_is_not_taken_for_lost(db, drive):
         def one(self):
             pass
 
-    drive = GenevaDrive(db, clock=Clock())
-    waiting = Plain.create(hero=User.create())
-    drive.clock.forward(minutes=10)
-    urgent = Urgent.create(hero=User.create())
-    drive.clock.forward(minutes=10)
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
-    task = drive.huey.storage.Task
-    task.delete().where(task.priority == 0).execute()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
-    assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
-    task.delete().where(task.priority == 5).execute()
-    assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
-    assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
+    with sql_huey(db) as huey:
+        drive, task = GenevaDrive(db, huey=huey, clock=Clock()), huey.storage.Task
+        waiting = Plain.create(hero=User.create())
+        drive.clock.forward(minutes=10)
+        urgent = Urgent.create(hero=User.create())
+        drive.clock.forward(minutes=10)
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 0
+        task.delete().where(task.priority == 0).execute()
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+        assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
+        task.delete().where(task.priority == 5).execute()
+        assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
+        assert messages(drive) == sorted(scheduled(each).id for each in (waiting, urgent))
 
 
-def test_a_schedule_that_is_behind_is_not_taken_for_lost(db, drive, clock):
+def test_a_schedule_that_is_behind_is_not_taken_for_lost(outside, clock):
+    drive = outside
     workflow = Plain.create(hero=User.create())
     scheduled(workflow).execute()
     drive.huey.storage.flush_queue()
@@ -9489,7 +9660,8 @@ def test_a_schedule_that_is_behind_is_not_taken_for_lost(db, drive, clock):
     assert drive.housekeeping()["stuck_scheduled_recovered"] == 1
 
 
-def test_two_sweeps_at_once_recover_each_execution_once(database, db, drive, clock):
+def test_two_sweeps_at_once_recover_each_execution_once(db, outside, clock):
+    drive = outside
     for _ in range(20):
         gd._Attempt.claim(drive, scheduled(Plain.create(hero=User.create())).id)
         Quick.create(hero=User.create())
@@ -9568,11 +9740,13 @@ def test_the_doctor_tells_of_rows_that_do_not_fit_together(drive, hero):
         r"execution \d+ is scheduled, but the outcome canceled and the end .* do not fit",
         rf"workflow {finished.id} is finished, but its execution \d+ is scheduled",
         rf"workflow {finished.id} is finished, but stands at the step one",
+        r"execution \d+ is in_progress in a workflow that is ready, but in the queue default",
+        r"execution \d+ is scheduled in a workflow that is finished, but in the queue default",
     )
 
 
 def test_the_doctor_tells_of_an_index_that_is_missing_and_what_it_let_through(db, drive, hero):
-    on = {table: f" on {table}" if drive._dialect == "mysql" else "" for table in ENGINE_TABLES}
+    on = {table: f" on {table}" if drive._access.dialect.section == "mysql" else "" for table in ENGINE_TABLES}
     db.execute_sql(f"drop index geneva_drive_one_ongoing_workflow{on[ENGINE_TABLES[0]]}")
     db.execute_sql(f"drop index geneva_drive_one_active_execution{on[ENGINE_TABLES[1]]}")
     try:
@@ -9638,7 +9812,7 @@ def test_a_workflow_that_moves_on_while_one_asks_is_not_idle(drive, hero, monkey
         monkeypatch.undo()
         attempt.run()
 
-    monkeypatch.setattr(drive._db, "query_hooks", [move_on])
+    monkeypatch.setattr(drive._access.database, "query_hooks", [move_on])
     assert not drive.is_idle()
     assert attempt.execution.state == "completed"
     assert not drive.is_idle()
@@ -9675,125 +9849,217 @@ def plan(db, sql, params):
 #: How a plan tells that it reads a whole table. Not meant are partial indexes, which hold what a statement is about,
 #: what is inserted, and the signals, of which there are few here.
 SCANS = {
-    "sqlite": r"SCAN (?!\d* ?CONSTANT|t1 USING INDEX geneva_drive_(silent|overdue|expired|timeout|waiting))",
+    "sqlite": r"SCAN (?!\d* ?CONSTANT|(t1|e) USING INDEX geneva_drive_(silent|expired))",
     "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
-    "mysql": r"'type': '(ALL|index)', (?!.*'rows': None)",
+    "mysql": r"'table': '\w+', 'type': '(ALL|index)', (?!.*'rows': None)",
 }
 SORTS = {"sqlite": r"TEMP B-TREE FOR (ORDER|LAST)", "postgresql": r"(^|-> +)Sort ", "mysql": r"filesort"}
 
 
-def test_no_statement_reads_or_sorts_a_large_table(db, drive, clock, monkeypatch):
-    class Many(Workflow):
-        @step(wait=timedelta(days=30))
-        def far_away(self):
-            pass
+class Many(Workflow):
+    @step(wait=timedelta(days=30))
+    def far_away(self):
+        pass
 
-        @step(wait_for="answer", timeout=timedelta(days=30))
-        def asked(self):
-            pass
+    @step(wait_for="answer", timeout=timedelta(days=30))
+    def asked(self):
+        pass
 
-    class Asking(Workflow):
-        @step(wait_for="answer", timeout=timedelta(days=30))
-        def asks(self):
-            pass
 
-    User.insert_many([{"name": "one of many"}] * 6000).execute()
-    heroes = list(User.select())
-    for cls, number in ((Many, 6000), (Asking, 3000), (Plain, 6000), (Quick, 3000)):
-        assert cls.create_many(heroes[:number]) == number
-    over = Plain.select(Workflow.id).order_by(Workflow.id.desc()).limit(3000)  # and kept for a while
-    ids = [workflow.id for workflow in over]
-    now = clock()
-    StepExecution.update(state="canceled", outcome="canceled", finished_at=now).where(
-        StepExecution.workflow.in_(ids)
-    ).execute()
-    Workflow.update(state="canceled", current_step_name=None, transitioned_at=now).where(Workflow.id.in_(ids)).execute()
-    for model in (*gd.MODELS, *drive._embedded_models, User):
-        if drive._dialect != "sqlite":
-            verb = {"postgresql": "analyze", "mysql": "analyze table"}[drive._dialect]
-            cursor = db.execute_sql(f"{verb} {model._meta.table_name}")
-            assert drive._dialect == "postgresql" or cursor.fetchall()
+class Asking(Workflow):
+    @step(wait_for="answer", timeout=timedelta(days=30))
+    def asks(self):
+        pass
 
+
+class Pressing(Workflow):
+    step_options = {"priority": 5}
+
+    @step(wait=timedelta(days=30))
+    def one(self):
+        pass
+
+
+class Resting(Workflow):
+    @step
+    def one(self):
+        pass
+
+
+@contextlib.contextmanager
+def crowd(servers, kind, monkeypatch):
+    """A drive on a database that a test has for itself, and what fills its tables, of which there are no statistics."""
+    monkeypatch.setattr(gd._Postgresql, "execute", gd._Dialect.execute)  # the hooks see what is sent, as it is planned
+    monkeypatch.setattr(gd, "_heartbeat", silent_heartbeat())
+    db = open_database(servers.empty(kind))
+    with driven(db) as drive:
+        drive.clock = Clock()
+        if kind == "postgresql":
+            for model in gd.MODELS:
+                db.execute_sql(f"alter table {model._meta.table_name} set (autovacuum_enabled = off)")
+
+        def fill():
+            with db.atomic():
+                for batch in peewee.chunked([{"name": "one of many"}] * 20_000, 1000):
+                    User.insert_many(batch).execute()
+            heroes = list(User.select().order_by(User.id.desc()).limit(20_000))
+            for cls, number in ((Many, 20_000), (Pressing, 20_000), (Resting, 20_000), (Asking, 3000)):
+                assert cls.create_many(heroes[:number]) == number
+            resting = Workflow.type == "Resting"
+            ids = Workflow.select(Workflow.id).where(resting)
+            StepExecution.update(queue=None).where(StepExecution.workflow.in_(ids)).execute()
+            Workflow.update(state="paused", transitioned_at=START).where(resting).execute()
+            if kind == "postgresql":  # what these changes leave behind is passed over by the next look, and gone
+                db.execute_sql("vacuum")
+            return heroes
+
+        yield drive, fill
+    monkeypatch.undo()
+
+
+def analyze(db, kind):
+    verb = {"sqlite": "analyze", "postgresql": "analyze", "mysql": "analyze table"}[kind]
+    for model in (*gd.MODELS, User):
+        cursor = db.execute_sql(f"{verb} {model._meta.table_name}")
+        assert kind != "mysql" or cursor.fetchall()
+
+
+@contextlib.contextmanager
+def statements_sent(db):
+    """The statements on the engine's tables, with the parameters with which each was sent first."""
     sent = {}
 
     def hook(event):
-        if re.search(r"geneva_drive_(workflows|step|signals|huey)", event.sql):
+        if re.search(r"geneva_drive_(workflows|step|signals)", event.sql):
             sent.setdefault(event.sql, event.params)
 
     db.query_hooks.append(hook)
     try:
-        for run_on, fast_paths in itertools.product((0, 1), (gd.AT_ONCE, {})):
-            drive.run_on = run_on
-            monkeypatch.setattr(gd, "AT_ONCE", fast_paths)
-            for _ in range(3):
-                drive.huey.execute(drive.huey.dequeue())
-        monkeypatch.undo()
-        newcomer = User.create()
-        for cls in (Quick, Many, Asking):
-            workflow = cls.create(hero=newcomer)
-            with pytest.raises(gd.AlreadyOngoingError):
-                cls.create(hero=newcomer)
-            assert cls.get_or_create(hero=newcomer) == (workflow, False)
-            workflow.pause()
-            workflow.resume()
-        assert Asking.signal_hero(newcomer, "answer")
-        workflow.cancel()
-        assert Quick.create_many(heroes[3000:3500]) == 500
-        assert Quick.create_many(heroes[2900:3600], on_conflict="ignore") == 100
-        assert drive.huey.storage.read_schedule(clock().replace(tzinfo=None)) == []
-        assert set(drive.housekeeping().values()) == {0}
-        assert not drive.is_idle()
-        drive._progress(("default", None))
+        yield sent
     finally:
         db.query_hooks.remove(hook)
-    assert len(sent) > 30
-    blocks = [sent.pop(sql) and sql for sql in [*sent] if sql.startswith("begin not atomic")]
-    assert bool(blocks) == (drive._dialect == "mysql" and drive._has_fast_paths())
-    # MariaDB explains none of them: what reads in them is what the plain forms send, but for two keys.
-    for block in blocks:
-        parts = [part for part in re.split(r"; (?:else |if .*? else )?", block) if re.search("(?i)where", part)]
-        assert parts, block
-        for part in parts:
-            is_by_key = re.search(r"where id = found_id$|next_id, .* WHERE \(`t1`.`id` = %s\)$", part)
-            assert is_by_key or re.sub(".*(?=select id, data)|into found_id, found ", "", part) in sent, part
-    for sql, params in sent.items():
-        lines = plan(db, sql, params)
-        # Sorted may be: one hero's workflows, the processes at work, what a deploy left waiting and is to be woken.
-        waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT|.step_name. IN ", sql) else 2]
-        wasteful = [line for kind in waste for line in lines if re.search(kind[drive._dialect], line)]
-        if '."step_name" = %s) AND ("t1"."id" > %s)' in sql:
-            # Where PostgreSQL takes what waits there for less than a batch, it may think it shorter to sort that.
-            wasteful = [line for line in wasteful if not re.search(r"Sort .* rows=\d{1,3} ", line)]
-        assert not wasteful, f"{sql[:500]}: {lines}"
 
 
-def test_waiting_steps_whose_name_another_class_uses_are_looked_at_in_batches(drive, clock, monkeypatch):
-    class Waits(Workflow):
-        @step(wait_for="answer")
-        def confirm(self):
-            did("confirmed")
+def effort(db, kind, sql, params):
+    """How much a database reads for a statement, in units of its own; the statement is rolled back."""
+    with db.atomic() as transaction:
+        if kind == "postgresql":  # pages; what is prepared may be planned for these parameters, or for any
+            read, numbers = 0, (f"${number}" for number in itertools.count(1))
+            db.execute_sql(f"prepare probe as {re.sub('%s', lambda _: next(numbers), sql)}")
+            for mode in ("force_custom_plan", "force_generic_plan"):
+                db.execute_sql(f"set local plan_cache_mode = {mode}")
+                blanks = f"({', '.join(['%s'] * len(params))})" if params else ""
+                explain = f"explain (analyze, buffers, format json) execute probe {blanks}"
+                with db.atomic() as savepoint:
+                    ((found,),) = db.execute_sql(explain, params).fetchall()
+                    savepoint.rollback()
+                read = max(read, found[0]["Plan"]["Shared Hit Blocks"] + found[0]["Plan"]["Shared Read Blocks"])
+            db.execute_sql("deallocate probe")
+        elif kind == "mysql":  # rows
+            count = "show session status like %s"
+            before = db.execute_sql(count, ["Handler_read%"]).fetchall()
+            db.execute_sql(sql, params).fetchall()
+            after = db.execute_sql(count, ["Handler_read%"]).fetchall()
+            read = sum(int(number) for _, number in after) - sum(int(number) for _, number in before)
+        else:  # instructions
+            ticks = []
+            db.connection().set_progress_handler(lambda: ticks.append(1) and None, 1)
+            try:
+                db.execute_sql(sql, params).fetchall()
+            finally:
+                db.connection().set_progress_handler(None, 1)
+            read = len(ticks)
+        transaction.rollback()
+    return read
 
-    class Confirms(Workflow):
-        @step
-        def confirm(self):
-            did("confirmed")
 
-    workflows = [Waits.create(hero=User.create()) for _ in range(5)]
-    changed = [workflow.id for workflow in workflows[3:]]  # by a deploy: these have come to wait for nothing
-    Workflow.update(type="Confirms").where(Workflow.id.in_(changed)).execute()
-    drive.housekeeping_batch_size = 2
-    clock.forward(minutes=11)
-    looked_at = []
-    monkeypatch.setattr(
-        drive,
-        "_wake_those_needless",
-        lambda rows, wake=drive._wake_those_needless: looked_at.append(len(rows)) or wake(rows),
-    )
-    woken = [drive.housekeeping()["stuck_scheduled_recovered"] for _ in range(4)]
-    assert woken == [0, 1, 1, 0]
-    assert [number for number in looked_at if number] == [2, 2, 1, 2]  # of other names, there are none
-    work_off(drive)
-    assert effects() == ["confirmed", "confirmed"]
+@pytest.mark.parametrize("kind", SERVERS)
+def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_due(servers, kind, monkeypatch):
+    with crowd(servers, kind, monkeypatch) as (drive, fill):
+        db, storage = drive._access.database, drive.huey.storage
+
+        def costs():
+            """What is read by those who look for what is due, take it and end it; by statement."""
+            found = Counter()
+
+            def measure(work):
+                with statements_sent(db) as sent:
+                    result = work()
+                for sql, params in sent.items():
+                    if not sql.lower().startswith("insert"):
+                        found[sql] = max(found[sql], effort(db, kind, sql, params))
+                return result
+
+            for priority in (None, 5):  # a second one of each is there when it is measured what it took to take one
+                Plain.create(hero=User.create(), options=priority and {"priority": priority})
+            Quick.create(hero=User.create(), options={"priority": 5})
+            storage._asked = -math.inf
+            assert measure(storage.priorities) == (5, 0)
+            assert measure(lambda: [*drive._recovery._places()]) == [("default", 0), ("default", 5)]
+            for priority in (5, 5, None):
+                task = measure(drive.huey.dequeue)
+                assert task.priority == priority
+                measure(lambda: drive.huey.execute(task))  # noqa: B023
+            work_off(drive)
+            assert measure(drive.huey.dequeue) is None
+            assert measure(storage.first_due) > drive.clock()
+            assert not measure(drive.is_idle)
+            return found
+
+        Many.create(hero=User.create())  # the drive is never idle
+        Pressing.create(hero=User.create())
+        few = costs()
+        fill()
+        for is_analyzed in (False, True):
+            if is_analyzed:
+                analyze(db, kind)
+            many = costs()
+            assert len(many.keys() & few.keys()) > 8
+            too_much = {sql: (few[sql], cost) for sql, cost in many.items() if cost > 3 * few[sql] + 60}
+            assert not too_much
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
+    with crowd(servers, kind, monkeypatch) as (drive, fill):
+        db, heroes = drive._access.database, fill()
+        for cls, number in ((Plain, 6000), (Quick, 3000)):
+            assert cls.create_many(heroes[:number]) == number
+        over = [each.id for each in Plain.select(Workflow.id).order_by(Workflow.id.desc()).limit(3000)]
+        ended = {"state": "canceled", "outcome": "canceled", "finished_at": START, "queue": None}  # kept for a while
+        StepExecution.update(ended).where(StepExecution.workflow.in_(over)).execute()
+        ended = {"state": "canceled", "current_step_name": None, "transitioned_at": START}
+        Workflow.update(ended).where(Workflow.id.in_(over)).execute()
+        analyze(db, kind)
+        with statements_sent(db) as sent:
+            for run_on in (0, 1):
+                drive.run_on = run_on
+                for _ in range(3):
+                    drive.huey.execute(drive.huey.dequeue())
+            newcomer = User.create()
+            for cls in (Quick, Many, Asking):
+                workflow = cls.create(hero=newcomer)
+                with pytest.raises(gd.AlreadyOngoingError):
+                    cls.create(hero=newcomer)
+                assert cls.get_or_create(hero=newcomer) == (workflow, False)
+                workflow.pause()
+                workflow.resume()
+            assert Asking.signal_hero(newcomer, "answer")
+            workflow.cancel()
+            assert Quick.create_many(heroes[3000:3500]) == 500
+            assert Quick.create_many(heroes[2900:3600], on_conflict="ignore") == 100
+            assert drive.huey.storage.first_due() == START
+            assert set(drive.housekeeping().values()) == {0}
+            monkeypatch.setattr(drive._recovery, "_progress", lambda *_: START)
+            assert drive._recovery._recover_overdue("default", 0) == 0  # as for a queue of the application's
+            assert not drive.is_idle()
+        assert len(sent) > 30
+        for sql, params in sent.items():
+            lines = plan(db, sql, params)
+            # Sorted may be: one hero's workflows, the processes at work.
+            waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT", sql) else 2]
+            wasteful = [line for of_kind in waste for line in lines if re.search(of_kind[kind], line)]
+            assert not wasteful, f"{sql[:200]} … {sql[-1000:]}: {lines}"
 
 
 # ==== Consumers: real processes =======================================================================================
@@ -9808,6 +10074,7 @@ from datetime import datetime, timedelta, timezone
 from huey import MemoryHuey, PriorityRedisHuey
 from peewee import CharField, Model
 from playhouse.db_url import connect
+import geneva_drive
 from geneva_drive import GenevaDrive, Workflow, removed_step, step
 
 logging.basicConfig(level=logging.INFO)
@@ -9825,6 +10092,9 @@ drive = GenevaDrive(db, huey=outside, queues=["premium"])
 drive.stuck_in_progress_threshold = float(env.get("APP_THRESHOLD", 120))
 drive.stuck_scheduled_threshold = float(env.get("APP_OVERDUE", 60))
 drive.clock = lambda: datetime.now(timezone.utc) + timedelta(seconds=float(env.get("APP_CLOCK", 0)))
+if "APP_PATIENCE" in env:  # in place of ten seconds with the database, and of five to exit in
+    geneva_drive.PATIENCE_SECONDS = float(env["APP_PATIENCE"])
+    geneva_drive.EXIT_TIME = timedelta(seconds=float(env["APP_PATIENCE"]))
 huey = drive.huey
 
 class Customer(Model):
@@ -9961,8 +10231,8 @@ if __name__ == "__main__":
             time.sleep(0.15)
     elif command == "housekeeping":
         drive.housekeeping()
-    elif command == "lose":  # what Huey's scheduler does, and dies before it queues what it has taken out
-        print(len(huey.read_schedule()), flush=True)
+    elif command == "lose":  # what a worker takes, and dies before it begins
+        print(len([huey.dequeue() for _ in range(5)]), flush=True)
         os.kill(os.getpid(), 9)
     elif command == "run_until_idle":
         drive.run(until=drive.is_idle)
@@ -9971,6 +10241,149 @@ if __name__ == "__main__":
 """
 
 HEALING = {"APP_THRESHOLD": "3", "APP_OVERDUE": "1"}  # finds in seconds what the defaults find in minutes
+
+
+# A Python that has imported what every application does, and forks a process for each request: to start one new Python
+# after the other would take longer than all that the tests are about. With a request come a socket, the output and the
+# errors. Over the socket go what to run, where and with what environment; and back the process's id, its stops and its
+# end, which a process for each request waits for: this one stays without threads, since it forks.
+NURSERY = """
+import contextlib, importlib, json, os, runpy, signal, socket, sys, time
+
+for name in ("geneva_drive", "huey.consumer", "huey.consumer_options", "psycopg2", "pymysql", "redis"):
+    with contextlib.suppress(ImportError):  # a test that needs it says so
+        importlib.import_module(name)
+
+def next_request():
+    while fds := socket.recv_fds(requests, 1, 3)[1]:
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return socket.socket(fileno=fds[0]), *fds[1:]
+        for fd in fds:
+            os.close(fd)
+    os._exit(0)  # whom they are for is gone
+
+def wait_for(child):
+    status = None
+    while status is None or os.WIFSTOPPED(status):
+        _, status = os.waitpid(child, os.WUNTRACED)
+        line = "stopped" if os.WIFSTOPPED(status) else str(os.waitstatus_to_exitcode(status))
+        own.sendall(line.encode() + b"\\n")
+    os._exit(0)
+
+requests = socket.socket(fileno=int(sys.argv[1]))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries those who wait
+own, output, errors = next_request()
+requests.close()
+what = json.loads(own.makefile().readline())
+if child := os.fork():
+    os.close(output)
+    os.close(errors)
+    wait_for(child)
+os.setsid()
+own.sendall(f"{os.getpid()}\\n".encode())
+own.close()
+for fd, inherited in ((output, 1), (errors, 2)):
+    os.dup2(fd, inherited)
+    os.close(fd)
+os.environ.clear()
+os.environ.update(what["env"])
+time.tzset()
+os.chdir(what["cwd"])
+sys.argv, sys.path[0] = what["arguments"], what["cwd"]
+if sys.argv[0] == "-m":
+    sys.argv.pop(0)
+    runpy._run_module_as_main(sys.argv[0])
+elif sys.argv[0] == "-c":
+    exec(sys.argv.pop(1))
+else:
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    __file__ = sys.argv[0]
+    with open(__file__) as script:
+        code = compile(script.read(), os.path.abspath(__file__), "exec")
+    exec(code)
+"""
+
+
+class Nursery:
+    """A running nursery, which ends with this process."""
+
+    def __init__(self):
+        self.requests, there = socket.socketpair()
+        with there:
+            how = {"pass_fds": [there.fileno()], "start_new_session": True}
+            self.process = python("-c", NURSERY, there.fileno(), **how)
+
+    def close(self):
+        self.requests.close()
+        self.process.wait()
+
+
+nursery = functools.cache(Nursery)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_the_nursery():
+    yield
+    if nursery.cache_info().currsize:
+        nursery().close()
+
+
+class Process:
+    """A process of the nursery, in a session of its own: a consumer that is killed leaves its worker processes."""
+
+    def __init__(self, *arguments, output, errors, cwd, env):
+        self.returncode, self._said = None, b""
+        self._own, there = socket.socketpair()
+        with there:
+            socket.send_fds(nursery().requests, [b"."], [there.fileno(), output.fileno(), errors.fileno()])
+        what = {"arguments": [*map(str, arguments)], "cwd": str(cwd), "env": {**os.environ, **env}}
+        self._own.sendall(json.dumps(what).encode() + b"\n")
+        self.pid = int(self._line(60))
+
+    def _line(self, timeout):
+        self._own.settimeout(timeout)
+        while b"\n" not in self._said:
+            said = self._own.recv(1024)
+            assert said, "the nursery is gone"
+            self._said += said
+        line, _, self._said = self._said.partition(b"\n")
+        return line.decode()
+
+    def wait(self, timeout=60):
+        while self.returncode is None:
+            if (line := self._line(timeout)) != "stopped":
+                self.returncode = int(line)
+                self._own.close()
+        return self.returncode
+
+    def wait_until_stopped(self):
+        assert self._line(60) == "stopped"
+
+    def poll(self):
+        with contextlib.suppress(BlockingIOError):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def completed(*arguments, cwd, env=None):
+    """Run a process of the nursery to its end; returns the exit code, the output and the errors."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        status, texts = Process(*arguments, output=output, errors=errors, cwd=cwd, env=env or {}).wait(), []
+        for each in (output, errors):
+            each.seek(0)
+            texts.append(each.read())
+        return status, *texts
 
 
 class App:
@@ -9991,18 +10404,13 @@ class App:
     def start(self, *arguments, **env):
         """A process that logs to log0, log1, … in the order of their starts."""
         with (self.folder / f"log{len(self.processes)}").open("w") as log:
-            # A session of its own: a consumer that is killed leaves its worker processes behind.
-            where = {"cwd": self.folder, "start_new_session": True}
-            process = python(*arguments, env={**self.env, **env}, stdout=log, stderr=log, **where)
+            process = Process(*arguments, output=log, errors=log, cwd=self.folder, env={**self.env, **env})
         self.processes.append(process)
         return process
 
     def run(self, *arguments, **env):
-        process = python(
-            "app.py", *arguments, cwd=self.folder, env={**self.env, **env}, stdout=subprocess.PIPE, text=True
-        )
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
+        status, output, errors = completed("app.py", *arguments, cwd=self.folder, env={**self.env, **env})
+        assert status == 0, errors
         return output.strip()
 
     def consumer(self, *options, queue="huey", **env):
@@ -10050,10 +10458,10 @@ def app(request, servers, tmp_path):
     app.close()
 
 
-@pytest.mark.parametrize("options", [["-w", "2"], ["-w", "2", "-k", "process"]], ids=["threads", "processes"])
-def test_a_script_run_as_main_and_a_consumer_that_imports_it_share_their_workflows(app, options):
+@pytest.mark.parametrize(("app", "kind"), list(zip(SERVERS, ("thread", "process", "thread"))), indirect=["app"])
+def test_a_script_run_as_main_and_a_consumer_that_imports_it_share_their_workflows(app, kind):
     workflow = app.create("Welcome")
-    consumer = app.consumer(*options)
+    consumer = app.consumer("-w", "2", "-k", kind)
     until(lambda: app.state(workflow) == "finished")
     assert app.traces()[:2] == ["one Ada", "two"]
     later = app.create("Welcome")
@@ -10083,44 +10491,15 @@ def test_a_consumer_on_redis_takes_over_what_was_committed_here(servers, tmp_pat
         workflow = app.create("Welcome")
         app.consumer("-w", "2", "-k", "process")
         until(lambda: app.state(workflow) == "finished")
-        assert "geneva_drive_huey_task" in app.db.get_tables()  # for the premium queue, which is embedded
-        assert app.db.execute_sql("select count(*) from geneva_drive_huey_task").fetchone() == (0,)
+        premium = app.create("Welcome", "premium")  # which is the drive's own
+        (app.folder / "premium.py").write_text("import app\nhuey = app.drive.queues['premium']\n")
+        app.start("-m", "huey.bin.huey_consumer", "premium.huey")
+        until(lambda: app.state(premium) == "finished")
     finally:
         app.close()
 
 
-@pytest.mark.parametrize("way", ["run", "consumer"])
-def test_draining_ends_the_step_under_way_and_leaves_the_next_in_the_tables(app, way):
-    workflow = app.create("Slow")
-    process = app.start("app.py", "run") if way == "run" else app.consumer("-g", "TERM")
-    until(lambda: "one begins" in app.traces())
-    process.send_signal(signal.SIGTERM)
-    until(lambda: ("draining" if way == "run" else "Shutting down gracefully") in (app.folder / "log0").read_text())
-    app.gate.touch()
-    assert process.wait(timeout=30) == 0
-    assert app.traces() == ["one begins", "one ends"]
-    assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
-    app.start("app.py", "run")
-    until(lambda: app.state(workflow) == "finished")
-    assert app.traces() == ["one begins", "one ends", "two"]
-
-
-def test_a_killed_consumers_step_runs_again_in_the_next_one(app):
-    workflow = app.create("Slow")
-    consumer = app.consumer(APP_THRESHOLD="0.5")
-    until(lambda: app.traces() == ["one begins"])
-    consumer.send_signal(signal.SIGKILL)
-    consumer.wait()
-    app.gate.touch()
-    until(lambda: StepExecution.get().heartbeat_at < utcnow() - timedelta(seconds=0.6))
-    app.consumer(APP_THRESHOLD="0.5")  # sweeps as it starts
-    until(lambda: app.state(workflow) == "finished")
-    assert app.traces() == ["one begins", "one begins", "one ends", "two"]
-    assert [each.outcome for each in StepExecution.select().order_by(StepExecution.id)] == [
-        *("recovered", "success", "success")
-    ]
-
-
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_a_named_queue_is_served_by_its_own_consumer(app):
     workflow = app.create("Welcome", "premium")
     (app.folder / "premium.py").write_text("import app\nhuey = app.drive.queues['premium']\n")
@@ -10167,7 +10546,7 @@ def test_a_drive_that_was_replaced_says_so_and_has_no_part_in_the_work_of_the_la
         for call in (
             *calls,
             functools.partial(old._perform, theirs.id),
-            functools.partial(old._tasks["default"], ours.id),
+            functools.partial(old._dispatch.tasks["default"].call_local, ours.id, task=None),
         ):
             with pytest.raises(
                 gd.ConfigurationError, match=r"on the database .*old.db', was replaced by a later one, on"
@@ -10388,10 +10767,25 @@ def test_run_ends_by_the_second_signal_though_what_that_interrupts_fails_in_its_
     until(lambda: not {"Worker-1", "Scheduler"} & {each.name for each in threading.enumerate()})
 
 
+def test_a_worker_that_looks_into_the_queue_as_its_run_ends_ends_too(drive, monkeypatch):
+    is_looking, is_over = threading.Event(), threading.Event()
+
+    def take(*_):
+        is_looking.set()
+        is_over.wait()
+
+    monkeypatch.setattr(gd._Attempt, "take", take)
+    drive.run(until=is_looking.is_set, shutdown_timeout=0)
+    worker = next(each for each in threading.enumerate() if each.name == "Worker-1")
+    is_over.set()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
 def test_a_worker_of_a_drive_that_was_replaced_closes_its_connection_as_it_ends(db, drive):
     GenevaDrive(db)
     db.connect(reuse_if_open=True)
-    drive._end_worker()
+    drive._dispatch._end_worker()
     assert db.is_closed()
 
 
@@ -10416,17 +10810,27 @@ def test_run_waits_for_the_steps_under_way_no_longer_than_it_is_told_to(db, driv
 
 @contextlib.contextmanager
 def sleepy_consumer(drive, workers):
-    """A consumer that looks for messages every ten minutes, if nothing wakes it; ends in good time all the same."""
+    """A consumer that looks into its queue every ten minutes, if nothing wakes it; ends in good time all the same."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    consumer = drive.huey.create_consumer(workers=workers, initial_delay=600, max_delay=600)
-    consumer.start()
-    try:
-        yield consumer
-    finally:
-        began = time.monotonic()
-        consumer.stop(graceful=True)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gd, "SHORTEST_NAP", 600)
+        patch.setattr(gd, "LONGEST_NAP", 600)
+        drive.huey.storage.begin()
+        consumer, idle = drive.huey.create_consumer(workers=workers), drive.huey.storage.idle
+        consumer.start()
+        try:
+            until(lambda: idle.waiting == workers and idle.is_watched)
+            yield consumer
+        finally:
+            consumer.stop_flag.set()
+            with idle.changed:
+                idle.nap, idle.news = 0, idle.news + 1
+                idle.changed.notify_all()
+            began = time.monotonic()
+            consumer.stop(graceful=True)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    drive.huey.storage.begin()
     assert time.monotonic() - began < 60
 
 
@@ -10439,29 +10843,60 @@ def test_workers_of_the_same_process_are_woken_by_what_is_committed(db, drive, h
             gates[self.context["gate"]].set()
             assert all(gate.wait(timeout=30) for gate in gates)
 
-    with sleepy_consumer(drive, workers=3) as consumer:
-        until(lambda: len(consumer.stop_flag.bell._waiters) == 3)
-        with db.atomic():  # a message for each of the workers
+    with sleepy_consumer(drive, workers=3):
+        idle = drive.huey.storage.idle
+        with db.atomic():  # a step for each of the workers
             workflows = [Gated.create(hero=User.create(), context={"gate": number}) for number in range(3)]
+            assert idle.waiting == 3
         for workflow in workflows:
             until(lambda workflow=workflow: reload(workflow).state == "finished")
+        until(lambda: idle.waiting == 3)
         with db.atomic() as transaction:
             Quick.create(hero=hero)
             transaction.rollback()
         drive.run_on = 0  # each step goes through the queue
         workflow = Quick.create(hero=hero)
         until(lambda: reload(workflow).state == "finished")
+        for number, priority in enumerate((7, -7, 3)):  # that the queue has not seen yet
+            workflow = Quick.create(hero=User.create(), options={"priority": priority})
+            until(lambda workflow=workflow: reload(workflow).state == "finished")
+            assert len(effects()) == 3 * (number + 2)
+        assert Quick.create_many([User.create() for _ in range(4)]) == 4
+        until(lambda: Quick.select().where(Workflow.state == "finished").count() == 8)
 
 
-def test_a_message_that_falls_due_wakes_a_worker(drive, hero):
-    class Soon(Workflow):
-        @step(wait=0.1)
-        def one(self):
-            did("one")
+class Soon(Workflow):
+    @step(wait=0.05)
+    def one(self):
+        did("soon")
 
-    with sleepy_consumer(drive, workers=1):
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_falls_due_wakes_a_worker_at_its_time(drive, hero, workers):
+    with sleepy_consumer(drive, workers):
         workflow = Soon.create(hero=hero)
         until(lambda: reload(workflow).state == "finished")
+        Tomorrow.create(hero=User.create())
+        idle = drive.huey.storage.idle
+        until(lambda: idle.first_due and idle.first_due > utcnow())  # the one who watches knows of it
+        workflow = Soon.create(hero=User.create())  # and this one comes before it
+        until(lambda: reload(workflow).state == "finished")
+    assert effects() == ["soon", "soon"]
+    for each in StepExecution.select().where(StepExecution.step_name == "one", StepExecution.started_at.is_null(False)):
+        assert each.started_at >= each.scheduled_for
+
+
+def test_an_idle_consumer_looks_no_more_often_the_more_workers_it_has(db, drive, hero, monkeypatch):
+    """One of its workers watches the queue, and only what is due makes the others look."""
+    with sleepy_consumer(drive, workers=4):
+        sent = []
+        monkeypatch.setattr(db, "query_hooks", [lambda event: sent.append(event.sql)])
+        Tomorrow.create(hero=hero)
+        until(lambda: drive.huey.storage.idle.first_due)
+        time.sleep(2 * gd.STOP_SECONDS)
+        looks = [sql for sql in sent if re.search("(?i)due_at. <= |execute geneva_drive", sql)]
+        monkeypatch.undo()
+    assert len(looks) <= 3, looks
 
 
 def test_run_serves_the_queues_that_it_is_told_to_and_ends_when_it_is_told_to(db, drive, hero):
@@ -10602,7 +11037,7 @@ WHO_AM_I = {"sqlite": "select 1", "postgresql": "select pg_backend_pid()", "mysq
 KILL = {"sqlite": "select {}", "postgresql": "select pg_terminate_backend({})", "mysql": "kill {}"}
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:unclosed <(socket|ssl):ResourceWarning")
 def test_every_driver_tells_of_a_lost_connection_which_is_replaced(connects):
     connect_anew, kind = connects
     other, lost = connect_anew(), []
@@ -10611,7 +11046,7 @@ def test_every_driver_tells_of_a_lost_connection_which_is_replaced(connects):
         @step
         def one(self):
             if not lost:
-                lost.append(drive._db.execute_sql(WHO_AM_I[kind]).fetchone()[0])
+                lost.append(drive._access.database.execute_sql(WHO_AM_I[kind]).fetchone()[0])
                 with other.connection_context():
                     other.execute_sql(KILL[kind].format(lost[0]))
                 time.sleep(0.1)
@@ -10632,7 +11067,8 @@ def test_every_driver_tells_of_a_lost_connection_which_is_replaced(connects):
     gc.collect()  # mysql-connector does not close the socket of a connection that the server has ended
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.exhaustive("postgresql", "mysql")  # the drive's own database, not the driver's
+@pytest.mark.filterwarnings("ignore:unclosed <(socket|ssl):ResourceWarning")
 def test_with_every_driver_a_lost_connection_to_a_heros_own_database_is_replaced(db, drive, connects):
     connect_anew, kind = connects
     elsewhere, other = connect_anew(), connect_anew()
@@ -10664,7 +11100,7 @@ def test_every_driver_tells_that_the_tables_are_missing(connects):
     drive = GenevaDrive(connects[0]())
     with pytest.raises(gd.GenevaDriveError, match="has no tables of GenevaDrive"):
         drive.stats()
-    drive._db.close()
+    drive._access.database.close()
 
 
 # ==== Failures of the parts: real servers, real signals ===============================================================
@@ -10766,15 +11202,14 @@ def is_connected(db):
     return not db.is_closed()
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
-@pytest.mark.parametrize("way", ["run", "processes"])
+@pytest.mark.parametrize(("kind", "way"), [("postgresql", "run"), ("mysql", "processes")])
 def test_a_long_step_lives_on_though_others_take_all_connections(servers, tmp_path, kind, way):
     url, taken = servers.empty(kind), []
     with limited_account(url, 8) as few, contextlib.closing(App(tmp_path, few)) as app:
         workflow = app.create("Aloof")
         app.start(*WAYS[way], APP_THRESHOLD="2")
         until(lambda: app.notes() == [f"{workflow} begins"])
-        ends = time.monotonic() + 5
+        ends = time.monotonic() + 3
         while time.monotonic() < ends:
             taken.append(open_database(few))
             try:
@@ -10888,12 +11323,12 @@ def test_on_sqlite_the_threads_of_a_process_take_turns_and_do_not_find_the_datab
     begun, go_on = threading.Event(), threading.Event()
 
     def first():
-        with db.connection_context(), drive._begin(), drive._begin():  # a savepoint needs no turn
+        with db.connection_context(), drive._access.begin(), drive._access.begin():  # a savepoint needs no turn
             begun.set()
             assert go_on.wait(timeout=30)
 
     def second():
-        with db.connection_context(), drive._begin():
+        with db.connection_context(), drive._access.begin():
             return "written"
 
     with ThreadPoolExecutor(3) as threads:
@@ -10908,7 +11343,7 @@ def test_on_sqlite_the_threads_of_a_process_take_turns_and_do_not_find_the_datab
         holding.result()
         assert waiting.result() == "written"
         threads.submit(second).result()
-    with pytest.raises(ZeroDivisionError), db, drive._begin():
+    with pytest.raises(ZeroDivisionError), db, drive._access.begin():
         raise ZeroDivisionError
     with ThreadPoolExecutor(1) as threads:
         assert threads.submit(second).result() == "written"
@@ -10924,7 +11359,8 @@ def test_a_writer_that_locks_sqlite_for_seconds_delays_everything_and_loses_noth
         writer.execute("begin immediate")
         app.gate.touch()
         producer = app.start("app.py", "create_another", "Later", APP_TIMEOUT=str(timeout))
-        time.sleep(6)
+        until(lambda: f"{to_be_recorded} ends" in app.notes())
+        time.sleep(3)
         assert app.notes() == [f"{to_be_recorded} {what}" for what in ("begins", "ends")]
         writer.rollback()
         writer.close()
@@ -10936,11 +11372,12 @@ def test_a_writer_that_locks_sqlite_for_seconds_delays_everything_and_loses_noth
         assert is_unharmed(app, consumer)
 
 
-def test_a_full_schedule_that_dies_with_the_scheduler_is_made_up_for(app):
+def test_a_process_that_dies_with_what_it_took_has_lost_nothing(app):
     app.run("create_many", "Later", 300)
     until(lambda: StepExecution.select(peewee.fn.MIN(StepExecution.scheduled_for)).scalar() < utcnow())
     loser = app.start("app.py", "lose")
-    assert (loser.wait(timeout=30), app.log()) == (-signal.SIGKILL, "300\n")
+    assert (loser.wait(timeout=30), app.log().splitlines()[-1]) == (-signal.SIGKILL, "5")
+    assert StepExecution.select().where(StepExecution.state == "in_progress").count() == 5
     app.start(*CONSUMER, **HEALING)
     until(app.are_over)
     assert sorted(app.notes()) == sorted(f"{each.id} one" for each in Workflow.select())
@@ -10964,7 +11401,7 @@ def stop(app, process):
             writer = lock.enter_context(contextlib.closing(sqlite3.connect(app.db.database, timeout=30)))
             writer.execute("begin immediate")
         os.killpg(process.pid, signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)  # it goes on for a moment
+        process.wait_until_stopped()  # it goes on for a moment
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
@@ -11071,13 +11508,16 @@ def test_the_step_of_a_consumer_that_is_killed_runs_again_at_once_in_the_next_on
     app.gate.touch()
     until(lambda: app.state(workflow) == "finished")
     assert app.notes() == [f"{workflow} {what}" for what in ("begins", "begins", "ends", "two")]
+    assert [each.outcome for each in StepExecution.select().order_by(StepExecution.id)] == [
+        *("recovered", "success", "success")
+    ]
     assert app.doctor() == []
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH[:2], indirect=["app"])
 def test_the_step_of_a_process_that_exits_is_soon_recovered_on_another_host_but_not_while_it_goes_on(app, way):
     workflow = app.create("Aloof")
-    consumer = app.start(*WAYS[way], APP_EXIT="7")
+    consumer = app.start(*WAYS[way], APP_EXIT="5", APP_PATIENCE="3")
     until(lambda: app.notes() == [f"{workflow} begins"])
     StepExecution.update(performed_by="another host/1/1").execute()  # about which nobody here knows anything
     consumer.send_signal(signal.SIGTERM)
@@ -11085,11 +11525,11 @@ def test_the_step_of_a_process_that_exits_is_soon_recovered_on_another_host_but_
         until(lambda: "draining" in app.log())
         consumer.send_signal(signal.SIGTERM)
     until(lambda: f"{consumer.pid} exits" in app.notes())
-    time.sleep(6)  # longer than a process usually takes to exit: this one is still there
+    time.sleep(4)  # longer than a process usually takes to exit: this one is still there
     app.run("housekeeping")
     assert history(Workflow.get_by_id(workflow)) == [("one", "in_progress", None)]
     consumer.wait(timeout=30)
-    app.run("housekeeping", APP_CLOCK="6")
+    app.run("housekeeping", APP_CLOCK="4")
     assert history(Workflow.get_by_id(workflow))[0] == ("one", "failed", "recovered")
     assert app.notes()[:1] == [f"{workflow} begins"]
     assert app.doctor() == []
@@ -11149,6 +11589,25 @@ DRAINING = {
 
 
 @pytest.mark.parametrize("way", DRAINING)
+def test_draining_ends_the_step_under_way_and_leaves_the_next_in_the_tables(servers, tmp_path, way):
+    arguments, number, answer = DRAINING[way]
+    kind = SERVERS[list(DRAINING).index(way) % len(SERVERS)]
+    with running_app(tmp_path, servers.empty(kind)) as app:
+        workflow = app.create("Slow")
+        consumer = app.start(*arguments)
+        until(lambda: app.traces() == ["one begins"])
+        consumer.send_signal(signal.Signals[number])
+        until(lambda: answer in app.log())
+        app.gate.touch()
+        assert consumer.wait(timeout=30) == 0
+        assert app.traces() == ["one begins", "one ends"]
+        assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
+        app.start(*RUN)
+        until(lambda: app.state(workflow) == "finished")
+        assert app.traces() == ["one begins", "one ends", "two"]
+
+
+@pytest.mark.parametrize("way", DRAINING)
 def test_a_resumable_step_of_a_consumer_that_drains_goes_on_in_the_next_one_and_repeats_nothing(servers, tmp_path, way):
     arguments, number, answer = DRAINING[way]
     kind = SERVERS[list(DRAINING).index(way) % len(SERVERS)]
@@ -11170,8 +11629,11 @@ def test_a_resumable_step_of_a_consumer_that_drains_goes_on_in_the_next_one_and_
         assert app.notes() == [str(place) for place in PLACES] + ["two"]
 
 
-@pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
-@pytest.mark.parametrize("call", ["pause", "cancel"])
+@pytest.mark.parametrize(
+    ("app", "way", "call"),
+    [(*each, call) for each, call in zip(ONE_WAY_EACH, ("pause", "cancel", "pause"))],
+    indirect=["app"],
+)
 def test_a_call_from_another_process_stops_a_resumable_step_at_its_next_checkpoint(app, way, call):
     def command(name):
         assert app.start("-m", "geneva_drive", "app:drive", name, workflow).wait(timeout=30) == 0
@@ -11201,19 +11663,6 @@ def test_a_strange_name_of_a_process_does_not_stop_recovery(drive, clock, hero):
     assert drive.housekeeping()["stuck_in_progress_recovered"] == 4
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_run_ends_the_step_under_way_on_either_signal(servers, tmp_path, number):
-    with running_app(tmp_path, servers.empty("sqlite")) as app:
-        workflow = app.create("Aloof")
-        consumer = app.start(*RUN)
-        until(lambda: app.notes() == [f"{workflow} begins"])
-        consumer.send_signal(signal.Signals[number])
-        until(lambda: "draining" in app.log())
-        app.gate.touch()
-        assert consumer.wait(timeout=30) == 0
-        assert history(Workflow.get_by_id(workflow)) == [("one", "completed", "success"), ("two", "scheduled", None)]
-
-
 SIGNALS_ITSELF = """
 import os, signal, sys
 from peewee import SqliteDatabase
@@ -11236,13 +11685,15 @@ def test_run_ends_on_a_signal_at_any_instant_of_its_loop(tmp_path):
     database = SqliteDatabase(path)
     GenevaDrive(database).create_tables()
     database.close()
+    where = {"output": sys.__stderr__, "errors": sys.__stderr__, "cwd": tmp_path, "env": {}}
     for first in range(1, 25, 4):  # a call, or a return from one, in the main thread
-        some = [python("-c", SIGNALS_ITSELF, path, instant) for instant in range(first, first + 4)]
+        some = [Process("-c", SIGNALS_ITSELF, path, instant, **where) for instant in range(first, first + 4)]
         try:
             assert [each.wait(timeout=20) for each in some] == [0] * 4
         finally:
             for each in some:
                 each.kill()
+                each.wait()
 
 
 def test_a_second_signal_interrupts_what_run_is_asked_until_when(tmp_path):
@@ -11311,7 +11762,7 @@ class Wire:
 def test_a_second_signal_ends_a_run_that_looks_into_a_database_that_never_answers_again(servers, tmp_path, kind):
     with contextlib.closing(Wire(servers.empty(kind))) as wire, contextlib.closing(App(tmp_path, wire.url)) as app:
         workflow = app.create("Aloof")
-        process = app.start("app.py", "run_until_idle")
+        process = app.start("app.py", "run_until_idle", APP_PATIENCE="1")
         until(lambda: app.notes() == [f"{workflow} begins"])
         wire.is_cut = True
         time.sleep(0.5)  # by then it looks
@@ -11362,7 +11813,7 @@ def test_a_consumer_whose_database_is_gone_for_good_ends_when_it_is_told_to(serv
     try:
         workflow = app.create("Aloof") if state else None
         connected = len(wire.sockets)
-        consumer = app.start(*WAYS[way], APP_THRESHOLD="10")
+        consumer = app.start(*WAYS[way], APP_THRESHOLD="2", APP_PATIENCE="2")
         until(lambda: app.log().count("Huey consumer started") >= 2)  # of two queues, or told twice
         until(lambda: app.notes() == [f"{workflow} begins"] if state else len(wire.sockets) >= connected + 8)
         if "killed" in case:
@@ -11374,7 +11825,7 @@ def test_a_consumer_whose_database_is_gone_for_good_ends_when_it_is_told_to(serv
         for number in signals:
             consumer.send_signal(signal.Signals[number])
             until(lambda: "draining" in app.log() or "Shutting down" in app.log())
-        consumer.wait(timeout=30)  # the patience with a step that is to be recorded is ten seconds
+        consumer.wait(timeout=30)
         until(lambda: is_group_gone(consumer.pid))
     finally:
         wire.close()
@@ -11845,6 +12296,7 @@ def test_ids_that_no_database_takes_are_refused_in_a_line(command_line):
         assert (status, output, errors.count("\n")) == (1, "", 1)
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_a_worker_on_the_command_line_drains_on_sigterm(app):
     workflow = app.create("Slow", "premium")
     # As __main__ the module is loaded a second time; the application's classes are of the one that it imports.
@@ -11879,13 +12331,10 @@ def test_what_stands_at_a_step_that_is_gone_is_moved_on_with_resume_at(command_l
     assert (reload(workflow).state, scheduled(workflow).step_name) == ("ready", "three")
 
 
-def command(folder, *arguments, module="geneva_drive", **kwargs):
-    process = python(
-        "-m", module, *arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
-    output, errors = process.communicate(timeout=60)
+def command(folder, *arguments, module="geneva_drive", env=None):
+    status, output, errors = completed("-m", module, *arguments, cwd=folder, env=env)
     assert "Traceback" not in errors, errors
-    return process.returncode, output, errors
+    return status, output, errors
 
 
 SHOP = """
@@ -11910,16 +12359,16 @@ class Greets(Workflow):
 def setup():
     db.create_tables([Customer])
     drive.create_tables()
-    for number in range({count}):
-        Greets.create(hero=Customer.create(name="Ada"))
+    with db.atomic():
+        Greets.create_many([Customer.create(name="Ada") for _ in range({count})])
 """
 
 
 def make_shop(folder, module="geneva_drive", count=1, is_set_up=True):
     (folder / "shop.py").write_text(SHOP.format(module=module, count=count))
     if is_set_up:
-        run_python = python("-c", "import shop; shop.setup()", cwd=folder)
-        assert run_python.wait(timeout=60) == 0
+        status, _, errors = completed("-c", "import shop; shop.setup()", cwd=folder)
+        assert status == 0, errors
 
 
 def test_expected_errors_cost_a_line_and_no_traceback(tmp_path):
@@ -11933,9 +12382,8 @@ def test_expected_errors_cost_a_line_and_no_traceback(tmp_path):
         assert (status, output, errors.count("\n")) == (1, "", 1)
         assert "the database refused: " in errors
     (tmp_path / "shop.py").write_text("import not_installed_here")
-    process = python("-m", "geneva_drive", "shop", "list", cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    status, _, errors = completed("-m", "geneva_drive", "shop", "list", cwd=tmp_path)
+    assert status == 1
     assert "No module named 'not_installed_here'" in errors  # the application's own, with the place
 
 
@@ -11953,20 +12401,10 @@ def test_the_command_line_of_a_vendored_copy_finds_its_own_application(tmp_path)
 
 
 def test_a_reader_that_has_seen_enough_costs_no_traceback(tmp_path):
-    make_shop(tmp_path, count=2000)
+    make_shop(tmp_path, count=500)  # more than a pipe holds
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = python(
-        "-m",
-        "geneva_drive",
-        "shop",
-        "list",
-        "--limit",
-        "2000",
-        "--json",
-        cwd=tmp_path,
-        env={"PYTHONUNBUFFERED": ""},
-        **pipe,
-    )
+    command = ("-m", "geneva_drive", "shop", "list", "--limit", "500", "--json")
+    process = python(*command, cwd=tmp_path, env={"PYTHONUNBUFFERED": ""}, **pipe)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -12040,7 +12478,7 @@ def test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once(tmp_pat
         return python(*command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
     # Each run is killed once it has shown some more lines: in the import, among the welcomes, in the waits.
-    for lines in (1, 2, 3, 4):
+    for lines in (1, 2, 3):
         process = start()
         for _ in range(lines):
             process.stdout.readline()
@@ -12187,13 +12625,14 @@ def doctor_of(path):
         return GenevaDrive(left).doctor()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_shows_what_it_says(tmp_path, name):
-    output = example(tmp_path, name)
-    for line in EXAMPLES[name]:
-        assert re.search(f"^{line}$", output, re.MULTILINE), line
-    assert "Traceback" not in output
-    assert doctor_of(tmp_path / f"{Path(name).stem}.db") == []
+def test_each_small_example_shows_what_it_says(tmp_path):
+    with ThreadPoolExecutor(len(EXAMPLES)) as threads:  # most of the time they wait
+        outputs = dict(zip(EXAMPLES, threads.map(functools.partial(example, tmp_path), EXAMPLES)))
+    for name, lines in EXAMPLES.items():
+        for line in lines:
+            assert re.search(f"^{line}$", outputs[name], re.MULTILINE), (name, line, outputs[name])
+        assert "Traceback" not in outputs[name], name
+        assert doctor_of(tmp_path / f"{Path(name).stem}.db") == [], name
 
 
 def test_the_priorities_example_prefers_what_is_urgent_and_keeps_the_queues_apart(tmp_path):
@@ -12306,7 +12745,7 @@ def test_the_metrics_example_serves_those_of_any_application(tmp_path):
     with (tmp_path / "shop.py").open("a") as shop:
         shop.write("class Asks(Workflow):\n @step(wait_for='so \"to\" say')\n def one(self): pass\n")
     setup = "import shop; shop.setup(); shop.Asks.create(hero=shop.Customer.get())"
-    assert python("-c", setup, cwd=tmp_path).wait(timeout=60) == 0
+    assert completed("-c", setup, cwd=tmp_path)[0] == 0
     text = exported(tmp_path, "shop:drive")
     assert 'geneva_drive_workflows{type="Greets",state="ready"} 1\n' in text
     assert 'geneva_drive_waiting_steps{type="Asks",signal="so \\"to\\" say"} 1\n' in text
@@ -12365,6 +12804,7 @@ def chaos(url, workflows, **options):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("sqlite", "mysql")
 def test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept(servers, kind):
     url = servers.empty(kind)
     process = chaos(url, 60, **{"seconds": 6, "workers": 3, "kill-every": 0.4, "disturb-every": 1})
@@ -12384,7 +12824,7 @@ def test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept(serve
 
 
 def test_the_chaos_example_tells_of_each_promise_that_broke(servers, tmp_path):
-    process = chaos(f"sqlite:///{tmp_path}/chaos.db", 40, seconds=3, workers=2)
+    process = chaos(f"sqlite:///{tmp_path}/chaos.db", 40, seconds=3, workers=1)  # which is not killed
     booked = "select workflow_id from geneva_drive_step_executions where step_name = 'book' and state = 'completed'"
     with contextlib.closing(sqlite3.connect(tmp_path / "chaos.db", timeout=30, isolation_level=None)) as db:
 
@@ -12455,6 +12895,7 @@ def test_the_benchmark_example_measures_all_contenders_and_leaves_the_database_e
         assert db.get_tables() == []
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_example_prints_the_tables_that_the_readme_shows(tmp_path):
     plot = tmp_path / "steps.png"
     is_drawn = importlib.util.find_spec("matplotlib") is not None
@@ -12665,8 +13106,7 @@ def test_the_report_example_shows_a_demonstration_and_empty_tables(tmp_path):
     for word in ("ConnectionError: 451 greylisted", "Payment", "Signup", "In figures", "is paused"):
         assert word in page.text
     (tmp_path / "app.py").write_text(REPORTED, encoding="utf-8")
-    process = python("-c", "import app; app.drive.create_tables()", cwd=tmp_path)
-    assert process.wait(timeout=60) == 0
+    assert completed("-c", "import app; app.drive.create_tables()", cwd=tmp_path)[0] == 0
     example(tmp_path, "report.py", "app:drive", "-o", "empty.html")
     page = Page((tmp_path / "empty.html").read_text(encoding="utf-8"))
     assert page.elements["article"] == 0
@@ -12905,7 +13345,7 @@ def setup():
 
 def test_the_session_at_the_command_line_is_as_the_readme_shows_it(tmp_path):
     (tmp_path / "app.py").write_text(MORNING)
-    assert python("-c", "import app; app.setup()", cwd=tmp_path).wait(timeout=60) == 0
+    assert completed("-c", "import app; app.setup()", cwd=tmp_path)[0] == 0
     ((_, _, session),) = [block for block in readme_blocks() if block[1] == "console"]
     printed = ""
     for line in re.findall(r"^\$ geneva-drive (.*)$", session, re.MULTILINE):
@@ -12937,7 +13377,8 @@ print(SCHEMA_FILE.resolve())
 
 
 def run(*command, cwd):
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it outranks what is installed
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

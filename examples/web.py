@@ -2,7 +2,7 @@
 
     pip install bottle
     cd examples
-    huey_consumer web.huey -w 2 -m 0.2            # terminal 1
+    huey_consumer web.huey -w 2                   # terminal 1
     python web.py                                 # terminal 2; `python web.py 8081` for another port
     curl -d email=ada@example.com http://127.0.0.1:8080/signups
     curl http://127.0.0.1:8080/signups/1
