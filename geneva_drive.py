@@ -4093,8 +4093,9 @@ class _OwnStorage(BaseStorage):
     def first_due(self) -> datetime | None:
         """When the first execution in the queue is due; None if there is none."""
         first = "select min(due_at) as due_at from geneva_drive_step_executions where queue = {{0}} and priority = {}"
-        firsts = " union all ".join(map(first.format, self.priorities()))
-        moment = self._ask(f"select min(due_at) from ({firsts}) t", *[self.name] * len(self.priorities()))
+        priorities = self.priorities()  # once: other threads may find that there are more
+        firsts = " union all ".join(map(first.format, priorities))
+        moment = self._ask(f"select min(due_at) from ({firsts}) t", *[self.name] * len(priorities))
         return cast("datetime | None", StepExecution.due_at.python_value(moment))
 
     def _ask(self, query: str, *parameters: Any) -> Any:

@@ -1337,6 +1337,12 @@ def test_a_priority_that_comes_and_goes_is_known_as_it_comes_again(db, drive):
         assert len(come_and_go(priority)) <= gd.MAX_KNOWN_PRIORITIES
 
 
+def test_a_priority_that_another_worker_finds_disturbs_no_look_at_what_is_due_first(drive, hero, monkeypatch):
+    workflow, found = Tomorrow.create(hero=hero), itertools.chain([(0,)], itertools.repeat((7, 0)))
+    monkeypatch.setattr(drive.huey.storage, "priorities", lambda: next(found))
+    assert [drive.huey.storage.first_due() for _ in range(2)] == [scheduled(workflow).due_at] * 2
+
+
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # on SQLite, there is one lock for all
 def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, db, drive, hero):
     locked, other = Plain.create(hero=hero), Quick.create(hero=User.create())
