@@ -2801,6 +2801,7 @@ class _Attempt:
         """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
         self.workflow._attempt = self.signal = None
         self.workflow = self.drive._access.repeat(lambda: Workflow.get_by_id(self.workflow.id))
+        self.workflow.__data__["current_step_name"] = self.execution.step_name  # one that was canceled stands at none
         self.workflow._attempt = self
 
     # -- performing -------------------------------------------------------------------------------------------------

@@ -812,6 +812,33 @@ def test_a_transactional_step_that_deadlocks_is_performed_again_with_its_signal(
     assert [consumed(each) for each in workflows] == ([["first"], ["second"]] if awaited else [[], []])
 
 
+def test_a_transactional_step_that_is_canceled_as_it_starts_over_knows_itself(drive, hero, monkeypatch):
+    class Deadlock(Exception):
+        pass
+
+    class Starts(Workflow):
+        @step(transactional=True)
+        def over(self):
+            seen.append((self.current_step_name, self.idempotency_key))
+            if len(seen) == 1:
+                raise Deadlock
+
+    def start_over_late(attempt):
+        reload(workflow).cancel()
+        start_over(attempt)
+
+    seen, start_over, is_transient = [], gd._Attempt._start_over, gd._Access.is_transient
+    monkeypatch.setattr(
+        gd._Access, "is_transient", lambda self, error: isinstance(error, Deadlock) or is_transient(self, error)
+    )
+    monkeypatch.setattr(gd._Attempt, "_start_over", start_over_late)
+    workflow = Starts.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert seen == [("over", workflow.idempotency_key)] * 2
+    assert (reload(workflow).state, reload(workflow).current_step_name) == ("canceled", None)
+    assert history(workflow) == [("over", "completed", "success")]
+
+
 STRICT = {  # what a role's, a server's or a session's default makes of each statement
     "serializable": ("postgresql", {"options": "-c default_transaction_isolation=serializable"}),
     "repeatable read": ("postgresql", {"options": r"-c default_transaction_isolation=repeatable\ read"}),
