@@ -5199,7 +5199,8 @@ class _Postgresql(_Dialect):
         query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
         found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
         # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
-        is_queued = peewee.fn.COALESCE(StepExecution.queue, "") != ""
+        is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _now_blank()
+        is_queued &= peewee.fn.COALESCE(StepExecution.queue, "") != ""
         is_found = StepExecution.id == SQL("(select id from found)")
         ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
         parts = {"found": found, "ended": ended.returning(*StepExecution._meta.sorted_fields)}
