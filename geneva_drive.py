@@ -3088,6 +3088,9 @@ class _Recording:
         # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
         if follows["due"] > self.now or self._has_to_wait(follows):
             return False
+        here, next_one = (self.workflow._find(each) for each in (self.execution.step_name, follows["step_name"]))
+        if here and next_one and here.options == next_one.options:
+            return True
         route = functools.partial(self.drive._dispatch.route, self.workflow)
         return route(follows["step_name"]) == route(self.execution.step_name)
 
@@ -3679,9 +3682,10 @@ class GenevaDrive:
 
         :param attempt: at it, where it is claimed already.
         """
-        self._access.connect_worker()
         context = _own_context()
-        attempt = attempt or context.run(_Attempt.claim, self, execution_id, queue)
+        if attempt is None:
+            self._access.connect_worker()
+            attempt = context.run(_Attempt.claim, self, execution_id, queue)
         deadline = time.monotonic() + self.run_on.total_seconds()
         is_draining = self._dispatch.draining(queue)
 
@@ -3691,9 +3695,10 @@ class GenevaDrive:
         while attempt is not None:
             run = functools.partial(context.run, attempt.run, may_run_on, is_draining)
             attempt = self._dispatch.perform(attempt, run)
-            context = _own_context()
-            with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out for itself
-                self._access.connect_worker()
+            if attempt is not None:
+                context = _own_context()
+                with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out
+                    self._access.connect_worker()
 
 
 # ==== The queues: who is told of an execution, and who performs it ====================================================
@@ -4415,13 +4420,14 @@ class _Access:
         started, tries, is_open = time.monotonic(), 0, not self.database.is_closed()
         patience = insist_seconds or PATIENCE_SECONDS
         while True:
-            self.drop_if_dead(self.database)
+            database = self.database
+            self.drop_if_dead(database)
             tries += 1
             try:
-                if is_open and self.database.is_closed():  # where autoconnect is off, nobody else opens another
-                    contexts = self.database._state.ctx
-                    self.database.connect(reuse_if_open=True)
-                    self.database._state.ctx = contexts
+                if is_open and database.is_closed():  # where autoconnect is off, nobody else opens another
+                    contexts = database._state.ctx
+                    database.connect(reuse_if_open=True)
+                    database._state.ctx = contexts
                 return work()
             except peewee.PeeweeException as error:
                 is_gone = not is_done() and self.is_lost(error)
