@@ -9882,7 +9882,7 @@ def plan(db, sql, params):
 #: How a plan tells that it reads a whole table. Not meant are partial indexes, which hold what a statement is about,
 #: what is inserted, and the signals, of which there are few here.
 SCANS = {
-    "sqlite": r"SCAN (?!\d* ?CONSTANT|(t1|e) USING INDEX geneva_drive_(silent|expired))",
+    "sqlite": r"SCAN (?!\d* ?CONSTANT|\d+-ROW VALUES|(t1|e) USING (COVERING )?INDEX geneva_drive_(silent|expired))",
     "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
     "mysql": r"'table': '\w+', 'type': '(ALL|index)', (?!.*'rows': None)",
 }
