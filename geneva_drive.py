@@ -2623,7 +2623,7 @@ class _Attempt:
         for _ in range(TRANSACTION_TRIES):
             execution = cls._claimable(drive, execution_id, queue)
             # The message is gone from the queue: without a claim, the execution waits until it is overdue.
-            if execution is None or cls._get(drive, execution, PATIENCE_SECONDS):
+            if execution is None or cls._get(drive, execution):
                 return execution and cls(drive, execution)._accepted(queue)
             # Claimed meanwhile, or changed in what does not matter: its context, most likely.
         return None
@@ -2656,12 +2656,16 @@ class _Attempt:
         return execution
 
     @classmethod
-    def _get(cls, drive: GenevaDrive, execution: StepExecution, insist_seconds: float | None = None) -> bool:
-        """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours."""
+    def _get(cls, drive: GenevaDrive, execution: StepExecution, is_patient: bool = True) -> bool:
+        """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours.
+
+        :param is_patient: whether to wait for who has locked one of them, where the database can be told not to.
+        """
         workflow, claim = execution.workflow, _claim_columns(drive._now())
         fence = {**_fence(workflow, execution, READY), **workflow._as_read()}
-        move = _Move({"state": PERFORMING}, fence, claim, {"id": execution.id, "due_at": execution.due_at})
-        if drive._access.move(move, insist_seconds) is None:
+        found = {"id": execution.id, "due_at": execution.due_at}
+        move = _Move({"state": PERFORMING}, fence, claim, found, is_patient=is_patient)
+        if drive._access.move(move, PATIENCE_SECONDS if is_patient else None) is None:
             return False
         workflow.__data__["state"] = PERFORMING
         execution.__data__.update(claim)
@@ -2995,6 +2999,7 @@ class _Move(NamedTuple):
     columns: dict[str, Any]
     execution: dict[str, Any]  # what finds its row
     begins: _Json = None
+    is_patient: bool = True  # whether to wait for locks, where the database can be told not to
 
 
 class _Overtaken(Exception):
@@ -4037,7 +4042,7 @@ class _OwnStorage(BaseStorage):
 
     def begin(self) -> None:
         """Begin in a process, a forked one too: with locks that none of another's threads holds."""
-        self.idle, self.taking = _Idle(self), threading.Lock()
+        self.idle = _Idle(self)
 
     def close(self) -> None:
         """Close the connection of this thread, before Huey forks."""
@@ -4153,7 +4158,12 @@ class _OwnStorage(BaseStorage):
 
 
 class _Idle:
-    """Where the idle workers of a process wait: one of them watches the queue, the others wait to be told."""
+    """Where the idle workers of a process wait: one of them watches the queue, the others wait to be told.
+
+    Who commits what is due rings, for as many workers. What is due later is news for the one who watches, if it is due
+    earlier than what that one knows of. Who has watched leaves that to the next one, which looks in its turn: so as many
+    come as there is to do.
+    """
 
     def __init__(self, storage: _OwnStorage) -> None:
         self.storage, self.changed = storage, threading.Condition()
@@ -5043,14 +5053,13 @@ class _Dialect:
 
         Who met another one at it looks at one of the next.
         """
-        with drive.queues[queue].storage.taking:  # the threads of a process need not meet
-            for passed in range(TRANSACTION_TRIES):
-                look = functools.partial(self._first_due, drive, queue, skipped := random.randint(0, passed))
-                execution = drive._access.repeat(look)
-                if execution is None and not skipped:
-                    return None
-                if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution):
-                    return execution
+        for passed in range(TRANSACTION_TRIES):
+            look = functools.partial(self._first_due, drive, queue, skipped := random.randint(0, passed))
+            execution = drive._access.repeat(look)
+            if execution is None and not skipped:
+                return None
+            if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
+                return execution
         return None
 
     def is_free(self, drive: GenevaDrive, execution: StepExecution) -> bool:
@@ -5243,13 +5252,17 @@ class _Sqlite(_Dialect):
 
     def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
         # Who would claim gives way to who ends a step, for some milliseconds: else workers wait for each other's turns,
-        # and of the work that two or four of them do, a third is not done.
+        # and two or four of them do a third less. With the turn, none looks at what another one is about to claim.
+        turn, has_turn = drive._access.turn, False
         for _ in range(20):
-            if drive._access.turn.acquire(blocking=False):
-                drive._access.turn.release()
+            if has_turn := turn.acquire(blocking=False):
                 break
             time.sleep(0.001)
-        return super().take(drive, queue)
+        try:
+            return super().take(drive, queue)
+        finally:
+            if has_turn:
+                turn.release()
 
     def locking(self, query: Any, database: Database, skip_locked: bool) -> Any:
         return query  # a transaction holds the one write lock anyway
@@ -5295,9 +5308,9 @@ class _Mysql(_Dialect):
         return version >= (8, 0, 1) and not (10,) <= version < (10, 6)
 
     def is_free(self, drive: GenevaDrive, execution: StepExecution) -> bool:
-        # Else the claim would wait for who has locked it, and all workers of the process for the claim.
+        # Else the claim would wait for who has locked it. MariaDB tells that of the claim itself.
         database = drive._access.database
-        if not self._skips_locked(database):
+        if not self._skips_locked(database) or self._is_mariadb(database):
             return True
 
         def probe() -> Any:
@@ -5307,20 +5320,32 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
+    @staticmethod
+    def _is_mariadb(database: Database) -> bool:
+        return database.server_version >= (10,)
+
     def is_behind(self, first: Any, second: Any, one: Any, two: Any) -> Any:
         return (first > one) | ((first == one) & (second > two))  # no index is used to compare pairs
 
     def move(self, database: Database, move: _Move) -> int | None:
         # Both rows in one statement: a round trip takes longer than what it does.
-        found = _conditions(move.fence), _conditions(move.execution)
-        key = ("move", *move.changes, "where", *found[0], "and", *move.columns, "where", *found[1])
-        built = _drive()._access.statement(database, key, lambda: self._moving(move))
-        if not database.rows_affected(built.execute(move.changes, move.fence, move.columns, move.execution)):
+        found, hurries = (_conditions(move.fence), _conditions(move.execution)), False
+        if not move.is_patient and not database.in_transaction():
+            hurries = self._is_mariadb(database)
+        key = ("move", hurries, *move.changes, "where", *found[0], "and", *move.columns, "where", *found[1])
+        built = _drive()._access.statement(database, key, lambda: self._moving(move, hurries))
+        try:
+            cursor = built.execute(move.changes, move.fence, move.columns, move.execution)
+        except peewee.OperationalError as error:
+            if hurries and _codes(error)[1] == 1205:  # another one has locked a row
+                return None
+            raise
+        if not database.rows_affected(cursor):
             return None
         return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
 
     @staticmethod
-    def _moving(move: _Move) -> Any:
+    def _moving(move: _Move, hurries: bool) -> Any:
         assignments = []
         for alias, model, names, place in (("w", Workflow, move.changes, 0), ("e", StepExecution, move.columns, 2)):
             for column, blank in _blanks(model, names, place).items():
@@ -5329,7 +5354,9 @@ class _Mysql(_Dialect):
         conditions += _found_by(StepExecution.alias("e"), _conditions(move.execution), 3)
         tables = "update geneva_drive_workflows w straight_join geneva_drive_step_executions e on e.workflow_id = w.id"
         where = functools.reduce(operator.and_, conditions)
-        return peewee.NodeList((SQL(f"{tables} set"), peewee.CommaNodeList(assignments), SQL("where"), where))
+        at_once = "set statement innodb_lock_wait_timeout = 0 for " if hurries else ""
+        begin = SQL(f"{at_once}{tables} set")
+        return peewee.NodeList((begin, peewee.CommaNodeList(assignments), SQL("where"), where))
 
 
 DIALECTS: dict[type[Database], _Dialect] = {

@@ -62,8 +62,8 @@ create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id
 
 -- section: sqlite
 
--- Executions and signals are deleted with their workflow, as the foreign key says; SQLite obeys it only where a connection asks for
--- that, and gives the id of a deleted workflow to a new one.
+-- Executions and signals are deleted with their workflow, as the foreign key says; SQLite obeys it only where a
+-- connection asks for that, and gives the id of a deleted workflow to a new one.
 create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
     begin delete from geneva_drive_step_executions where workflow_id = old.id; end;
 create trigger geneva_drive_delete_signals after delete on geneva_drive_workflows
