@@ -4161,8 +4161,8 @@ class _Idle:
     """Where the idle workers of a process wait: one of them watches the queue, the others wait to be told.
 
     Who commits what is due rings, for as many workers. What is due later is news for the one who watches, if it is due
-    earlier than what that one knows of. Who has watched leaves that to the next one, which looks in its turn: so as many
-    come as there is to do.
+    earlier than what that one knows of. Who has watched leaves that to the next one, which looks in its turn: so as
+    many come as there is to do.
     """
 
     def __init__(self, storage: _OwnStorage) -> None:
