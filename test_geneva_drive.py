@@ -4963,7 +4963,7 @@ def test_rows_come_as_the_query_says(parcels, monkeypatch, hero):
     second = Parcel.get(label="b")
     assert [row.id for row in looped(monkeypatch, lambda: second.stamps, every=1)] == [2, 3]
     assert looped(monkeypatch, lambda: Parcel.select().where(Parcel.id > 9)) == []
-    assert looped(monkeypatch, lambda: User) == [hero, *User.select().where(User.id > hero.id)]
+    assert looped(monkeypatch, lambda: User) == [hero, *User.select().where(User.id > hero.id).order_by(User.id)]
 
 
 def test_a_key_may_be_a_foreign_key(drive, table, monkeypatch):
