@@ -179,7 +179,7 @@ EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way m
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 SCHEMA_PATIENCE_SECONDS = 600  # how long a change of the schema waits for the ends of transactions on its table
-SHORTEST_NAP, LONGEST_NAP = 0.01, 0.04  # seconds between two looks into an empty queue
+SHORTEST_NAP, LONGEST_NAP = 0.02, 0.2  # seconds between two looks into an empty queue
 MAX_KNOWN_PRIORITIES = 20  # that are asked for though there is nothing of them at present
 STOP_SECONDS = 0.2  # until a worker that waits to be told sees that its consumer stops
 
