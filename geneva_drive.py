@@ -2176,7 +2176,7 @@ class _Start:
     def values(self, hero_type: str | None, hero_id: str | None) -> dict[str, Any]:
         """The columns of a new workflow of a hero."""
         hero = {"hero_type": hero_type, "hero_id": hero_id}
-        return {**self.columns, **hero, "token": uuid.uuid4().hex, "created_at": self.drive._now()}
+        return {**self.columns, **hero, "token": os.urandom(16).hex(), "created_at": self.drive._now()}
 
     def insert(self, values: dict[str, Any]) -> Workflow:
         """Insert a workflow, with its first execution."""
@@ -4043,6 +4043,8 @@ class _OwnStorage(BaseStorage):
     def begin(self) -> None:
         """Begin in a process, a forked one too: with locks that none of another's threads holds."""
         self.idle = _Idle(self)
+        self.looking: set[int] = set()  # the threads that are about to claim something
+        self.reached, self.look_behind_until = EPOCH, 0.0
 
     def close(self) -> None:
         """Close the connection of this thread, before Huey forks."""
@@ -4963,7 +4965,7 @@ class Metric(NamedTuple):
 
 def _job_id(moment: datetime) -> str:
     """A unique id for a message; it begins with the time at which it was queued, in microseconds since 1970."""
-    return f"{int(moment.timestamp() * 1_000_000)}-{uuid.uuid4().hex}"
+    return f"{int(moment.timestamp() * 1_000_000)}-{os.urandom(16).hex()}"
 
 
 def _queued_at(job_id: str) -> datetime:
@@ -5051,30 +5053,37 @@ class _Dialect:
     def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
 
-        Who met another one at it looks at one of the next.
+        Of several threads that look at once, each begins with another one; who met a process at it looks further.
         """
-        for passed in range(TRANSACTION_TRIES):
-            look = functools.partial(self._first_due, drive, queue, skipped := random.randint(0, passed))
-            execution = drive._access.repeat(look)
-            if execution is None and not skipped:
-                return None
-            if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
-                return execution
-        return None
+        looking, me = drive.queues[queue].storage.looking, threading.get_ident()
+        passed = len(looking)
+        looking.add(me)
+        try:
+            for tries in range(1, TRANSACTION_TRIES + 1):
+                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed))
+                if execution is None and not passed:
+                    return None
+                if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
+                    return execution
+                passed = random.randint(0, tries) if execution else 0
+            return None
+        finally:
+            looking.discard(me)
 
     def is_free(self, drive: GenevaDrive, execution: StepExecution) -> bool:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
-        """The execution that is due first, but for so many that are passed, and its workflow."""
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, since: datetime = EPOCH) -> StepExecution | None:
+        """The execution that is due first, since a moment and but for so many that are passed, and its workflow."""
         priorities, access = drive.queues[queue].storage.priorities(), drive._access
-        built = access.statement(
-            access.database,
-            ("first due", priorities, passed),
-            lambda: _due_now(StepExecution._joined(), priorities).offset(SQL(str(passed))),
-        )
-        values = built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
+
+        def query() -> Any:
+            is_later = StepExecution.due_at >= _moment_blank("since")
+            return _due_now(StepExecution._joined(), priorities).where(is_later).offset(SQL(str(passed)))
+
+        built = access.statement(access.database, ("first due", priorities, passed), query)
+        values = built.execute({}, {"queue": queue, "now": drive._now(), "since": since}).fetchone()
         return StepExecution._from_joined(values) if values else None
 
 
@@ -5097,22 +5106,22 @@ def _due_now(query: Any, priorities: Sequence[int]) -> Any:
 
 def _is_due(model: Any, priority: Any) -> Any:
     """A condition, with blanks, for what is due in a queue, of this priority."""
-    return _is_here(model, priority) & (model.due_at <= _now_blank())
+    return _is_here(model, priority) & (model.due_at <= _moment_blank("now"))
 
 
 def _is_first_due(priority: Any) -> Any:
     """A condition, with blanks, that the first execution of this priority in a queue is due."""
     beside = StepExecution.alias("beside")
     first = beside.select(peewee.fn.MIN(beside.due_at)).where(_is_here(beside, priority))
-    return peewee.Expression(first, "<=", _now_blank())
+    return peewee.Expression(first, "<=", _moment_blank("now"))
 
 
 def _is_here(model: Any, priority: Any) -> Any:
     return (model.queue == _Blank.value(cast(Any, StepExecution.queue), "queue", 1)) & (model.priority == priority)
 
 
-def _now_blank() -> Any:
-    return _Blank.value(cast(Any, StepExecution.due_at), "now", 1)
+def _moment_blank(name: str) -> Any:
+    return _Blank.value(cast(Any, StepExecution.due_at), name, 1)
 
 
 class _Postgresql(_Dialect):
@@ -5214,7 +5223,7 @@ class _Postgresql(_Dialect):
         query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
         found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
         # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
-        is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _now_blank()
+        is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _moment_blank("now")
         is_queued &= peewee.fn.COALESCE(StepExecution.queue, "") != ""
         is_found = StepExecution.id == SQL("(select id from found)")
         ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
@@ -5319,6 +5328,18 @@ class _Mysql(_Dialect):
 
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
+
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, since: datetime = EPOCH) -> StepExecution | None:
+        # What was taken stays in the index until it is purged, and a look from the front reads over all of it. So look
+        # behind the last one; and from the front twenty times a second, for what came later and was due earlier.
+        storage, now = drive.queues[queue].storage, time.monotonic()
+        if now > storage.look_behind_until:
+            storage.reached, storage.look_behind_until = EPOCH, now + 0.05
+        found = super()._first_due(drive, queue, passed, storage.reached)
+        if found is None and storage.reached > EPOCH:
+            found = super()._first_due(drive, queue, passed)
+        storage.reached = cast(datetime, found.due_at) if found else EPOCH
+        return found
 
     @staticmethod
     def _is_mariadb(database: Database) -> bool:
