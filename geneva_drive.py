@@ -3890,7 +3890,7 @@ class _Dispatch:
         self.drive._access.close_own()
 
     def draining(self, queue: str) -> Callable[[], bool]:
-        """What tells whether the consumer of a queue is about to stop."""
+        """What tells whether the consumer of a queue is about to stop; of what it performs, after its end too."""
         consumer = self.consumers.get(queue)
         return lambda: consumer is not None and consumer.stop_flag.is_set()
 
@@ -5191,17 +5191,18 @@ class _Postgresql(_Dialect):
             *_found_by(StepExecution, _conditions(move.execution), 3), SQL("exists (select 1 from found)")
         )
         ended = ended.returning(StepExecution.id, StepExecution.workflow)
-        parts = {"found": found, "ended": ended, "moved": self._moved(move.changes)}
+        parts = {"found": found, "ended": ended, "moved": self._moved(move.changes, [Workflow.id])}
+        rest = "select ended.id from ended, moved"
         if move.begins:
             new = _blanks(StepExecution, move.begins, 4)
             begun = StepExecution.insert_from(peewee.Select([SQL("moved")], [*new.values()]), [*new])
-            parts["begun"] = begun.returning(StepExecution.id)
-        return _with(parts, f"select id from {[*parts][-1]}")
+            parts["begun"], rest = begun.returning(StepExecution.id), "select id from begun"
+        return _with(parts, rest)
 
     @staticmethod
-    def _moved(changes: dict[str, Any]) -> Any:
+    def _moved(changes: dict[str, Any], returned: Iterable[Any]) -> Any:
         ended = Workflow.id == SQL("(select workflow_id from ended)")
-        return Workflow.update(_blanks(Workflow, changes, 0)).where(ended).returning(*Workflow._meta.sorted_fields)
+        return Workflow.update(_blanks(Workflow, changes, 0)).where(ended).returning(*returned)
 
     def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
         while row := drive._access.repeat(functools.partial(self._taken, drive, queue)):
@@ -5228,7 +5229,7 @@ class _Postgresql(_Dialect):
         is_found = StepExecution.id == SQL("(select id from found)")
         ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
         parts = {"found": found, "ended": ended.returning(*StepExecution._meta.sorted_fields)}
-        parts["moved"] = self._moved(changes)
+        parts["moved"] = self._moved(changes, Workflow._meta.sorted_fields)
         return _with(parts, "select ended.*, moved.* from found left join ended on true left join moved on true")
 
 
