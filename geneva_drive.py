@@ -158,7 +158,8 @@ ALLOWED_FROM = {
     "pause": (READY, PERFORMING),
     "skip": (READY, PAUSED),
     "resume": (PAUSED,),
-    "resume_at": (PAUSED,),
+    "resume_at": (PAUSED, *OVER),
+    "reschedule": (READY, PAUSED),
     "reattempt": (),
     "finish": (),
     "signal": ONGOING,
@@ -172,6 +173,7 @@ LONGEST_WAIT = timedelta(days=36500)  # further away, the calendar overflows
 MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
+MAX_REASON_CHARS = 1000
 CURSOR_ALIAS = "geneva_drive_cursor"  # of the key of a row, in queries of the application's
 TRANSACTION_TRIES = 16  # a deadlock or serialization failure on every one of them points at something else
 PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
@@ -240,10 +242,10 @@ class AlreadyOngoingError(GenevaDriveError, peewee.IntegrityError):
 class InvalidStateError(GenevaDriveError):
     """A call is not allowed in the state that the workflow is in."""
 
-    def __init__(self, workflow: Workflow, call: str) -> None:
+    def __init__(self, workflow: Workflow, call: str, fix: str = "") -> None:
         allowed = ", ".join(ALLOWED_FROM[call])
         state = "performing, and about to pause" if workflow.pause_requested else workflow.state
-        fix = f"it is allowed when {allowed}" if allowed else "it can be called inside a step only"
+        fix = fix or (f"it is allowed when {allowed}" if allowed else "it can be called inside a step only")
         if workflow.pause_requested and call == "pause":
             fix = "it pauses by itself when the step under way ends"
         super().__init__(f"{workflow._label} is {state}; {call}() was refused: {fix}")
@@ -286,10 +288,10 @@ class UnknownSignalError(GenevaDriveError, ValueError):
 class SignalTimeoutError(GenevaDriveError, TimeoutError):
     """The signal that a step waited for did not come in time. It is recorded, not raised."""
 
-    def __init__(self, workflow: Workflow, definition: StepDefinition) -> None:
+    def __init__(self, workflow: Workflow, definition: StepDefinition, waited: timedelta) -> None:
         super().__init__(
             f"{workflow._label}: the step {definition.name} waited for the signal {definition.wait_for!r} for "
-            f"{_span(definition.timeout or NO_WAIT)}, and it did not come"
+            f"{_span(waited)}, and it did not come"
         )
 
 
@@ -313,11 +315,12 @@ class FlowControlInTransactionError(GenevaDriveError):
 class _FlowControl(BaseException):
     """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
 
-    def __init__(self, action: str, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
+    def __init__(self, action: str, wait: timedelta = NO_WAIT, rewind: bool = False, reason: str | None = None) -> None:
         super().__init__(action)
         self.action = action
         self.wait = wait
         self.rewind = rewind
+        self.reason = reason
 
 
 def _flow_control_in(error: BaseException) -> _FlowControl | None:
@@ -414,6 +417,20 @@ def _duration(value: object, what: str, kind: type[Exception] = ValueError) -> t
     if not NO_WAIT <= duration <= LONGEST_WAIT:
         raise kind(f"{what} must be neither negative nor over a hundred years, not {_as_given(value)}")
     return duration
+
+
+def _moment(value: Any, start: datetime, what: str) -> datetime:
+    """An aware datetime as it is, a duration from `start` on; else a TypeError or a ValueError says what is wrong."""
+    if isinstance(value, datetime) and value.utcoffset() is not None:
+        return value
+    if not isinstance(value, timedelta) and not _is_number(value):
+        raise TypeError(f"{what} must be a timedelta, a number of seconds or an aware datetime, not {value!r}")
+    return start + _duration(value, what)
+
+
+def _one_line(text: str) -> str | None:
+    """A reason as it is kept: without breaks of lines, and not too long; None if nothing is left."""
+    return " ".join(text.split())[:MAX_REASON_CHARS] or None
 
 
 def _as_given(value: Any) -> str:
@@ -577,17 +594,23 @@ class StepDefinition:
 
     name: str
     body: str
-    wait: timedelta = NO_WAIT
+    wait: timedelta | Callable[[Any], object] | str = NO_WAIT
     skip_if: Any = None
-    policy: ExceptionPolicy | None = None
+    policies: tuple[ExceptionPolicy, ...] = ()
     transactional: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     wait_for: str | None = None
     timeout: timedelta | None = None
     on_timeout: str = "pause"
-    matching: Callable[[Any], object] | None = None
+    matching: Callable[[Any], object] | str | None = None
     resumable: bool = False
     removed: bool = False  # then it is skipped as by any true `skip_if`: the hero and the conditions come first
+
+    def _first(self, reached: datetime) -> dict[str, Any]:
+        """What its first execution is made of, where a workflow comes to it at this moment."""
+        if isinstance(self.wait, timedelta):
+            return {"due": reached + self.wait, "reached_at": reached}
+        return {"due": reached, "reached_at": reached, "asks_wait": True}
 
 
 class UndefinedStep(NamedTuple):
@@ -602,19 +625,36 @@ class UndefinedStep(NamedTuple):
 
 
 def _is_condition(value: Any) -> bool:
-    return isinstance(value, (bool, str)) or callable(value)
+    return isinstance(value, bool) or _is_matcher(value)
+
+
+def _is_matcher(value: Any) -> bool:
+    return isinstance(value, str) or callable(value)
 
 
 def _is_reaction(value: Any) -> bool:
     is_handler = callable(value) and not isinstance(value, type)
-    return is_handler or isinstance(value, ExceptionPolicy) or value in ON_EXCEPTION_ACTIONS
+    return is_handler or isinstance(value, ExceptionPolicy)
+
+
+def _are_reactions(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(map(_is_reaction, value))
+    return _is_reaction(value) or value in ON_EXCEPTION_ACTIONS
+
+
+def _a_wait(value: Any, what: str) -> Any:
+    return value if callable(value) or _is_name(value) else _A_DURATION(value, what)
 
 
 _A_BOOL = _must_be("a bool", lambda value: isinstance(value, bool))
 _A_CONDITION = _optional(_must_be("a callable, a method's name or a bool", _is_condition))
-_A_MATCHER = _optional(_must_be("a callable of the signal's payload", callable))
+_A_MATCHER = _optional(_must_be("a callable of the signal's payload, or a method's name", _is_matcher))
 _A_STEP = _optional(_must_be("a step's name", _is_name))
-_A_REACTION = _must_be(f"{', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy or a callable", _is_reaction)
+_A_REACTION = _must_be(
+    f"{', '.join(ON_EXCEPTION_ACTIONS)}, an ExceptionPolicy, a callable, or a list of the latter two", _are_reactions
+)
+_Reaction: TypeAlias = Callable[[Any, Any], object] | ExceptionPolicy
 
 
 HUEY_OPTIONS = {"queue": _must_be("a queue's name", _is_name), "priority": _must_be("an int", _is_int)}
@@ -629,9 +669,9 @@ def _checked_options(options: Any, where: str) -> dict[str, Any]:
 class _StepOptions(typing.TypedDict, total=False):
     """The options of a step: their types, for type checkers, and what checks them when the class is defined."""
 
-    wait: Annotated[timedelta | float, _A_DURATION]
+    wait: Annotated[timedelta | float | Callable[[Any], object] | str, _a_wait]
     skip_if: Annotated[Callable[[Any], object] | str | bool | None, _A_CONDITION]
-    on_exception: Annotated[Callable[[Any, Any], object] | ExceptionPolicy | str | None, _optional(_A_REACTION)]
+    on_exception: Annotated[_Reaction | Sequence[_Reaction] | str | None, _optional(_A_REACTION)]
     max_reattempts: Annotated[int | None, _A_LIMIT]
     terminal_action: Annotated[str, _A_LAST_ACTION]
     before_step: Annotated[str | None, _A_STEP]
@@ -643,7 +683,7 @@ class _StepOptions(typing.TypedDict, total=False):
     wait_for: Annotated[str | None, _optional(_must_be("a signal's name", _is_name))]
     timeout: Annotated[timedelta | float | None, _optional(_A_DURATION)]
     on_timeout: Annotated[str, _one_of("pause", "skip", "cancel", "run")]
-    matching: Annotated[Callable[[Any], object] | None, _A_MATCHER]
+    matching: Annotated[Callable[[Any], object] | str | None, _A_MATCHER]
 
 
 STEP_OPTIONS = _checks_of(_StepOptions)
@@ -667,10 +707,13 @@ def step(**options: Unpack[_StepOptions]) -> Callable[[_Function], _Function]: .
 def step(body: Any = None, /, **options: Any) -> Any:
     """Declare a method as a step: `@step`, `@step(wait=...)`; or one more step with another's body: `step("body")`.
 
-    :param wait: how long after the previous step it runs: a timedelta or seconds.
+    :param wait: how long after the previous step it runs: a timedelta or seconds; or a callable of the workflow, or a
+        method's name, that returns one of these, an aware datetime, or None for no wait. That is asked when the step is
+        reached, and again at the time that it said, until that has come. An error of it is one of the step.
     :param skip_if: a callable of the workflow, a method's name or a bool: true skips the step.
     :param on_exception: "pause" (the default), "cancel", "skip", "reattempt", an :class:`ExceptionPolicy`, or a
-        callable of the workflow and the error that calls a flow control method.
+        callable of the workflow and the error that calls a flow control method; or a list of policies and callables, of
+        which the first that matches decides, and the class's if none does.
     :param max_reattempts: with "reattempt": how many; 100 by default, None never stops.
     :param terminal_action: with "reattempt": what follows the last one; "pause" by default, "cancel" or "skip".
     :param before_step: the name of the step to be placed before. `after_step`: the one to be placed behind.
@@ -684,7 +727,8 @@ def step(body: Any = None, /, **options: Any) -> Any:
         `self.signal_payload`. With `wait`, not before that.
     :param timeout: how long it waits for the signal, a timedelta or seconds; None waits for ever.
     :param on_timeout: what follows then: "pause" by default, "skip", "cancel", or "run", whose body finds None.
-    :param matching: a callable of the payload: false leaves a signal to another step.
+    :param matching: a callable of the payload, or the name of a method that takes it: false leaves a signal to another
+        step.
     :raises StepConfigurationError: when the class is defined, if any of it is wrong.
     """
     if body is None:
@@ -785,6 +829,13 @@ class _Blueprint:
         bodies = (definition.body for definition in self.steps if not definition.removed)
         return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
 
+    def policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
+        """The policy that decides what an error in a step does."""
+        own = [each for each in definition.policies if each.matches(error)]
+        latest_first = [each for each in reversed(self.policies) if each.matches(error)]
+        specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
+        return [*own, *specific_first, PAUSE][0]
+
     def _add_step(self, key: str, body: str | None, options: dict[str, Any], where: str) -> None:
         """Add a step that an attribute declares; one without a body was removed."""
         options = _checked(options, STEP_OPTIONS, where)
@@ -794,21 +845,23 @@ class _Blueprint:
             problem = f"a step must not be called {name!r}, an attribute of Workflow: rename it"
             _require(name not in self.reserved, where, problem)
         if body:
-            self._check_methods(body, options.get("skip_if"), where)
+            self._check_methods(body, options, where)
         defined = {option: value for option, value in options.items() if option in StepDefinition.__dataclass_fields__}
-        definition = StepDefinition(**defined, body=body or "", policy=_step_policy(options, where), removed=not body)
+        policies = _step_policies(options, where)
+        definition = StepDefinition(**defined, body=body or "", policies=policies, removed=not body)
         self._place(definition, options.get("before_step"), options.get("after_step"), where)
 
-    def _check_methods(self, body: str, skip_if: Any, where: str) -> None:
+    def _check_methods(self, body: str, options: Mapping[str, Any], where: str) -> None:
         method = getattr(self.cls, body, None)
         is_method = callable(method) or (isinstance(method, _Declaration) and method.is_removed)  # by a child
         _require(is_method, where, f"its body {body!r} is not a method of the class")
         is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
         _require(not is_generator, where, f"its body {body!r} is a generator, which nothing would run: do not yield")
-        if isinstance(skip_if, str):
-            condition = getattr(self.cls, skip_if, None)
-            _require(callable(condition), where, f"skip_if names no method: {skip_if!r}")
-            _require_plain(condition, where, "skip_if")
+        for option in ("skip_if", "wait", "matching"):
+            if isinstance(name := options.get(option), str):
+                named = getattr(self.cls, name, None)
+                _require(callable(named), where, f"{option} names no method: {name!r}")
+                _require_plain(named, where, option)
 
     def _place(self, definition: StepDefinition, before: str | None, after: str | None, where: str) -> None:
         names = [each.name for each in self.steps]
@@ -863,15 +916,18 @@ def _check_together(options: dict[str, Any], where: str) -> None:
     _require(not (options.get("resumable") and options.get("transactional")), where, problem)
 
 
-def _step_policy(options: dict[str, Any], where: str) -> ExceptionPolicy | None:
-    """The policy that `on_exception`, `max_reattempts` and `terminal_action` of a step make."""
+def _step_policies(options: dict[str, Any], where: str) -> tuple[ExceptionPolicy, ...]:
+    """The policies that `on_exception`, `max_reattempts` and `terminal_action` of a step make."""
     reaction = options.get("on_exception")
     limits = {key: options[key] for key in ("max_reattempts", "terminal_action") if key in options}
     for key in limits:
         _require(reaction == "reattempt", where, f'{key} goes with on_exception="reattempt" only')
-    if isinstance(reaction, str):
-        return ExceptionPolicy(reaction, **limits)
-    return _HandlerPolicy("pause", handler=reaction) if callable(reaction) else reaction
+    if reaction is None or isinstance(reaction, str):
+        return (ExceptionPolicy(reaction, **limits),) if reaction else ()
+    reactions = reaction if isinstance(reaction, (list, tuple)) else (reaction,)
+    for each in reactions:
+        _require_plain(each, where, "on_exception")
+    return tuple(_HandlerPolicy("pause", handler=each) if callable(each) else each for each in reactions)
 
 
 # ==== Fields: one form of a value on every database ===================================================================
@@ -1584,6 +1640,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     allow_multiple: peewee.Field[bool] = peewee.BooleanField(default=False)
     context: peewee.Field[dict[str, Any]] = _ContextField()
     options: peewee.Field[_Json] = _JsonObjectField(null=True)
+    #: Why it is paused, canceled or finished, or is about to pause; null while it goes on.
+    reason: peewee.Field[str | None] = _LongTextField(null=True)
     #: How many executions it has had: the number of the newest one, and the fence around every change.
     execution_count: peewee.Field[int] = peewee.IntegerField(default=1)
     pause_requested: peewee.Field[bool] = peewee.BooleanField(default=False)
@@ -1632,17 +1690,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         start = _Start(cls, allow_multiple, context, options)
         key = (None, None) if hero is None and cls.may_proceed_without_hero else _hero_key(hero)
         values = start.values(*key)
-        for _ in range(TRANSACTION_TRIES):
-            try:
-                workflow = start.insert(values)
-                break
-            except peewee.IntegrityError as error:
-                ongoing = _ongoing_id(values)
-                if ongoing is not None:
-                    raise AlreadyOngoingError(values, ongoing) from error
-                collision = error  # it ended in between: try again
-        else:
-            raise collision
+        workflow = _alone(values, lambda: start.insert(values))
         if hero is not None:
             workflow._hero = hero
         return cast("Self", workflow)
@@ -1692,90 +1740,108 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     # -- flow control -----------------------------------------------------------------------------------------------
 
-    def cancel(self) -> None:
+    def cancel(self, *, reason: str | None = None) -> None:
         """End the workflow for good. Inside a step this ends its body at once.
 
         From outside, a resumable step that is being performed ends at its next checkpoint, another one as it does.
 
+        :param reason: why, for people: text, which is kept on one line and cut at 1,000 characters. It is found in
+            `workflow.reason`, and in that of the attempt which ends by it. The calls below have it too.
         :raises InvalidStateError: from outside, if the workflow is over.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
+        :raises TypeError: if the reason is not text.
         """
-        self._control("cancel", _canceled)
+        self._control("cancel", _canceled, reason)
 
-    def pause(self) -> None:
+    def pause(self, *, reason: str | None = None) -> None:
         """Halt the workflow until :meth:`resume`. Inside a step this ends its body at once, to run again then.
 
         From outside, a step that is being performed ends and is recorded first; a resumable one ends at its next
         checkpoint.
 
+        :param reason: as for :meth:`cancel`; an error that pauses the workflow first is the reason instead.
         :raises InvalidStateError: from outside, if the workflow is paused or over.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
-        self._control("pause", _paused)
+        self._control("pause", _paused, reason)
 
-    def skip(self) -> None:
+    def skip(self, *, reason: str | None = None) -> None:
         """Go on with the next step. Inside a step this ends its body at once; from outside it also resumes.
 
+        :param reason: kept with the attempt that is skipped.
         :raises InvalidStateError: from outside, if the workflow is performing or over.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
-        self._control("skip", _skipped)
+        self._control("skip", _skipped, reason)
 
-    def reattempt(self, wait: timedelta | float | None = None, rewind: bool = False) -> NoReturn:
+    def reattempt(
+        self, wait: timedelta | float | None = None, rewind: bool = False, *, reason: str | None = None
+    ) -> NoReturn:
         """Inside a step: end its body at once and run it again, after `wait` (a timedelta or seconds).
 
         :param rewind: let a resumable step begin at the start, not at its cursor.
+        :param reason: kept with the attempt that ends.
         :raises InvalidStateError: from outside.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
-        self._control("reattempt", None, _duration(wait or 0, "reattempt(): wait"), rewind)
+        self._control("reattempt", None, reason, _duration(wait or 0, "reattempt(): wait"), rewind)
         raise AssertionError("unreachable")
 
-    def finish(self) -> NoReturn:
+    def finish(self, *, reason: str | None = None) -> NoReturn:
         """Inside a step: end its body at once, and the workflow with it, as finished.
 
+        :param reason: as for :meth:`cancel`.
         :raises InvalidStateError: from outside.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
-        self._control("finish", None)
+        self._control("finish", None, reason)
         raise AssertionError("unreachable")
 
-    def resume(self) -> None:
+    def resume(self, *, reason: str | None = None) -> None:
         """Let a paused workflow go on: what was scheduled keeps its time, else the step it stands at runs now.
 
         A resumable step goes on at its cursor. The counts of reattempts and recoveries start anew.
 
+        :param reason: kept with the attempt that this leads to, as its `begun_reason`.
         :raises InvalidStateError: if it is not paused.
         :raises StepNotDefinedError: if its class does not define that step.
         """
-        self._control("resume", _resumed)
+        self._control("resume", _resumed, reason)
 
-    def resume_at(self, step_name: str) -> None:
-        """Let a paused workflow go on with another step, now, or begin the one that it stands at from the start.
+    def resume_at(self, step_name: str, *, reason: str | None = None) -> None:
+        """Let a workflow that is paused or over go on with a step, now, and from its start.
 
-        :raises InvalidStateError: if it is not paused.
+        :param reason: as for :meth:`resume`.
+        :raises InvalidStateError: if it is ready or performing, or canceled with its last attempt in progress still.
+        :raises AlreadyOngoingError: if it was over, and its hero has another ongoing workflow of this class by now.
         :raises StepNotDefinedError: if there is no such step, or no longer.
         """
-        self._control("resume_at", functools.partial(_moved, step_name=step_name))
+        self._control("resume_at", functools.partial(_moved, step_name=step_name), reason)
 
-    def _control(self, call: str, change: Any, wait: timedelta = NO_WAIT, rewind: bool = False) -> None:
-        """Inside an attempt, end its body; outside, make the change under the workflow's row lock."""
+    def reschedule(self, when: datetime | timedelta | float | None = None) -> None:
+        """Set the time of the step that is scheduled; of one that waits for a signal, its time limit.
+
+        Such a limit has the step's `on_timeout`, "pause" where it declares none.
+
+        :param when: an aware datetime, or a timedelta or seconds from now; what has passed means now. None: as the
+            class declares it by now, counted from when the step was reached; a computed wait is asked again.
+        :raises InvalidStateError: if it is performing or over, or nothing is scheduled (an error paused it).
+        :raises StepNotDefinedError: without a time, if its class does not define the step.
+        :raises TypeError, ValueError: if `when` is something else.
+        """
+        moment = None if when is None else _moment(when, _drive()._now(), "reschedule(): when")
+        self._control("reschedule", functools.partial(_rescheduled, moment=moment))
+
+    def _control(
+        self, call: str, change: Any, reason: Any = None, wait: timedelta = NO_WAIT, rewind: bool = False
+    ) -> None:
+        """Inside an attempt, end its body; outside, make the change."""
+        if reason is not None and not isinstance(reason, str):
+            raise TypeError(f"{self._label}: the reason of {call}() must be text, not {reason!r:.100}")
+        reason = _one_line(reason or "")
         if self._attempt is not None and ("step", call) in EFFECTS:
-            self._attempt.leave(call, wait, rewind)
-        drive = _drive()
-
-        def locked_change() -> Workflow:
-            row, active = Workflow._lock_with_active(self.id)
-            if row is None:
-                raise Workflow.DoesNotExist(f"{self._label} was deleted; {call}() came too late")
-            if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
-                raise InvalidStateError(row, call)
-            before = row.state
-            change(drive, row, active)
-            drive._announce(row, before, row.state)
-            return row
-
-        self._take_over(drive._access.transact(locked_change))
+            self._attempt.leave(_FlowControl(call, wait, rewind, reason))
+        self._take_over(_controlled(self, call, change, reason))
 
     @classmethod
     def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
@@ -2170,7 +2236,7 @@ class _Start:
             "allow_multiple": allow_multiple,
             "context": _Context("{}" if context is None else _dump_object(context)),
             "options": options,
-            "transitioned_at": None,
+            **dict.fromkeys(("reason", "transitioned_at")),
         }
 
     def values(self, hero_type: str | None, hero_id: str | None) -> dict[str, Any]:
@@ -2192,7 +2258,7 @@ class _Start:
     def _inserted(self, values: dict[str, Any], is_again: bool) -> Workflow:
         """Insert it; or find it, where a try before was committed as its connection went."""
         first, workflow, access = self.cls.steps[0], self.cls._made(values, 0), self.drive._access
-        begins = StepExecution._scheduled_values(workflow, 1, first.name, values["created_at"] + first.wait)
+        begins = StepExecution._scheduled_values(workflow, 1, first.name, **first._first(values["created_at"]))
         ids = self._ids(values) if is_again else None
         workflow.__data__["id"], execution_id = ids or access.dialect.create(access.database, values, begins)
         self.drive._announce(workflow, None, READY)  # before a worker is woken, which announces what follows
@@ -2231,7 +2297,7 @@ class _Start:
     def _schedule(self, workflows: list[Workflow]) -> None:
         """Insert the first executions of new workflows."""
         first, now = self.cls.steps[0], self.drive._now()
-        same = StepExecution._scheduled_values(workflows[0], 1, first.name, now + first.wait)
+        same = StepExecution._scheduled_values(workflows[0], 1, first.name, **first._first(now))
         rows = [{**same, "workflow": each.id, "job_id": _job_id(now)} for each in workflows]
         StepExecution._insert_rows(rows, lambda model, new: model.insert(new))
         of_these = StepExecution.workflow.in_([each.id for each in workflows])
@@ -2246,9 +2312,47 @@ def _ongoing_id(values: Mapping[str, Any]) -> int | None:
     return workflow and workflow.id
 
 
+def _alone(values: Mapping[str, Any], begin: Callable[[], T]) -> T:
+    """Have a workflow with these values become ongoing; an AlreadyOngoingError, if its hero has another such one."""
+    for _ in range(TRANSACTION_TRIES):
+        try:
+            return begin()
+        except peewee.IntegrityError as error:
+            ongoing = _ongoing_id(values)
+            if ongoing is not None:
+                raise AlreadyOngoingError(values, ongoing) from error
+            collision = error  # it ended in between: try again
+    raise collision
+
+
 # ==== Calls from outside of a step ====================================================================================
 
-# The workflow's row is locked; its active execution, if any, is `active`.
+
+def _controlled(workflow: Workflow, call: str, change: Any, reason: str | None) -> Workflow:
+    """Make a change under the workflow's row lock, where its state allows the call; returns the row."""
+    drive = _drive()
+
+    def locked_change() -> Workflow:
+        row, active = Workflow._lock_with_active(workflow.id)
+        if row is None:
+            raise Workflow.DoesNotExist(f"{workflow._label} was deleted; {call}() came too late")
+        if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
+            raise InvalidStateError(row, call)
+        before = row.state
+        change(drive, row, active, reason)
+        drive._announce(row, before, row.state)
+        return cast(Workflow, row)
+
+    try:
+        return _alone(workflow.__data__, lambda: drive._access.transact(locked_change))
+    except (UnicodeError, peewee.DataError, peewee.OperationalError):
+        if not reason or reason.isascii():
+            raise
+    # Not each connection and database takes each character.
+    return _controlled(workflow, call, change, _storable(reason, "ascii"))
+
+
+# In what follows the workflow's row is locked; its active execution, if any, is `active`.
 
 
 def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) -> bool:
@@ -2298,82 +2402,122 @@ def _beginning(workflow: Workflow, values: Mapping[str, Any]) -> dict[str, Any]:
     :param values: the execution's; with `times_out_at` where an earlier attempt has begun to wait.
     """
     definition = workflow._find(values["step_name"])
-    if definition is None or definition.wait_for is None:
+    if definition is None or definition.wait_for is None or values.get("asks_wait"):
         return {"state": SCHEDULED}
     due, times_out_at = values["scheduled_for"], values.get("times_out_at")
+    since = values.get("waits_since") or due
     if times_out_at is None and definition.timeout is not None:
         times_out_at = due + definition.timeout
     is_late = times_out_at is not None and times_out_at <= due
     # Before the first execution, there were no signals.
     waits = not is_late and (values["number"] == 1 or _must_wait(workflow, definition))
     state = WAITING if waits else SCHEDULED
-    return {"state": state, "waiting_for": definition.wait_for, "times_out_at": times_out_at}
+    return {"state": state, "waiting_for": definition.wait_for, "waits_since": since, "times_out_at": times_out_at}
 
 
-def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
-    _drop(drive, active)
-    workflow._write(state=CANCELED, current_step_name=None, transitioned_at=drive._now(), pause_requested=False)
+def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None) -> None:
+    _drop(drive, active, reason)
+    ended = {"state": CANCELED, "current_step_name": None, "transitioned_at": drive._now(), "reason": reason}
+    workflow._write(**ended, pause_requested=False)
 
 
-def _paused(drive: GenevaDrive, workflow: Workflow, active: Any) -> None:
+def _paused(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | None) -> None:
     if workflow.state == PERFORMING:
-        workflow._write(pause_requested=True)  # obeyed by whoever records the running step
+        workflow._write(pause_requested=True, reason=reason)  # obeyed by whoever records the running step
     else:
-        workflow._write(state=PAUSED, transitioned_at=drive._now())
+        workflow._write(state=PAUSED, transitioned_at=drive._now(), reason=reason)
         if active:
             active._write(queue=None)
 
 
-def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None) -> None:
     following, now = workflow._step_after(cast(str, workflow.current_step_name)), drive._now()
     ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now, "signal_id": None, "queue": None}
+    ended["reason"] = reason
     WorkflowSignal._consume_given(workflow, workflow.current_step_name, now)
     if active:
         active._write(**ended)
     else:
+        ended["reached_at"] = StepExecution._newest(workflow).reached_at
         workflow._write(execution_count=workflow.execution_count + 1)
         StepExecution._insert(workflow, workflow.execution_count, workflow.current_step_name, now, **ended)
     if following:
-        _enter(workflow, following.name, now + following.wait)
+        _enter(workflow, following.name, **following._first(now))
     else:
-        workflow._write(state=FINISHED, current_step_name=None, transitioned_at=now)
+        workflow._write(state=FINISHED, current_step_name=None, transitioned_at=now, reason=None)
 
 
-def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None) -> None:
+def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None) -> None:
     definition = workflow._definition(workflow.current_step_name)
     if active:
         waits_for = definition.wait_for if active.state == WAITING else active.waiting_for  # it may have been renamed
         active._write(reattempts=0, recoveries=0, waiting_for=waits_for)
-        workflow._write(state=READY, transitioned_at=None)
+        active._write(begun_reason=reason or active.begun_reason)
+        workflow._write(state=READY, transitioned_at=None, reason=None)
         if active.state == WAITING and not _must_wait(workflow, definition, active):
             _wake(drive, workflow, active)
         else:
             drive._dispatch.put_in_queue(workflow, active)
     else:
-        number = StepExecution.number == workflow.execution_count
-        newest = StepExecution._lock(number & (StepExecution.workflow == workflow.id))
-        has_begun = newest.cursor is not None and newest.step_name == definition.name
-        # What goes on at its cursor does not wait for its signal anew.
-        carried = {"cursor": newest.cursor, "times_out_at": newest.times_out_at} if has_begun else {}
+        newest = StepExecution._newest(workflow)
+        carried = {"reached_at": newest.reached_at, "asks_wait": newest.asks_wait, "begun_reason": reason}
+        if newest.cursor is not None and newest.step_name == definition.name:
+            # What goes on at its cursor does not wait for its signal anew.
+            names = ("cursor", "waits_since", "times_out_at")
+            carried.update({name: newest.__data__[name] for name in names})
         _enter(workflow, definition.name, drive._now(), **carried)
 
 
-def _moved(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, step_name: str) -> StepExecution:
+def _moved(
+    drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None, step_name: str
+) -> StepExecution:
     if workflow._definition(step_name).removed:
         raise StepNotDefinedError(workflow, step_name)
+    if active and active.state == IN_PROGRESS:  # of one that was canceled
+        raise InvalidStateError(workflow, "resume_at", "its last attempt is still in progress: wait for its end")
     _drop(drive, active)
-    return _enter(workflow, step_name, drive._now())
+    now = drive._now()
+    return _enter(workflow, step_name, now, reached_at=now, begun_reason=reason)
 
 
-def _drop(drive: GenevaDrive, active: StepExecution | None) -> None:
+def _rescheduled(
+    drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, _: None, moment: datetime | None
+) -> None:
+    """Give what is scheduled another time, and what waits another limit; without a moment, those that are declared."""
+    if active is None:
+        raise InvalidStateError(workflow, "reschedule", "nothing is scheduled: resume() has the step run again")
+    now = drive._now()
+    if moment is None:
+        changes = _as_declared(workflow._definition(active.step_name), active, now)
+    elif active.state == WAITING:
+        changes = {"times_out_at": max(moment, now)}
+    else:
+        changes = {"scheduled_for": max(moment, now), "asks_wait": None}
+    drive._dispatch.put_in_queue(workflow, active, **changes)
+
+
+def _as_declared(definition: StepDefinition, active: StepExecution, now: datetime) -> dict[str, Any]:
+    """The time of an execution, and its limit, as its step has them by now."""
+    first = definition._first(active.reached_at or active.created_at)
+    due = max(first["due"], now)
+    if active.state != WAITING:
+        return {"scheduled_for": due, "asks_wait": first.get("asks_wait")}
+    since = active.waits_since or active.scheduled_for
+    since = since if since <= now else due  # its wait is not over
+    limit = None if definition.timeout is None else max(since + definition.timeout, now)
+    return {"scheduled_for": since, "waits_since": since, "times_out_at": limit}
+
+
+def _drop(drive: GenevaDrive, active: StepExecution | None, reason: str | None = None) -> None:
     if active and active.state != IN_PROGRESS:  # which records by itself what came of it
-        active._write(state=CANCELED, outcome="canceled", finished_at=drive._now(), signal_id=None, queue=None)
+        ended = {"state": CANCELED, "outcome": "canceled", "finished_at": drive._now(), "reason": reason}
+        active._write(**ended, signal_id=None, queue=None)
 
 
 def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
     """Schedule a new execution and make the workflow stand at it."""
     number = workflow.execution_count + 1
-    workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None)
+    workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None, reason=None)
     return StepExecution._schedule(workflow, number, step_name, due, **carried)
 
 
@@ -2393,6 +2537,13 @@ class StepExecution(_Record):
     step_name: peewee.Field[str] = _NameField()
     state: peewee.Field[str] = _NameField()
     outcome: peewee.Field[str | None] = _NameField(null=True)
+    #: Why it ended as it did; why the workflow was resumed, if it began by that.
+    reason: peewee.Field[str | None] = _LongTextField(null=True)
+    begun_reason: peewee.Field[str | None] = _LongTextField(null=True)
+    #: When the workflow came to the step: that of the first attempt at it.
+    reached_at: peewee.Field[datetime | None] = _UtcField(null=True)
+    #: Whether the step's computed wait is to be asked before its body.
+    asks_wait: peewee.Field[bool | None] = peewee.BooleanField(null=True)
     scheduled_for: peewee.Field[datetime] = _UtcField()
     #: The queue that gives it out, with which priority, and when; null while nobody is to take it.
     queue: peewee.Field[str | None] = _NameField(null=True)
@@ -2413,8 +2564,9 @@ class StepExecution(_Record):
     error_backtrace: peewee.Field[str | None] = _LongTextField(null=True)
     job_id: peewee.Field[str | None] = _NameField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
-    #: The signal that it waits, or waited, for. Until when: after that, `on_timeout` says what follows.
+    #: The signal that it waits, or waited, for. From when, and until when: after that, `on_timeout` says what follows.
     waiting_for: peewee.Field[str | None] = _NameField(null=True)
+    waits_since: peewee.Field[datetime | None] = _UtcField(null=True)
     times_out_at: peewee.Field[datetime | None] = _UtcField(null=True)
     #: The newest signal that it looked at and that was not for it; once it ended, the one that it was given.
     signal_id: peewee.Field[int | None] = peewee.BigIntegerField(null=True)
@@ -2433,8 +2585,15 @@ class StepExecution(_Record):
         """When it is to be performed; None if it waits for a signal without a limit."""
         return _due(self.__data__)
 
+    def _overdue(self) -> timedelta:
+        """For how long it has been due: since its time to wait for a signal was over, if it was."""
+        now, moments = _drive()._now(), (self.scheduled_for, self.times_out_at)
+        return now - max((each for each in moments if each and each <= now), default=now)
+
     def execute(self) -> bool:
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
+
+        A computed wait is asked, and its error is the step's; but whatever it says is not waited for.
 
         Where an event loop runs in the calling thread, what is asynchronous in it is run in a thread, on a connection
         of that thread's: it does not see what the caller's transaction has written, nor an in-memory database of
@@ -2444,10 +2603,15 @@ class StepExecution(_Record):
             workflow is not ready.
         :raises BaseException: the step's error, once its outcome is committed, if it paused or canceled the workflow.
         """
+        return self._execute(heeds_wait=False)
+
+    def _execute(self, heeds_wait: bool) -> bool:
+        """Execute it; with `heeds_wait`, only to put it back if a computed wait is not over."""
         context = _own_context()
         attempt = context.run(_Attempt.claim, _drive(), self.id)
         if attempt is None:
             return False
+        attempt.heeds_wait = heeds_wait
         try:
             context.run(attempt.run)
         finally:
@@ -2463,6 +2627,19 @@ class StepExecution(_Record):
         return cls._from_joined(values) if values else None
 
     @classmethod
+    def _read(cls, execution_id: int) -> StepExecution | None:
+        """The same, as it is now, also in a transaction that has begun before."""
+        execution = cls._with_workflow(execution_id)
+        if (
+            execution and _drive()._access.database.in_transaction()
+        ):  # its snapshot may be old: locks tell what is there
+            workflow = Workflow._lock(Workflow.id == execution.workflow_id)
+            execution = workflow and cls._lock(cls.id == execution_id)
+            if execution:
+                execution.__rel__["workflow"] = workflow
+        return execution
+
+    @classmethod
     def _joined(cls) -> Any:
         """A query of executions and of their workflows, for `_from_joined()`."""
         return cls.select(*cls._meta.sorted_fields, *Workflow._meta.sorted_fields).join(Workflow)
@@ -2473,6 +2650,11 @@ class StepExecution(_Record):
         execution = cls._from_columns(values[:width])
         execution.__rel__["workflow"] = Workflow._from_columns(values[width:])
         return cast(StepExecution, execution)
+
+    @classmethod
+    def _newest(cls, workflow: Workflow) -> Any:
+        """The newest execution of a workflow, locked, as the workflow is."""
+        return cls._lock((cls.number == workflow.execution_count) & (cls.workflow == workflow.id))
 
     @classmethod
     def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
@@ -2584,8 +2766,20 @@ class _Verdict:
     wait: timedelta = NO_WAIT
     error: BaseException | None = None
     surfaces: bool = False  # whether the error is raised once the outcome is committed
-    note: str = ""  # for the log, once it is committed
+    reason: str | None = None  # for people
     rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
+    until: datetime | None = None  # when a computed wait is over
+
+
+#: Of a transactional step whose computed wait is over, asked outside of transactions.
+_GO_ON = _Verdict("step", "go on")
+
+
+def _timed_out(workflow: Workflow, definition: StepDefinition, execution: StepExecution, limit: datetime) -> _Verdict:
+    """What follows when nothing came of what a step waited for."""
+    waited = max(limit - (execution.waits_since or execution.scheduled_for), NO_WAIT)
+    error, reason = SignalTimeoutError(workflow, definition, waited), f"no signal {definition.wait_for} within "
+    return _Verdict("timeout", definition.on_timeout, error=error, reason=reason + _span(waited))
 
 
 class _Attempt:
@@ -2593,7 +2787,7 @@ class _Attempt:
 
     def __init__(self, drive: GenevaDrive, execution: StepExecution, is_run_on: bool = False) -> None:
         self.drive, self.workflow, self.execution, self.is_run_on = drive, execution.workflow, execution, is_run_on
-        self.is_begun = False
+        self.is_begun, self.heeds_wait = False, True
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
@@ -2631,7 +2825,7 @@ class _Attempt:
     @classmethod
     def _claimable(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> StepExecution | None:
         """The execution with its workflow, if it is to be run, and by us."""
-        execution = drive._access.repeat(lambda: cls._read(drive, execution_id), PATIENCE_SECONDS)
+        execution = drive._access.repeat(lambda: StepExecution._read(execution_id), PATIENCE_SECONDS)
         if execution is None or execution.state not in TO_CLAIM or execution.workflow.state != READY:
             return None
         problem, due = execution.workflow._undefined(), execution._due
@@ -2643,16 +2837,6 @@ class _Attempt:
                 drive._dispatch.send([execution])
             if queue or execution.state == WAITING:
                 return None
-        return execution
-
-    @classmethod
-    def _read(cls, drive: GenevaDrive, execution_id: int) -> StepExecution | None:
-        execution = StepExecution._with_workflow(execution_id)
-        if execution and drive._access.database.in_transaction():  # whose snapshot may be old: locks tell what is there
-            workflow = Workflow._lock(Workflow.id == execution.workflow_id)
-            execution = workflow and StepExecution._lock(StepExecution.id == execution_id)
-            if execution:
-                execution.__rel__["workflow"] = workflow
         return execution
 
     @classmethod
@@ -2676,7 +2860,7 @@ class _Attempt:
         workflow, execution = self.workflow, self.execution
         problem = workflow._undefined()
         if queue and not problem and workflow._find(execution.step_name) is None:
-            overdue = self._overdue()
+            overdue = execution._overdue()
             # In immediate mode there is no other consumer of the queue, and what is scheduled never comes.
             if overdue < self.drive.undefined_step_grace and not self.drive.queues[queue].immediate:
                 problem = str(StepNotDefinedError(workflow, execution.step_name))
@@ -2689,18 +2873,13 @@ class _Attempt:
     def put_off(self, problem: str, queue: str) -> None:
         """Give the claim back, for a little later, in the same queue: the longer it has been due, the later."""
         shortest, longest = PUT_OFF_FOR
-        delay = min(max(self._overdue(), shortest), longest)
+        delay = min(max(self.execution._overdue(), shortest), longest)
         _heartbeat.remove(self)
         with contextlib.suppress(_ClaimLost):
             route = queue, self.execution.priority or 0  # what does not define the step does not know it
             _Recording(self).put_back({"state": SCHEDULED}, self.drive._now() + delay, route)
         note = "execution %s is put off for %s: %s", self.execution.id, _span(delay), problem
         self.drive._access.after_commit(lambda: logger.warning(*note))
-
-    def _overdue(self) -> timedelta:
-        """For how long it has been due: since its time to wait for a signal was over, if it was."""
-        now, moments = self.drive._now(), (self.execution.scheduled_for, self.execution.times_out_at)
-        return now - max((each for each in moments if each and each <= now), default=now)
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 
@@ -2768,26 +2947,29 @@ class _Attempt:
         execution = self.drive._access.repeat(lambda: StepExecution._with_workflow(self.execution.id))
         if execution is None or execution.state != IN_PROGRESS:
             raise _ClaimLost(_Verdict("step", "return"))
+        reason = execution.workflow.reason
         if execution.workflow.state == CANCELED:
-            return _Verdict("step", "cancel")
-        return _Verdict("step", "pause") if execution.workflow.pause_requested else None
+            return _Verdict("step", "cancel", reason=reason)
+        return _Verdict("step", "pause", reason=reason) if execution.workflow.pause_requested else None
 
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
         try:
             definition = self.workflow._definition(self.execution.step_name)
         except StepNotDefinedError as error:  # no policy has a say in this
-            verdict = _Verdict("error", "pause", error=error, surfaces=True)
+            reason = f"no step called {self.execution.step_name}"
+            verdict = _Verdict("error", "pause", error=error, surfaces=True, reason=reason)
             return verdict, self._record(verdict)
         access = self.drive._access
         access.open()  # a receiver may have closed it
         is_ours = definition.transactional and not access.database.in_transaction()
         for tries in range(1, TRANSACTION_TRIES + 1):
             try:
-                if definition.transactional:
+                asks = self.execution.asks_wait or not definition.transactional
+                verdict = self._perform(definition) if asks else _GO_ON
+                if verdict is _GO_ON:
                     with access.begin():
                         verdict = self._perform(definition)
                         return verdict, self._record(verdict, may_run_on)
-                verdict = self._perform(definition)
             except _ClaimLost:
                 raise
             except BaseException as error:
@@ -2847,19 +3029,26 @@ class _Attempt:
         workflow, execution = self.workflow, self.execution
         try:
             if workflow.hero is None and not workflow.may_proceed_without_hero:
-                return _Verdict("step", "cancel", note="canceled: the hero is gone")
+                return _Verdict("step", "cancel", reason="the hero is gone")
             for condition in workflow._blueprint.cancel_ifs:
                 if self.call(getattr(workflow, condition)):
-                    return _Verdict("step", "cancel", note=f"canceled by {condition}")
-            if self._is_skipped(definition):
+                    return _Verdict("step", "cancel", reason=condition)
+            if execution.asks_wait:
+                until = self._asked_wait(definition)
+                if until > self.drive._now() and self.heeds_wait:
+                    return _Verdict("step", "wait", until=until)
+                self._end_wait()
+                if definition.transactional:
+                    workflow.__dict__.pop("_hero", None)  # in the transaction it is read anew
+                    return _GO_ON
+            if self._ask(definition.skip_if):
                 return _Verdict("step", "skip")
             if definition.wait_for and not self._find_signal(definition):
-                is_late = execution.times_out_at is not None and execution.times_out_at <= self.drive._now()
-                if not is_late:
+                limit = execution.times_out_at
+                if limit is None or limit > self.drive._now():
                     return _Verdict("step", "wait")
                 if definition.on_timeout != "run":
-                    note, error = f"no signal {definition.wait_for} came", SignalTimeoutError(workflow, definition)
-                    return _Verdict("timeout", definition.on_timeout, error=error, note=note)
+                    return _timed_out(workflow, definition, execution, limit)
             self.call(workflow.before_step_execution, execution)
             with self.call(workflow.around_step_execution, execution):
                 self.call(getattr(workflow, definition.body))
@@ -2868,7 +3057,7 @@ class _Attempt:
             control = _flow_control_in(error)
             if control is None:
                 raise
-            return _Verdict("step", control.action, control.wait, rewind=control.rewind)
+            return _Verdict("step", control.action, control.wait, rewind=control.rewind, reason=control.reason)
         return _Verdict("step", "return")
 
     def _begin_user_code(self, must_stay: bool = False) -> None:
@@ -2886,12 +3075,12 @@ class _Attempt:
         self._leave_after_all()
         return result
 
-    def leave(self, call: str, wait: timedelta, rewind: bool) -> NoReturn:
+    def leave(self, control: _FlowControl) -> NoReturn:
         """End the user code that calls a flow control method; one that was refused remains its error."""
         if not isinstance(self.leaving, FlowControlInTransactionError):
-            self.leaving = _FlowControl(call, wait, rewind)
+            self.leaving = control
             if any(_depth(each) > self.depth_around(each) for each in self.drive._access.databases()):
-                self.leaving = FlowControlInTransactionError(self.workflow, call, self.execution.step_name)
+                self.leaving = FlowControlInTransactionError(self.workflow, control.action, self.execution.step_name)
         raise self.leaving
 
     def _leave_after_all(self) -> None:
@@ -2913,53 +3102,61 @@ class _Attempt:
 
     def _find_signal(self, definition: StepDefinition) -> bool:
         """Give the workflow the first signal that is for the step, and tell whether there is one."""
-        page = 1 if definition.matching is None else 100
+        page, matching = 1 if definition.matching is None else 100, definition.matching
+        if isinstance(matching, str):
+            matching = cast("Callable[[Any], object]", getattr(self.workflow, matching))
         while True:
             pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
             query = WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page)
             found = self.drive._access.repeat(functools.partial(list[Any], query))
             for each in found:
-                if definition.matching is None or self.call(definition.matching, each.payload):
+                if matching is None or self.call(matching, each.payload):
                     self.signal, self.workflow.signal_payload = each, each.payload
                     return True
                 self.execution.signal_id = each.id
             if len(found) < page:
                 return False
 
-    def _is_skipped(self, definition: StepDefinition) -> Any:
-        condition = definition.skip_if
-        if isinstance(condition, str):
-            return self.call(getattr(self.workflow, condition))
-        return self.call(condition, self.workflow) if callable(condition) else condition
+    def _ask(self, question: Any) -> Any:
+        """What a condition or a wait comes to: a callable of the workflow, a method's name, or the answer itself."""
+        if isinstance(question, str):
+            return self.call(getattr(self.workflow, question))
+        return self.call(question, self.workflow) if callable(question) else question
+
+    def _asked_wait(self, definition: StepDefinition) -> datetime:
+        """When the step's wait is over, as the workflow's code says now."""
+        wait, reached = self._ask(definition.wait), self.execution.reached_at or self.execution.created_at
+        what = f"{self.where}: what its wait returns, if it is not None,"
+        return _moment(NO_WAIT if wait is None else wait, reached, what)
+
+    def _end_wait(self) -> None:
+        """Keep that the wait is over: once the body has begun, no later attempt is to ask again."""
+        over, mine = {"asks_wait": None}, {"id": self.execution.id, "state": IN_PROGRESS}
+        self.drive._access.transact(lambda: StepExecution._update_row(over, **mine))
+        self.execution.__data__.update(over)
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
     def _judge(self, definition: StepDefinition, error: BaseException) -> _Verdict:
         """What an error that left the body leads to."""
         access = self.drive._access
+        reason = _described(error)
         if _ends_process(error) or access.is_lost(error):  # which is the server's fault
-            return replace(self.drive._recovery.death(self.execution), error=error, surfaces=True)
+            return replace(self.drive._recovery.death(self.execution), error=error, surfaces=True, reason=reason)
         self._begin_user_code()
         if isinstance(error, peewee.PeeweeException):
             for each in access.databases():  # the hero's own among them, which the next attempt needs
                 access.drop_if_dead(each, _is_gone)
         reattempts = self.execution.reattempts
-        policy = self._policy_for(definition, error)
+        policy = self.workflow._blueprint.policy_for(definition, error)
         decision = policy._decide(self.workflow, error, reattempts)
         action = decision.action
         if action == "reattempt" and policy.max_reattempts is not None and reattempts >= policy.max_reattempts:
             action = policy.terminal_action
-        note = f"{type(error).__name__}: {action} after {reattempts} reattempts"
         is_reported = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
         surfaces = is_reported or isinstance(error, SystemExit)
-        return _Verdict("error", action, decision.wait, error, surfaces, note, rewind=decision.rewind)
-
-    def _policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
-        if definition.policy and definition.policy.matches(error):
-            return definition.policy
-        latest_first = [each for each in reversed(self.workflow._blueprint.policies) if each.matches(error)]
-        specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
-        return specific_first[0] if specific_first else PAUSE
+        reason = decision.reason or reason
+        return _Verdict("error", action, decision.wait, error, surfaces, reason, rewind=decision.rewind)
 
     def _record(self, verdict: _Verdict, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
         """Commit the outcome and what follows it: the next execution, claimed already if it may run on.
@@ -2974,14 +3171,14 @@ class _Attempt:
             except (UnicodeError, peewee.PeeweeException) as error:
                 # The text of an error, which may be anything: not each connection and database takes each character.
                 is_of_text = not access.is_transient(error) and not access.is_lost(error)
-                if not is_of_text or "".join(_error_columns(verdict.error).values()).isascii():
+                if not is_of_text or "".join([verdict.reason or "", *_error_columns(verdict.error).values()]).isascii():
                     raise
                 following = _Recording(self, run_on, "ascii").end(verdict)
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         self.patience_ends = math.inf
-        if verdict.note:
-            access.after_commit(lambda: self.workflow.logger.info("%s", verdict.note))
+        if verdict.reason:
+            access.after_commit(lambda: self.workflow.logger.info("%s: %s", self.execution.outcome, verdict.reason))
         return following
 
 
@@ -3027,7 +3224,7 @@ class _Recording:
         :raises _ClaimLost: if the execution is not ours any more; nothing is written.
         """
         if verdict.action == "wait":
-            self._wait()
+            self._wait(verdict.until)
             return None
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
         signal = self.attempt.signal
@@ -3046,6 +3243,10 @@ class _Recording:
         }
         if then == "pause":
             self.changes["current_step_name"] = self.execution.step_name
+        if verdict.reason:
+            self.columns["reason"] = reason = _storable(verdict.reason, self.charset)
+            if then in ("pause", "cancel", "finish"):
+                self.changes["reason"] = reason
         if self.workflow.context.is_changed():
             self.changes["context"] = self._merged_context(self.workflow.context.read)
         return self._commit()
@@ -3059,14 +3260,18 @@ class _Recording:
         self.columns = {"started_at": None, "heartbeat_at": None, "performed_by": None, **columns}
         self._commit()
 
-    def _wait(self) -> None:
-        """Put the execution back: what signals there are were not for it. Others may have come meanwhile."""
+    def _wait(self, until: datetime | None) -> None:
+        """Put the execution back: until then; or what signals there are were not for it, but others may have come."""
+        if until is not None:
+            self.put_back({"state": SCHEDULED, "scheduled_for": until})
+            return
         definition, limit = self.workflow._definition(self.execution.step_name), self.execution.times_out_at
-        if limit is None and definition.timeout is not None:  # it began when the step did not wait yet
+        since = self.execution.waits_since or self.now  # it may have begun when the step did not wait yet
+        if limit is None and definition.timeout is not None:
             limit = self.now + definition.timeout
         self.waits_for = definition
         waits: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
-        self.put_back({**waits, "signal_id": self.execution.signal_id})
+        self.put_back({**waits, "waits_since": since, "signal_id": self.execution.signal_id})
 
     # -- planning ---------------------------------------------------------------------------------------------------
 
@@ -3075,10 +3280,14 @@ class _Recording:
         execution, progress = self.execution, self.attempt.progress
         if then == "advance":
             definition = self.workflow._step_after(execution.step_name)
-            return {"step_name": definition.name, "due": self.now + definition.wait} if definition else None
+            return {"step_name": definition.name, **definition._first(self.now)} if definition else None
         if then == "repeat":
             cursor = progress.cursor() if progress.has_checkpoint else execution.cursor
+            asks_wait = {"asks_wait": True} if execution.asks_wait else {}
             return {
+                **asks_wait,
+                "reached_at": execution.reached_at,
+                "waits_since": execution.waits_since,
                 "step_name": execution.step_name,
                 "due": self.now + verdict.wait,
                 "reattempts": execution.reattempts + (verdict.cause == "error"),
@@ -3149,14 +3358,17 @@ class _Recording:
         before, changes, columns, is_going_on = row.state, dict(self.changes), self.columns, True
         if before == CANCELED:
             is_going_on = False
-            for name in ("state", "current_step_name", "execution_count", "transitioned_at"):
+            for name in ("state", "current_step_name", "execution_count", "transitioned_at", "reason"):
                 changes[name] = row.__data__[name]
             if "outcome" not in columns:  # it was to be put back
                 columns = {"state": CANCELED, "outcome": "canceled", "finished_at": self.now, "signal_id": None}
+                columns["reason"] = row.reason
         elif row.pause_requested:
             changes["pause_requested"] = False
             if self.follows or "outcome" not in columns:
                 changes.update(state=PAUSED, transitioned_at=self.now)
+            asked_for = row.reason if changes["state"] == PAUSED else None
+            changes["reason"] = changes.get("reason") or asked_for
         if "context" in changes:
             changes["context"] = self._merged_context(row.context.read)
         if self.waits_for and changes["state"] == READY and not _must_wait(row, self.waits_for, self.execution):
@@ -3264,6 +3476,12 @@ def _error_columns(error: BaseException | None, charset: str = "utf-8") -> dict[
     }
 
 
+def _described(error: BaseException) -> str | None:
+    """An error as a reason: `ValueError: no such mailbox`."""
+    message = _shown("message", lambda: str(error))
+    return _one_line(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+
+
 def _shown(what: str, show: Callable[[], str]) -> str:
     """What the error's own code makes of it, if that does not fail in its turn."""
     try:
@@ -3318,23 +3536,22 @@ class _Progress:
         end = self.drive._access.transact(lambda: self._kept(cursor))
         self.attempt.execution.__data__["cursor"] = cursor
         if end is None and self.attempt.is_draining():
-            self.attempt.workflow.logger.info("handed on at a checkpoint, for the consumer drains")
-            end = "reattempt"
+            end = _FlowControl("reattempt", reason="handed on at a checkpoint, for the consumer drains")
         if end:
-            raise _FlowControl(end)
+            raise end
 
-    def _kept(self, cursor: Any) -> str | None:
+    def _kept(self, cursor: Any) -> _FlowControl | None:
         """Write the cursor, with a heartbeat; returns how the body is to end, if it is."""
         execution_id, changes = self.attempt.execution.id, {"cursor": cursor, "heartbeat_at": self.drive._now()}
         kept = StepExecution._update_row(changes, id=execution_id, state=IN_PROGRESS)
         mine = (StepExecution.id == execution_id) & (StepExecution.state == IN_PROGRESS)
         if not kept and StepExecution._lock(mine) is None:  # MySQL counts no row that is as it was
-            return "cancel"  # recovered or deleted: whatever is said here, it will not be recorded
+            return _FlowControl("cancel")  # recovered or deleted: whatever is said here, it will not be recorded
         # Not locked: whoever locks the two does so in the other order.
         row = Workflow._row(id=self.attempt.workflow.id)
         if row is None or row.state == CANCELED:
-            return "cancel"
-        return "pause" if row.pause_requested else None
+            return _FlowControl("cancel", reason=row and row.reason)
+        return _FlowControl("pause", reason=row.reason) if row.pause_requested else None
 
 
 class _Items:
@@ -4652,7 +4869,8 @@ class _Recovery:
         action = self.drive.stuck_recovery_action
         if action == "reattempt" and execution.recoveries >= self.drive.max_recoveries:
             action = "pause"
-        return _Verdict("death", action)
+        times = f" {execution.recoveries + 1} times" if execution.recoveries else ""
+        return _Verdict("death", action, reason=f"its process died{times}")
 
     def _recover_scheduled(self) -> dict[str, int]:
         """Queue again what is overdue in a queue whose messages may be lost, or that this drive does not have.
@@ -4932,6 +5150,11 @@ VIOLATIONS = {
         where e.state = 'waiting' and exists (
             select 1 from geneva_drive_signals s where s.workflow_id = e.workflow_id and s.name = e.waiting_for
             and s.consumed_at is null and s.id > coalesce(e.signal_id, 0))""",
+    "workflow {0} is {1}, but has a reason to stand still: {2}": """
+        select id, state, reason from geneva_drive_workflows where reason is not null
+        and state in ('ready', 'performing') and not pause_requested""",
+    "execution {0} waits for a signal, but is to ask for its wait first": """
+        select id from geneva_drive_step_executions where state = 'waiting' and asks_wait""",
     "execution {0} waits for no signal": """
         select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
     "signal {0} belongs to the workflow {1}, which is gone": """
@@ -5991,8 +6214,8 @@ def _flowchart(cls: type[Workflow]) -> str:
         notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
         notes += ["transactional"] if each.transactional else []
         notes += ["resumable"] if each.resumable else []
-        notes += [_policy_note(each.policy)] if each.policy else []
-        wait = f'|"{_span(each.wait)}"|' if each.wait else ""
+        notes += map(_policy_note, each.policies)
+        wait = f'|"{_mermaid_safe(_wait_note(each.wait))}"|' if each.wait else ""
         lines.append(_mermaid_node(f"{last} -->{wait} step{number}", "[{}]", each.name, *notes))
         last = f"step{number}"
     lines.append(_mermaid_node(f"{last} --> finished", "([{}])", "finished"))
@@ -6003,6 +6226,10 @@ def _flowchart(cls: type[Workflow]) -> str:
     if policies:
         lines.append(_mermaid_node("policies", "[{}]", "in every step", *map(_policy_note, reversed(policies))))
     return "\n".join(lines)
+
+
+def _wait_note(wait: Any) -> str:
+    return _span(wait) if isinstance(wait, timedelta) else _name_of(wait).replace("…", "computed")
 
 
 def _signal_note(definition: StepDefinition) -> str:
@@ -6019,12 +6246,15 @@ def _policy_note(policy: ExceptionPolicy) -> str:
 
 
 def _mermaid_node(node: str, shape: str, *lines: str) -> str:
+    return f"    {node}" + shape.format(f'"{"<br/>".join(map(_mermaid_safe, lines))}"')
+
+
+def _mermaid_safe(line: str) -> str:
     # Names may hold anything printable: what could be Mermaid's, HTML's or Markdown's goes by its number.
     def by_number(found: re.Match[str]) -> str:
         return "".join(f"#{ord(each)};" for each in found[0])
 
-    safe = [re.sub(r"[^\w ,:…]|\b_+|_+\b", by_number, line) for line in lines]
-    return f"    {node}" + shape.format(f'"{"<br/>".join(safe)}"')
+    return re.sub(r"[^\w ,:…]|\b_+|_+\b", by_number, line)
 
 
 # ==== Help for tests ==================================================================================================
@@ -6072,7 +6302,7 @@ class TestHelpers:
         def move() -> StepExecution:
             row, active = Workflow._lock_with_active(workflow.id)
             self._assert(row.state in (READY, PAUSED), workflow, "it is neither ready nor paused")
-            return _moved(drive, row, active, step_name)
+            return _moved(drive, row, active, None, step_name)
 
         self._perform(workflow, drive._access.transact(move), raise_errors)
 
@@ -6103,7 +6333,7 @@ class TestHelpers:
                 return
             moment = max(moment, due)
             self._assert(left, workflow, f"a step is due still after {max_iterations} steps")
-            self._perform(workflow, execution, raise_errors)
+            self._perform(workflow, execution, raise_errors, heeds_wait=True)
 
     def assert_workflow_state(self, workflow: Workflow, state: str) -> None:
         """:raises AssertionError: if the workflow is not in `state`."""
@@ -6117,9 +6347,36 @@ class TestHelpers:
         )
         self._assert(found.count(), workflow, f"expected an execution of {step_name} that is {state}")
 
-    def _perform(self, workflow: Workflow, execution: StepExecution, raise_errors: bool) -> None:
+    def assert_waiting_for(self, workflow: Workflow, signal_name: str) -> None:
+        """:raises AssertionError: if the workflow does not wait for that signal, or is paused."""
+        self._refresh(workflow)
+        found = workflow.execution_history.where(StepExecution.state == WAITING).get_or_none()
+        is_right = workflow.state == READY and found is not None and found.waiting_for == signal_name
+        self._assert(is_right, workflow, f"expected it to wait for the signal {signal_name}")
+
+    def assert_next_step(
+        self, workflow: Workflow, step_name: str, due: datetime | timedelta | float | None = None
+    ) -> None:
+        """Check which step is scheduled, or waits, and for when.
+
+        :param due: an aware datetime, or a timedelta or seconds from now, within a second; of a step that waits for a
+            signal, its time limit. None leaves the time open.
+        :raises AssertionError: if it is another one, or another time.
+        """
+        self._refresh(workflow)
+        found = workflow.execution_history.where(StepExecution.state.in_(TO_CLAIM)).get_or_none()
+        what = f"expected {step_name} to be scheduled"
+        self._assert(found is not None and found.step_name == step_name, workflow, what)
+        if due is not None:
+            moment, actual = _moment(due, _drive()._now(), "assert_next_step(): due"), found._due
+            is_right = actual is not None and abs(actual - moment) <= timedelta(seconds=1)
+            self._assert(is_right, workflow, f"{what} for {moment}, not for {actual}")
+
+    def _perform(
+        self, workflow: Workflow, execution: StepExecution, raise_errors: bool, heeds_wait: bool = False
+    ) -> None:
         try:
-            done = execution.execute()
+            done = execution._execute(heeds_wait)
         except BaseException as error:
             if raise_errors or _ends_process(error):
                 raise
@@ -6171,6 +6428,21 @@ def _of_hero(hero: str) -> Any:
     return (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
 
 
+def _duration_of(text: str) -> timedelta:
+    if not re.fullmatch(r"(\s*\d+\s*(d|h|min|s|ms))+\s*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 2d, 90min or 1h30min")
+    parts = re.findall(r"(\d+)\s*([a-z]+)", text)
+    return timedelta(milliseconds=sum(int(number) * UNITS[unit] for number, unit in parts))
+
+
+def _moment_of(text: str) -> datetime:
+    with contextlib.suppress(ValueError):
+        moment = datetime.fromisoformat(re.sub("Z$", "+00:00", text))  # which Python 3.10 does not read
+        if moment.tzinfo:
+            return moment
+    raise argparse.ArgumentTypeError(f"{text!r} is no moment such as 2026-03-01T12:00Z, or with +01:00 for Z")
+
+
 def _class_of(name: str) -> type[Workflow]:
     if name not in _workflow_classes:
         raise ConfigurationError(f"no workflow class is called {name!r}: use {', '.join(_workflow_classes)}")
@@ -6182,9 +6454,14 @@ _SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[str], Any]]] = {
     "--state": ({"choices": WORKFLOW_STATES, "help": "those in this state"}, lambda state: Workflow.state == state),
     "--type": ({"metavar": "CLASS", "help": "those of this class and its subclasses"}, _of_type),
     "--hero": ({"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"}, _of_hero),
+    "--step": ({"metavar": "NAME", "help": "those at this step"}, lambda name: Workflow.current_step_name == name),
 }
 # The calls on many workflows, each with the arguments that it alone takes.
-_CALLS: dict[str, tuple[str, ...]] = {"resume": ("--at",), "skip": (), "pause": (), "cancel": ()}
+_CALLS: dict[str, tuple[str, ...]] = {
+    "resume": ("--at STEP", "--reason"),
+    **dict.fromkeys(("skip", "pause", "cancel"), ("--reason",)),
+    "reschedule": ("--in", "--at MOMENT", "--as-declared"),
+}
 _MANY = ("ids", *_SELECTIONS, "--dry-run", "--json")
 _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "worker": ("run steps until SIGTERM or SIGINT, then drain", ("--workers", "--queue", "--shutdown-timeout")),
@@ -6205,7 +6482,14 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--payload": {"metavar": "JSON", "default": "null", "help": "its payload, such as '{\"paid\": true}'"},
     "--key": {"metavar": "TEXT", "help": "its idempotency key: sent again, it changes nothing"},
     **{name: argument for name, (argument, _) in _SELECTIONS.items()},
-    "--at": {"metavar": "STEP", "help": "go on with this step"},
+    "--reason": {"metavar": "TEXT", "help": "why, for those who look at it later"},
+    "--at STEP": {"metavar": "STEP", "help": "go on with this step, also where it is over"},
+    "--in": {"type": _duration_of, "metavar": "2d", "help": "so long from now: 2d, 90min, 1h30min"},
+    "--at MOMENT": {"type": _moment_of, "metavar": "MOMENT", "help": "then: 2026-03-01T12:00Z"},
+    "--as-declared": {
+        "action": "store_true",
+        "help": "as its class has it by now",
+    },
     "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
     "--deploy": {"action": "store_true", "help": "check instead what this code would strand if it were deployed"},
     "--dry-run": {"action": "store_true", "help": "only say what would be done"},
@@ -6233,7 +6517,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (description, arguments) in _COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
         for argument in arguments:
-            command.add_argument(argument, **_ARGUMENTS[argument])
+            command.add_argument(argument.partition(" ")[0], **_ARGUMENTS[argument])
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the terminal's encoding
     try:
@@ -6338,6 +6622,7 @@ class _CommandLine:
         facts = {
             "created": self._moment(workflow.created_at),
             workflow.state: self._since(workflow),
+            "reason": workflow.reason,
             "waits for the signal": next((each.waiting_for for each in history if each.state == WAITING), None),
             "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
         }
@@ -6350,7 +6635,7 @@ class _CommandLine:
     def _advice(self, workflow: Workflow) -> Iterator[str]:
         """Why the workflow cannot go on, if it cannot, and the calls that its state allows."""
         problem, state = workflow._undefined(), workflow.state
-        calls = [call for call in _CALLS if state in ALLOWED_FROM[call]]
+        calls = [call for call in _CALLS if state in ALLOWED_FROM[call] and call != "reschedule"]
         if not problem and calls and not workflow._find(workflow.current_step_name):
             problem = str(StepNotDefinedError(workflow, workflow.current_step_name))
             calls = ["resume --at STEP", "cancel"] if state == PAUSED else ["pause", "cancel"]
@@ -6381,14 +6666,16 @@ class _CommandLine:
         yield title
         for each, line in zip(history, lines):
             yield line
-            if each.error_class_name:
-                yield from self._wrapped(f"{each.error_class_name}: {each.error_message}", "    ")
+            error = each.error_class_name and f"{each.error_class_name}: {each.error_message}"
+            begun = each.begun_reason and f"resumed: {each.begun_reason}"
+            for text in filter(None, (begun, error or each.reason)):
+                yield from self._wrapped(text, "    ")
         yield "· waited   █ performed   ! failed or died"
 
     def _control(self) -> bool:
-        reports = []
+        reports, call = [], self._call()
         for workflow_id in self._chosen():
-            reports.append(self._controlled(workflow_id))
+            reports.append(self._controlled(workflow_id, call))
             if not self.options.json:  # each at once, for there may be many
                 self._say(_clean(reports[-1]["done"] or f"{workflow_id}: {reports[-1]['error']}"))
         self._answer(reports, [] if reports else ["no workflow matches"])
@@ -6403,18 +6690,28 @@ class _CommandLine:
             query = query.where(Workflow.state.in_(ALLOWED_FROM[call]))
         return ids or [each.id for each in query.order_by(Workflow.id)]
 
-    def _controlled(self, workflow_id: int) -> dict[str, Any]:
+    def _call(self) -> Callable[[Workflow], object]:
+        """The call that the arguments make of a workflow."""
+        call, given = self.options.command, vars(self.options)
+        if call == "reschedule":
+            times = [each for each in (given["in"], given["at"]) if each is not None]
+            if len(times) + given["as_declared"] != 1:
+                raise ConfigurationError("reschedule: give one of --in, --at and --as-declared")
+            return operator.methodcaller(call, *times)
+        if step_name := given.get("at"):
+            return operator.methodcaller("resume_at", step_name, reason=given["reason"])
+        return operator.methodcaller(call, reason=given["reason"])
+
+    def _controlled(self, workflow_id: int, make: Callable[[Workflow], object]) -> dict[str, Any]:
         call, report = self.options.command, {"id": workflow_id, "state": None, "done": None, "error": None}
         try:
             workflow = self._find(workflow_id)
             before, title = workflow.state, self._title(workflow)
-            step_name = getattr(self.options, "at", None)
-            act = functools.partial(workflow.resume_at, step_name) if step_name else getattr(workflow, call)
             if not self.options.dry_run:
-                act()
+                make(workflow)
                 return report | {"state": workflow.state, "done": f"{self._title(workflow)}, was {before}"}
             with self.drive._access.begin() as transaction:
-                act()
+                make(workflow)
                 transaction.rollback()
             return report | {"state": before, "done": f"would {call} {title}"}
         except Exception as error:  # it must not keep the others from their turn
