@@ -422,7 +422,7 @@ def _duration(value: object, what: str, kind: type[Exception] = ValueError) -> t
 def _moment(value: Any, start: datetime, what: str) -> datetime:
     """An aware datetime as it is, a duration from `start` on; else a TypeError or a ValueError says what is wrong."""
     if isinstance(value, datetime) and value.utcoffset() is not None:
-        return value
+        return value.astimezone(timezone.utc)  # beyond the calendar's end this fails, and not its storing
     if not isinstance(value, timedelta) and not _is_number(value):
         raise TypeError(f"{what} must be a timedelta, a number of seconds or an aware datetime, not {value!r}")
     return start + _duration(value, what)
@@ -644,7 +644,8 @@ def _are_reactions(value: Any) -> bool:
 
 
 def _a_wait(value: Any, what: str) -> Any:
-    return value if callable(value) or _is_name(value) else _A_DURATION(value, what)
+    is_name = isinstance(value, str) and value.isidentifier()
+    return value if is_name or callable(value) else _A_DURATION(value, what)
 
 
 _A_BOOL = _must_be("a bool", lambda value: isinstance(value, bool))
@@ -2451,8 +2452,8 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     definition = workflow._definition(workflow.current_step_name)
     if active:
         waits_for = definition.wait_for if active.state == WAITING else active.waiting_for  # it may have been renamed
-        active._write(reattempts=0, recoveries=0, waiting_for=waits_for)
-        active._write(begun_reason=reason or active.begun_reason)
+        begun_reason = reason or active.begun_reason
+        active._write(reattempts=0, recoveries=0, waiting_for=waits_for, begun_reason=begun_reason)
         workflow._write(state=READY, transitioned_at=None, reason=None)
         if active.state == WAITING and not _must_wait(workflow, definition, active):
             _wake(drive, workflow, active)
@@ -2630,9 +2631,7 @@ class StepExecution(_Record):
     def _read(cls, execution_id: int) -> StepExecution | None:
         """The same, as it is now, also in a transaction that has begun before."""
         execution = cls._with_workflow(execution_id)
-        if (
-            execution and _drive()._access.database.in_transaction()
-        ):  # its snapshot may be old: locks tell what is there
+        if execution and _drive()._access.database.in_transaction():  # of an old snapshot: locks tell what is there
             workflow = Workflow._lock(Workflow.id == execution.workflow_id)
             execution = workflow and cls._lock(cls.id == execution_id)
             if execution:

@@ -1521,6 +1521,12 @@ TURNS = {
     "cancels": lambda self: self.cancel(),
     "pauses": lambda self: self.pause(),
     "finishes": lambda self: self.finish(),
+    "is reattempted for a reason": lambda self: self.reattempt(reason="not yet"),
+    "cancels for a reason": lambda self: self.cancel(reason="sold out"),
+    "pauses for a reason": lambda self: self.pause(reason="to be looked at"),
+    "finishes for a reason": lambda self: self.finish(reason="paid in cash"),
+    "is paused meanwhile for a reason": lambda self: reload(self).pause(reason="a holiday"),
+    "is canceled meanwhile for a reason": lambda self: reload(self).cancel(reason="withdrawn"),
     "fails and is reattempted": _fails(KeyError("k")),
     "fails and is skipped": _fails(ValueError("v")),
     "fails and is canceled": _fails(TypeError("t")),
@@ -2646,6 +2652,21 @@ def test_an_error_that_cannot_be_encoded_is_recorded_escaped_and_obeyed(narrow, 
     assert {len(one.error_message), len(two.error_message)} == {gd.MAX_ERROR_CHARS}
     assert three.error_message == "\\U0001f600"
     assert "in three" in three.error_backtrace
+
+
+def test_a_reason_that_cannot_be_encoded_is_kept_escaped(narrow):
+    if narrow._access.dialect.section == "mysql":
+        for table in ("workflows", "step_executions"):
+            column = "reason text character set latin1"
+            narrow.database.execute_sql(f"alter table geneva_drive_{table} modify {column}")
+    for is_inside in (False, True):
+        with narrow.database.atomic() if is_inside else contextlib.nullcontext():
+            workflow = Plain.create(hero=User.create())
+            workflow.pause(reason="no \U0001f600")
+            assert reload(workflow).reason == "no \\U0001f600"
+            workflow.resume()
+            workflow.cancel(reason="no \U0001f600")
+            assert workflow.execution_history[0].reason == "no \\U0001f600"
 
 
 def test_an_error_whose_own_code_fails_is_recorded(drive, hero, helpers):
@@ -3977,6 +3998,379 @@ def test_a_queue_that_a_deploy_took_away_gives_way_to_the_default_one(db, drive,
     assert "'premium', which this drive does not have" in caplog.text
 
 
+# -- waits that are computed --
+
+
+class Trial(Workflow):
+    """Ends when the hero's number of visits, taken for days, has passed since the start of the test."""
+
+    @step
+    def begin(self):
+        did("begin")
+
+    @step(wait="end_of_trial")
+    def bill(self):
+        did(f"bill {self.context.get('days')}")
+
+    def end_of_trial(self):
+        assert not gd._drive().database.in_transaction()
+        return START + timedelta(days=self.hero.visits)
+
+
+def test_a_computed_wait_is_asked_when_its_step_is_reached_and_again_when_it_is_due(drive, clock):
+    hero = User.create(visits=3)
+    workflow = Trial.create(hero=hero)
+    work_off(drive)
+    execution = scheduled(workflow)
+    assert effects() == ["begin"]
+    assert (execution.scheduled_for, execution.reached_at) == (START + timedelta(days=3), START)
+    assert (execution.asks_wait, execution.started_at, execution.number) == (True, None, 2)
+    assert messages(drive) == [execution.id]
+    User.update(visits=5).execute()  # prolonged
+    clock.forward(days=3)
+    work_off(drive)
+    execution = scheduled(workflow)
+    assert (execution.scheduled_for, execution.number) == (START + timedelta(days=5), 2)
+    clock.forward(days=2)
+    work_off(drive)
+    assert effects() == ["begin", "bill None"]
+    assert reload(workflow).state == "finished"
+    last = workflow.execution_history[-1]
+    assert (last.asks_wait, last.reached_at, last.started_at) == (None, START, START + timedelta(days=5))
+
+
+@pytest.mark.parametrize("run_on", [0, 60])
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        (timedelta(hours=1), 3600),
+        (90, 90),
+        (0.5, 0.5),
+        (START + timedelta(minutes=1), 60),
+        ((START + timedelta(minutes=1)).astimezone(timezone(timedelta(hours=-7))), 60),
+        (None, None),
+        (0, None),
+        (START - timedelta(days=9000), None),
+    ],
+    ids=str,
+)
+def test_a_computed_wait_is_a_duration_a_moment_or_none(drive, clock, hero, said, seconds, run_on):
+    class Computes(Workflow):
+        @step
+        def one(self):
+            pass
+
+        @step(wait=lambda self: said)
+        def two(self):
+            did("two")
+
+    drive.run_on = run_on
+    workflow = Computes.create(hero=hero)
+    work_off(drive)
+    if seconds is None:
+        assert (effects(), reload(workflow).state) == (["two"], "finished")
+    else:
+        assert (effects(), reload(workflow).state) == ([], "ready")
+        assert scheduled(workflow).scheduled_for == START + timedelta(seconds=seconds)
+        clock.forward(seconds=seconds)
+        work_off(drive)
+        assert (effects(), reload(workflow).state) == (["two"], "finished")
+
+
+@pytest.mark.parametrize(
+    "said", [datetime(2026, 3, 2), "tomorrow", -5, timedelta(days=-1), True, math.nan, b"1", [1]], ids=str
+)
+def test_what_is_no_wait_is_an_error_of_the_step_that_names_it(drive, clock, hero, said):
+    class Computes(Workflow):
+        wrong = True
+
+        @step(wait=lambda self: said if Computes.wrong else 60)
+        def one(self):
+            did("one")
+
+    workflow = Computes.create(hero=hero)
+    with pytest.raises((TypeError, ValueError), match=r"^Computes\.one: what its wait returns, .* must be "):
+        drive._perform(scheduled(workflow).id)
+    assert (reload(workflow).state, effects()) == ("paused", [])
+    Computes.wrong = False
+    workflow.resume()  # no body has begun: it is asked again
+    work_off(drive)
+    assert effects() == []
+    assert scheduled(workflow).scheduled_for == START + timedelta(minutes=1)
+
+
+def test_the_furthest_moment_of_the_calendar_is_waited_for_and_one_beyond_it_is_an_error(drive, clock, hero):
+    class Computes(Workflow):
+        zone = timezone.utc
+
+        @step(wait=lambda self: datetime.max.replace(tzinfo=Computes.zone))
+        def one(self):
+            did("one")
+
+    workflow = Computes.create(hero=hero)
+    work_off(drive)
+    assert scheduled(workflow).scheduled_for == datetime.max.replace(tzinfo=timezone.utc)
+    Computes.zone = timezone(timedelta(hours=-1))
+    with pytest.raises(OverflowError):
+        scheduled(workflow).execute()
+    assert (reload(workflow).state, effects()) == ("paused", [])
+
+
+def test_an_error_of_a_wait_is_reattempted_and_the_wait_asked_again_until_a_body_has_begun(drive, clock, hero):
+    class Fails(Workflow):
+        asked = 0
+
+        @step(wait="hours", on_exception=ExceptionPolicy("reattempt", wait=60, jitter=0))
+        def one(self):
+            did("one")
+            if len(effects()) < 3:
+                raise OddError
+
+        def hours(self):
+            Fails.asked += 1
+            if Fails.asked == 1:
+                raise OddError("the hero has no date yet")
+            return timedelta(hours=2)
+
+    workflow = Fails.create(hero=hero)
+    work_off(drive)
+    first, second = workflow.execution_history
+    assert (first.outcome, first.reason) == ("reattempted", "OddError: the hero has no date yet")
+    assert (second.asks_wait, second.reached_at) == (True, START)
+    clock.forward(minutes=1)
+    work_off(drive)
+    assert scheduled(workflow).scheduled_for == START + timedelta(hours=2)
+    for _ in range(9):
+        clock.forward(hours=1)
+        work_off(drive)
+    assert (effects(), Fails.asked) == (["one"] * 3, 3)
+    assert reload(workflow).state == "finished"
+    assert {each.reached_at for each in workflow.execution_history} == {START}
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+@pytest.mark.parametrize("where", ["wait", "body"])
+def test_a_crash_in_a_wait_has_it_asked_again_and_one_in_the_body_has_not(drive, clock, hero, where, transactional):
+    class Crashes(Workflow):
+        asked, crashes = 0, True
+
+        def crash(self, here):
+            if here == where and Crashes.crashes:
+                Crashes.crashes = False
+                raise KeyboardInterrupt
+
+        @step(wait="minute", transactional=transactional)
+        def one(self):
+            did(f"one {drive.database.in_transaction()}")
+            self.crash("body")
+
+        def minute(self):
+            assert not drive.database.in_transaction()
+            Crashes.asked += 1
+            self.crash("wait")
+
+    workflow = Crashes.create(hero=hero)
+    with pytest.raises(KeyboardInterrupt):
+        drive._perform(scheduled(workflow).id)
+    assert scheduled(workflow).asks_wait is (True if where == "wait" else None)
+    work_off(drive)
+    assert Crashes.asked == (2 if where == "wait" else 1)
+    assert [each.outcome for each in workflow.execution_history] == ["recovered", "success"]
+    assert effects() == [f"one {transactional}"] * (1 if transactional or where == "wait" else 2)
+
+
+def test_the_order_of_an_attempt_with_a_computed_wait(drive, clock, hero):
+    class Ordered(Workflow):
+        @cancel_if
+        def condition(self):
+            did("cancel_if")
+
+        @step(wait="moment", skip_if="is_superfluous", wait_for="go", matching="is_mine")
+        def one(self):
+            did("body")
+
+        def moment(self):
+            did("wait")
+            return 60
+
+        def is_superfluous(self):
+            did("skip_if")
+
+        def is_mine(self, payload):
+            did(f"matching {payload}")
+            return True
+
+    workflow = Ordered.create(hero=hero)
+    workflow.signal("go", 7)
+    work_off(drive)
+    assert effects() == ["cancel_if", "wait"]
+    clock.forward(minutes=1)
+    work_off(drive)
+    assert effects()[2:] == ["cancel_if", "wait", "skip_if", "matching 7", "body"]
+
+
+def test_those_who_ignore_waits_ask_a_computed_one_and_run_the_body_whatever_it_says(drive, clock, hero, helpers):
+    class Computes(Workflow):
+        fails = False
+
+        @step(wait="day")
+        def one(self):
+            did("one")
+
+        two = step("one", wait="day", transactional=True)
+
+        def day(self):
+            did("asked")
+            if Computes.fails:
+                raise OddError
+            return timedelta(days=1)
+
+    workflow = Computes.create(hero=hero)
+    assert scheduled(workflow).execute() is True
+    helpers.perform_next_step(workflow)
+    assert (effects(), workflow.state) == (["asked", "one"] * 2, "finished")
+    helpers.speedrun_workflow(Computes.create(hero=hero))
+    assert effects()[4:] == ["asked", "one"] * 2
+    Computes.fails = True
+    workflow = Computes.create(hero=hero)
+    with pytest.raises(OddError):
+        helpers.perform_next_step(workflow)
+    assert workflow.state == "paused"
+    for move in (lambda: helpers.perform_step_inline(workflow, "one"), lambda: workflow.resume_at("one")):
+        move()  # neither asks
+        workflow.pause()
+    workflow.resume()
+    work_off(drive)
+    assert effects()[8:] == ["asked", "one", "one", "asked"]
+    assert reload(workflow).current_step_name == "two"
+
+
+@pytest.mark.parametrize("call", ["pause", "cancel"])
+def test_a_workflow_paused_or_canceled_while_its_wait_is_asked_stands_still(drive, clock, hero, call):
+    class Computes(Workflow):
+        @step(wait="hour")
+        def one(self):
+            did("one")
+
+        def hour(self):
+            if not self.context:
+                getattr(reload(self), call)(reason="while it is asked")
+            return 3600
+
+    workflow = Computes.create(hero=hero)
+    work_off(drive)
+    (execution,) = workflow.execution_history
+    assert (reload(workflow).reason, execution.queue) == ("while it is asked", None)
+    if call == "cancel":
+        assert (execution.state, execution.outcome, execution.reason) == ("canceled", "canceled", "while it is asked")
+    else:
+        assert (reload(workflow).state, execution.state, execution.asks_wait) == ("paused", "scheduled", True)
+        workflow.context["seen"] = True
+        workflow.save()
+        workflow.resume()
+        assert scheduled(workflow).due_at == START + timedelta(hours=1)
+        clock.forward(hours=1)
+        work_off(drive)
+        assert effects() == ["one"]
+
+
+def test_flow_control_in_a_computed_wait_is_obeyed(drive, clock, hero):
+    class Controls(Workflow):
+        @step(wait=lambda self: self.skip(reason="there is no trial"))
+        def one(self):
+            did("one")
+
+        @step(wait=lambda self: self.cancel(reason="enough"), transactional=True)
+        def two(self):
+            did("two")
+
+    workflow = Controls.create(hero=hero)
+    work_off(drive)
+    assert effects() == []
+    assert [(each.outcome, each.reason) for each in workflow.execution_history] == [
+        ("skipped", "there is no trial"),
+        ("canceled", "enough"),
+    ]
+    assert (reload(workflow).state, reload(workflow).reason) == ("canceled", "enough")
+
+
+def test_a_timeout_counts_from_the_end_of_a_computed_wait(drive, clock, hero):
+    class Waits(Workflow):
+        @step(wait=lambda self: timedelta(days=2), wait_for="paid", timeout=timedelta(days=3), on_timeout="cancel")
+        def one(self):
+            did(self.signal_payload)
+
+    workflow, other = Waits.create(hero=hero), Waits.create(hero=User.create())
+    assert (scheduled(workflow).waiting_for, scheduled(workflow).times_out_at) == (None, None)
+    work_off(drive)
+    other.signal("paid", "early")  # kept: it waits for its time yet
+    work_off(drive)
+    assert {scheduled(each).scheduled_for for each in (workflow, other)} == {START + timedelta(days=2)}
+    clock.forward(days=2)
+    work_off(drive)
+    execution = waiting(workflow)
+    assert execution.times_out_at == START + timedelta(days=5)
+    assert (execution.waits_since, execution.asks_wait) == (START + timedelta(days=2), None)
+    assert effects() == ["early"]
+    clock.forward(days=3)
+    work_off(drive)
+    assert (reload(workflow).state, reload(workflow).reason) == ("canceled", "no signal paid within 3 d")
+
+
+def test_the_first_step_of_many_may_have_a_computed_wait(drive, clock):
+    class Computes(Workflow):
+        @step(wait=lambda self: timedelta(hours=self.hero.visits))
+        def one(self):
+            did(f"one {self.hero.visits}")
+
+    Computes.create_many([User.create(visits=hours) for hours in (2, 1, 0)])
+    work_off(drive)
+    assert effects() == ["one 0"]
+    hours = [
+        (each.scheduled_for - START) / timedelta(hours=1) for each in StepExecution.select().order_by(StepExecution.id)
+    ]
+    assert hours == [2, 1, 0]
+
+
+def test_what_was_to_ask_takes_a_plain_wait_that_a_deploy_put_in_its_place(drive, clock, hero):
+    def deploy(declared):
+        class Deployed(Workflow):
+            @step(wait=declared)
+            def one(self):
+                did("one")
+
+        return Deployed
+
+    asking = deploy(lambda self: timedelta(days=2)).create(hero=hero)
+    deploy(timedelta(hours=1))
+    work_off(drive)
+    assert scheduled(asking).scheduled_for == START + timedelta(hours=1)
+    plain = deploy(timedelta(hours=1)).create(hero=User.create())
+    deploy(lambda self: timedelta(days=2))
+    clock.forward(hours=1)
+    work_off(drive)
+    assert effects() == ["one"]  # what is scheduled keeps its time; what was to ask asks the class as it is
+    assert reload(plain).state == "finished"
+    assert scheduled(asking).scheduled_for == START + timedelta(days=2)
+
+
+def test_only_a_step_with_a_computed_wait_costs_a_statement_more(db, drive, clock, hero, monkeypatch):
+    class Steps(Workflow):
+        plain = step("go")
+        computed = step("go", wait=lambda self: None)
+
+        def go(self):
+            pass
+
+    drive.run_on = 0
+    Steps.create(hero=hero)
+    costs, numbers = Costs(db, monkeypatch), []
+    for _ in range(2):
+        attempt = taken(drive)
+        numbers.append(len(costs.of(attempt.run)[1]))
+    assert numbers[1] - numbers[0] <= 1  # the last one inserts no other
+
+
 # ==== Policies ========================================================================================================
 
 
@@ -4124,9 +4518,40 @@ def test_report_says_when_the_error_leaves_the_task(drive, hero, action, report)
         assert caught.value.__notes__ == [f"in the step one of Reports {workflow.id}, which is {state} now"]
 
 
+def test_the_first_policy_of_a_steps_list_that_matches_decides_and_the_classs_if_none_does(drive, hero, helpers):
+    def handle(self, error):
+        self.skip(reason=f"handled {error}")
+
+    class Lists(Workflow):
+        exception_policies = [ExceptionPolicy("cancel")]
+
+        @step(on_exception=[ExceptionPolicy("skip", matching=KeyError), ExceptionPolicy("pause", matching=LookupError)])
+        def one(self):
+            raise KeyError("k")
+
+        @step(on_exception=(ExceptionPolicy("pause", matching=KeyError), handle, ExceptionPolicy("pause")))
+        def two(self):
+            raise ValueError("v")
+
+        @step(on_exception=[ExceptionPolicy("skip", matching=KeyError), ExceptionPolicy("pause", matching="OSError")])
+        def three(self):
+            raise TypeError("t")
+
+    workflow = Lists.create(hero=hero)
+    helpers.speedrun_workflow(workflow, raise_errors=False)
+    assert [(each.step_name, each.outcome, each.reason) for each in workflow.execution_history] == [
+        ("one", "skipped", "KeyError: 'k'"),
+        ("two", "skipped", "handled v"),
+        ("three", "canceled", "TypeError: t"),
+    ]
+    assert [len(each.policies) for each in Lists.steps] == [2, 3, 2]
+    for note in ("on KeyError: skip", "on LookupError: pause", "on error: handle", "on OSError: pause"):
+        assert note in Lists.graph()
+
+
 # ==== Calls from outside ==============================================================================================
 
-CALLS = ["cancel", "pause", "skip", "resume", "resume_at", "reattempt", "finish"]
+CALLS = ["cancel", "pause", "skip", "resume", "resume_at", "reschedule", "reattempt", "finish"]
 
 
 def in_state(drive, state):
@@ -4156,6 +4581,10 @@ def test_calls_from_outside_are_allowed_or_refused_as_the_table_says(drive, cloc
         ("skip", "paused"): "ready",
         ("resume", "paused"): "ready",
         ("resume_at", "paused"): "ready",
+        ("resume_at", "finished"): "ready",
+        ("resume_at", "canceled"): "ready",
+        ("reschedule", "ready"): "ready",
+        ("reschedule", "paused"): "paused",
     }.get((call, state))
     workflow = in_state(drive, state)
     before = history(workflow)
@@ -4173,6 +4602,8 @@ def test_calls_from_outside_are_allowed_or_refused_as_the_table_says(drive, cloc
         ("skip", "ready"): "two",
         ("skip", "paused"): "two",
         ("resume_at", "paused"): "three",
+        ("resume_at", "finished"): "three",
+        ("resume_at", "canceled"): "three",
     }.get((call, state), None if reload(workflow).state in ("finished", "canceled") else "one")
 
 
@@ -4319,6 +4750,472 @@ def test_calls_work_inside_a_transaction_of_the_caller_and_are_rolled_back_with_
     with db.atomic():
         reload(workflow).cancel()
     assert reload(workflow).state == "canceled"
+
+
+# -- other times --
+
+
+def test_reschedule_gives_what_is_scheduled_another_time(drive, clock, hero):
+    workflow = Tomorrow.create(hero=hero)
+    declared = scheduled(workflow).scheduled_for
+    clock.forward(hours=1)
+    for when, expected in (
+        (timedelta(hours=5), START + timedelta(hours=6)),
+        (60, START + timedelta(hours=1, minutes=1)),
+        (START + timedelta(days=30), START + timedelta(days=30)),
+        (START - timedelta(days=30), START + timedelta(hours=1)),  # what has passed means now
+        (None, declared),
+    ):
+        workflow.reschedule(when)
+        execution = scheduled(workflow)
+        assert (execution.scheduled_for, execution.due_at, execution.queue) == (expected, expected, "default")
+        assert execution.number == 1
+    workflow.reschedule(0)
+    work_off(drive)
+    assert len(effects()) == 1
+
+
+@pytest.mark.parametrize("when", [timedelta(hours=1), None])
+def test_what_is_rescheduled_while_it_is_paused_stays_paused(drive, clock, hero, when):
+    workflow = Tomorrow.create(hero=hero)
+    expected = START + timedelta(hours=1) if when else scheduled(workflow).scheduled_for
+    workflow.pause(reason="a holiday")
+    workflow.reschedule(when)
+    execution = scheduled(workflow)
+    assert (reload(workflow).state, reload(workflow).reason, execution.queue) == ("paused", "a holiday", None)
+    workflow.resume()
+    assert scheduled(workflow).due_at == expected
+
+
+def test_reschedule_of_what_waits_for_a_signal_moves_its_limit_and_the_error_tells_how_long_it_was(drive, clock, hero):
+    workflow = Payment.create(hero=hero)
+    clock.forward(days=1)
+    workflow.reschedule(timedelta(hours=2))
+    assert waiting(workflow).times_out_at == waiting(workflow).due_at == START + timedelta(days=1, hours=2)
+    assert waiting(workflow).scheduled_for == START
+    clock.forward(hours=2)
+    work_off(drive)
+    execution = workflow.execution_history[0]
+    assert (reload(workflow).state, execution.error_class_name) == ("paused", "geneva_drive.SignalTimeoutError")
+    assert "waited for the signal 'confirmed' for 1 d 2 h, and it did not come" in execution.error_message
+    assert execution.reason == reload(workflow).reason == "no signal confirmed within 1 d 2 h"
+
+
+def test_a_limit_that_no_step_declares_may_be_set_and_taken_away_and_pauses(drive, clock, hero):
+    class Endless(Workflow):
+        @step(wait_for="go")
+        def one(self):
+            did("one")
+
+    workflow = Endless.create(hero=hero)
+    workflow.reschedule(60)
+    assert messages(drive) == [waiting(workflow).id]
+    workflow.reschedule()
+    assert (waiting(workflow).times_out_at, messages(drive)) == (None, [])
+    workflow.reschedule(60)
+    clock.forward(minutes=1)
+    work_off(drive)
+    assert (reload(workflow).state, reload(workflow).reason) == ("paused", "no signal go within 1 min")
+    workflow.resume()
+    workflow.signal("go")
+    work_off(drive)
+    assert effects() == ["one"]
+
+
+def test_reschedule_without_a_time_takes_what_the_class_declares_by_now(drive, clock, hero):
+    def deploy(days, limit=None):
+        class Deployed(Workflow):
+            @step(wait=timedelta(days=days))
+            def one(self):
+                did("one")
+
+            @step(wait=timedelta(days=days), wait_for="go", timeout=limit and timedelta(days=limit))
+            def two(self):
+                did("two")
+
+        return Deployed
+
+    plain, waits = (deploy(7, 3).create(hero=User.create()) for _ in range(2))
+    waits.skip()
+    assert waiting(waits).times_out_at == START + timedelta(days=10)
+    deploy(1, 2)
+    for each in (plain, waits):
+        reload(each).reschedule()
+    assert scheduled(plain).scheduled_for == START + timedelta(days=1)
+    assert waiting(waits).times_out_at == START + timedelta(days=3)
+    assert waiting(waits).scheduled_for == waiting(waits).waits_since == START + timedelta(days=1)
+    clock.forward(days=2)  # its wait is over: the limit alone is moved
+    deploy(5, 4)
+    reload(waits).reschedule()
+    assert waiting(waits).times_out_at == START + timedelta(days=5)
+    deploy(5)
+    reload(waits).reschedule()
+    assert (waiting(waits).times_out_at, waiting(waits).queue) == (None, None)
+
+
+def test_reschedule_asks_a_computed_wait_again_unless_it_is_given_a_time(drive, clock):
+    hero = User.create(visits=3)
+    workflow = Trial.create(hero=hero)
+    work_off(drive)
+    User.update(visits=1).execute()
+    workflow.reschedule()
+    assert (scheduled(workflow).scheduled_for, scheduled(workflow).asks_wait) == (START, True)
+    work_off(drive)
+    assert scheduled(workflow).scheduled_for == START + timedelta(days=1)
+    workflow.reschedule(timedelta(hours=1))
+    assert scheduled(workflow).asks_wait is None
+    clock.forward(hours=1)
+    work_off(drive)
+    assert effects() == ["begin", "bill None"]
+
+
+def test_where_nothing_is_scheduled_reschedule_names_resume(drive, hero, helpers):
+    class Fails(Workflow):
+        @step
+        def one(self):
+            raise OddError
+
+    workflow = Fails.create(hero=hero)
+    helpers.speedrun_workflow(workflow, raise_errors=False)
+    with pytest.raises(
+        gd.InvalidStateError, match=r"is paused; reschedule\(\) was refused: nothing is .*: resume\(\) "
+    ):
+        workflow.reschedule(60)
+
+
+@pytest.mark.parametrize("when", [datetime(2026, 3, 2), "2d", -1, True, timedelta(days=-1), math.inf], ids=str)
+def test_a_time_that_is_none_is_refused_before_anything_is_written(drive, clock, hero, when):
+    workflow = Tomorrow.create(hero=hero)
+    before = list(StepExecution.select().tuples())
+    with pytest.raises((TypeError, ValueError), match=r"^reschedule\(\): when must be "):
+        workflow.reschedule(when)
+    assert list(StepExecution.select().tuples()) == before
+
+
+def test_a_step_cannot_reschedule_its_own_workflow(drive, hero, helpers):
+    class Tries(Workflow):
+        @step
+        def one(self):
+            self.reschedule(60)
+
+    workflow = Tries.create(hero=hero)
+    with pytest.raises(gd.InvalidStateError):
+        helpers.perform_next_step(workflow)
+    assert workflow.state == "paused"
+
+
+def test_a_message_for_the_earlier_time_of_what_was_rescheduled_changes_nothing(db, clock, hero):
+    huey = MemoryHuey("outside", results=False)
+    drive = GenevaDrive(db, huey=huey, clock=clock)
+    workflow = Tomorrow.create(hero=hero)
+    workflow.reschedule(0)
+    workflow.reschedule(timedelta(hours=1))
+    huey.execute(huey.dequeue())
+    assert (effects(), scheduled(workflow).scheduled_for) == ([], START + timedelta(hours=1))
+    clock.forward(hours=1)
+    for task in huey.read_schedule(clock.now.replace(tzinfo=None)):
+        huey.enqueue(task)
+    while task := huey.dequeue():
+        huey.execute(task)
+    assert len(effects()) == 1
+    assert drive.doctor() == []
+
+
+# -- what is over goes on --
+
+
+@pytest.mark.parametrize("end", ["finished", "canceled"])
+def test_what_is_over_goes_on_at_a_step_as_the_ongoing_one_of_its_hero(drive, clock, end):
+    workflow = in_state(drive, end)
+    number, key = workflow.execution_count, workflow.token
+    clock.forward(days=5)
+    workflow.resume_at("two", reason="they came back")
+    row = reload(workflow)
+    assert (row.state, row.current_step_name, row.transitioned_at, row.reason) == ("ready", "two", None, None)
+    execution = scheduled(workflow)
+    assert (execution.number, execution.begun_reason) == (number + 1, "they came back")
+    assert (execution.scheduled_for, execution.reached_at) == (clock.now, clock.now)
+    with pytest.raises(gd.AlreadyOngoingError) as caught:
+        Plain.create(hero=workflow.hero)
+    assert caught.value.workflow_id == workflow.id
+    clock.forward(days=25)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 0  # long since over, as it was, but not any more
+    gd.TestHelpers().speedrun_workflow(workflow)
+    assert (workflow.state, workflow.token) == ("finished", key)
+
+
+@pytest.mark.parametrize("end", ["finished", "canceled"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_over_stays_so_where_its_hero_has_another_ongoing_one(db, drive, end, inside):
+    workflow = in_state(drive, end)
+    other = Plain.create(hero=workflow.hero)
+    before = contents(drive)
+    with db.atomic() if inside else contextlib.nullcontext():
+        with pytest.raises(gd.AlreadyOngoingError) as caught:
+            workflow.resume_at("two")
+        did("after")  # the caller's transaction is usable
+    assert caught.value.workflow_id == other.id
+    assert (contents(drive), effects()[-1]) == (before, "after")
+    Plain.create(hero=workflow.hero, allow_multiple=True)  # which neither counts nor is counted
+    other.cancel()
+    workflow.resume_at("two")
+    assert reload(workflow).state == "ready"
+
+
+def test_several_of_a_hero_may_go_on_where_that_was_allowed(drive, hero):
+    workflows = [Plain.create(hero=hero, allow_multiple=True) for _ in range(3)]
+    for each in workflows:
+        each.cancel()
+        each.resume_at("one")
+    assert Plain.ready().count() == 3
+
+
+def test_a_canceled_workflow_whose_last_attempt_is_in_progress_does_not_go_on(drive, clock, hero):
+    workflow = Plain.create(hero=hero)
+    attempt = gd._Attempt.claim(drive, scheduled(workflow).id)
+    workflow.cancel()
+    with pytest.raises(
+        gd.InvalidStateError, match=r"is canceled; resume_at\(\) was refused: its last attempt is still in"
+    ):
+        workflow.resume_at("two")
+    attempt.run()
+    workflow.resume_at("two")
+    assert history(workflow) == [("one", "completed", "success"), ("two", "scheduled", None)]
+
+
+def _resume_over(number, url, ids, barrier, results):
+    GenevaDrive(open_database(url))
+    workflow = Workflow.get_by_id(ids[number])
+    barrier.wait(timeout=60)
+    try:
+        workflow.resume_at("one")
+        results.put(workflow.id)
+    except gd.AlreadyOngoingError as error:
+        results.put(-error.workflow_id)
+
+
+def test_of_those_of_a_hero_that_go_on_at_once_in_several_processes_one_does(database, drive, hero):
+    for _ in range(5):
+        Workflow.delete().execute()
+        workflows = []
+        for _ in range(4):
+            workflows.append(Plain.create(hero=hero))
+            workflows[-1].cancel()
+        database.peewee.close()
+        results = in_processes(4, _resume_over, database.url, [each.id for each in workflows], fork.Barrier(4))
+        (winner,) = [each for each in results if each > 0]
+        assert [each for each in results if each < 0] == [-winner] * 3
+        assert [each.id for each in Plain.ongoing()] == [winner]
+
+
+def test_what_goes_on_as_housekeeping_is_about_to_delete_it_is_kept(db, drive, clock, hero, monkeypatch):
+    workflow = in_state(drive, "finished")
+    clock.forward(days=31)
+    delete = drive._recovery._delete
+
+    def late(ids, expired):
+        assert ids == [workflow.id]
+        reload(workflow).resume_at("two")
+        return delete(ids, expired)
+
+    monkeypatch.setattr(drive._recovery, "_delete", late)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 0
+    assert scheduled(workflow).step_name == "two"
+
+
+# -- reasons --
+
+
+class Reasoned(Workflow):
+    """What a step does is told by the hero's name."""
+
+    exception_policies = [
+        ExceptionPolicy("reattempt", matching=LookupError, max_reattempts=1, terminal_action="cancel", wait=0),
+        ExceptionPolicy("skip", matching=KeyError),
+    ]
+
+    @cancel_if
+    def is_withdrawn(self):
+        return self.hero.name == "withdrawn"
+
+    @on_exception(PermissionError)
+    def give_up(self, error):
+        self.finish(reason=f"not allowed: {error}")
+
+    @step
+    def one(self):
+        turns = {
+            "cancel": lambda: self.cancel(reason="sold out"),
+            "pause": lambda: self.pause(reason="  to be\nlooked\t at "),
+            "skip": lambda: self.skip(reason="nothing to do"),
+            "finish": lambda: self.finish(reason="paid in cash"),
+            "ValueError": lambda: int("x"),
+            "KeyError": lambda: {}["k"],
+            "LookupError": lambda: [][0],
+            "PermissionError": lambda: (_ for _ in ()).throw(PermissionError("no")),
+            "AssertionError": lambda: (_ for _ in ()).throw(AssertionError),
+        }
+        if self.hero.name in turns:
+            turns[self.hero.name]()
+
+    @step
+    def two(self):
+        pass
+
+
+#: By the name of the hero: the reasons of the attempts, and the workflow's state and reason at the end.
+REASONS = {
+    "withdrawn": (["is_withdrawn"], "canceled", "is_withdrawn"),
+    "cancel": (["sold out"], "canceled", "sold out"),
+    "pause": (["to be looked at"], "paused", "to be looked at"),
+    "skip": (["nothing to do", None], "finished", None),
+    "finish": (["paid in cash"], "finished", "paid in cash"),
+    "ValueError": ([error := "ValueError: invalid literal for int() with base 10: 'x'"], "paused", error),
+    "KeyError": (["KeyError: 'k'", None], "finished", None),
+    "LookupError": ([error := "IndexError: list index out of range", error], "canceled", error),
+    "PermissionError": (["not allowed: no"], "finished", "not allowed: no"),
+    "AssertionError": (["AssertionError"], "paused", "AssertionError"),
+    "nothing": ([None, None], "finished", None),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_are_kept_with_the_attempt_that_ended_and_the_workflow_that_stands_still(drive, name):
+    workflow = Reasoned.create(hero=User.create(name=name))
+    for _ in range(4):
+        with contextlib.suppress(Exception):
+            work_off(drive)
+    attempts, state, reason = REASONS[name]
+    assert [each.reason for each in workflow.execution_history] == attempts
+    assert (reload(workflow).state, reload(workflow).reason) == (state, reason)
+
+
+def test_the_engine_gives_its_own_reasons(drive, clock, hero, helpers):
+    gone = Plain.create(hero=User.create())
+    User.delete().where(User.id == gone.hero_id).execute()
+    helpers.perform_next_step(gone)
+    assert (gone.reason, gone.execution_history[0].reason) == ("the hero is gone", "the hero is gone")
+    undefined = Plain.create(hero=hero)
+    Workflow.update(current_step_name="nowhere").where(Workflow.id == undefined.id).execute()
+    StepExecution.update(step_name="nowhere").where(StepExecution.workflow == undefined.id).execute()
+    helpers.perform_next_step(undefined, raise_errors=False)
+    assert undefined.reason == undefined.execution_history[0].reason == "no step called nowhere"
+    drive.max_recoveries = 2
+    dies = Plain.create(hero=User.create())
+    for _ in range(3):
+        gd._Attempt.claim(drive, scheduled(dies).id)
+        clock.forward(hours=1)
+        housekeeping_elsewhere(drive)
+    reasons = [each.reason for each in dies.execution_history]
+    assert reasons == ["its process died", "its process died 2 times", "its process died 3 times"]
+    assert (reload(dies).state, reload(dies).reason) == ("paused", "its process died 3 times")
+
+
+def test_calls_from_outside_keep_their_reasons_until_the_workflow_goes_on(drive, clock, hero):
+    def reasons():
+        row = reload(workflow)
+        return row.reason, [(each.step_name, each.reason, each.begun_reason) for each in row.execution_history]
+
+    workflow = Plain.create(hero=hero)
+    workflow.pause(reason="a holiday")
+    assert workflow.reason == "a holiday"
+    assert reasons() == ("a holiday", [("one", None, None)])
+    workflow.resume(reason="it is over")
+    assert reasons() == (None, [("one", None, "it is over")])
+    workflow.skip(reason="done by hand")
+    assert reasons() == (None, [("one", "done by hand", "it is over"), ("two", None, None)])
+    workflow.pause()
+    workflow.resume_at("three", reason="so far so good")
+    assert reasons()[1][1:] == [("two", None, None), ("three", None, "so far so good")]
+    workflow.cancel(reason="withdrawn")
+    assert reasons()[0] == "withdrawn"
+    assert reasons()[1][2] == ("three", "withdrawn", "so far so good")
+    assert history(workflow)[2] == ("three", "canceled", "canceled")
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "expected"),
+    [
+        (lambda self: None, "paused", "a holiday"),
+        (lambda self: self.reattempt(), "paused", "a holiday"),
+        (_fails(OddError("broken")), "paused", "OddError: broken"),
+        (lambda self: self.pause(), "paused", "a holiday"),
+        (lambda self: self.pause(reason="my own"), "paused", "my own"),
+        (lambda self: self.finish(), "finished", None),
+        (lambda self: self.finish(reason="my own"), "finished", "my own"),
+        (lambda self: self.cancel(), "canceled", None),
+        (lambda self: reload(self).cancel(reason="after all"), "canceled", "after all"),
+    ],
+)
+def test_the_reason_of_a_pause_is_kept_from_its_request_on_and_what_stops_the_workflow_first_wins(
+    drive, hero, end, state, expected
+):
+    class Paused(Workflow):
+        @step
+        def one(self):
+            reload(self).pause(reason="a holiday")
+            assert (reload(self).reason, reload(self).state) == ("a holiday", "performing")
+            end(self)
+
+        @step
+        def two(self):
+            pass
+
+    workflow = Paused.create(hero=hero)
+    with contextlib.suppress(OddError):
+        scheduled(workflow).execute()
+    assert (reload(workflow).state, reload(workflow).reason) == (state, expected)
+
+
+def test_a_workflow_that_finishes_before_its_pause_has_none_of_its_reason(drive, hero):
+    class Last(Workflow):
+        @step
+        def one(self):
+            reload(self).pause(reason="a holiday")
+
+    workflow = Last.create(hero=hero)
+    scheduled(workflow).execute()
+    assert (reload(workflow).state, reload(workflow).reason) == ("finished", None)
+
+
+def test_a_resumable_step_that_stops_at_a_checkpoint_knows_the_reason(drive, hero, helpers):
+    class Long(Workflow):
+        @step(resumable=True)
+        def one(self):
+            reload(self).pause(reason="a holiday")
+            self.checkpoint(1)
+
+    workflow = Long.create(hero=hero)
+    helpers.perform_next_step(workflow)
+    assert (workflow.state, workflow.reason) == ("paused", "a holiday")
+    assert workflow.execution_history[0].reason == "a holiday"
+
+
+@pytest.mark.parametrize("reason", [7, b"text", ["text"], ValueError("text")], ids=repr)
+@pytest.mark.parametrize("call", ["cancel", "pause", "skip", "resume", "resume_at", "reattempt", "finish"])
+def test_a_reason_is_text_alone(drive, hero, call, reason):
+    workflow = Plain.create(hero=hero)
+    arguments = ["two"] if call == "resume_at" else []
+    with pytest.raises(TypeError, match=rf"^Plain \d+: the reason of {call}\(\) must be text, not "):
+        getattr(workflow, call)(*arguments, reason=reason)
+    assert reload(workflow).state == "ready"
+
+
+def test_a_reason_is_kept_on_one_line_cut_and_escaped(drive, hero):
+    workflow = Plain.create(hero=hero)
+    workflow.pause(reason=" a\n\n b\tc\x00 \udc80 " + "ü😀" * 1000)
+    reason = reload(workflow).reason
+    assert reason.startswith("a b c\\x00 \\udc80 ü😀ü😀")
+    assert len(reason) == 1000 + len("\\x00") - 1 + len("\\udc80") - 1
+    workflow.cancel(reason=" \n ")
+    assert reload(workflow).reason is None
+
+
+def test_the_log_tells_the_reason_of_an_outcome(drive, caplog):
+    caplog.set_level(logging.INFO, "geneva_drive")
+    workflow = Reasoned.create(hero=User.create(name="withdrawn"))
+    scheduled(workflow).execute()
+    assert any(message.endswith("] canceled: is_withdrawn") for message in caplog.messages)
 
 
 # ==== Resumable steps =================================================================================================
@@ -5314,15 +6211,17 @@ THIS = "this one"  # in place of a workflow's place: the one that is being perfo
 LATER = 60  # seconds, for reattempt(wait=...)
 SILENCE, OVERDUE, KEPT = timedelta(hours=1), timedelta(minutes=1), timedelta(days=30)
 MAX_RECOVERIES = 2
-SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "awaits": 0, "last": 0}  # their waits in seconds
+SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "timed": 0, "awaits": 0, "last": 0}  # their waits in seconds
 LIMIT = timedelta(minutes=5)  # of the one that awaits a signal
 BANKED = ("banked", "last")  # transactional; the others are resumable
+ASKING = ("timed", "last")  # whose waits are computed
 
 
 class Turn(typing.NamedTuple):
     """What the next attempt at a step does: its end, what happens during its body and after it, a change of context.
 
-    Where it has a checkpoint, that comes after what happens during the body.
+    Where it has a checkpoint, that comes after what happens during the body. `wait` is what a computed wait says, or an
+    error of it.
     """
 
     end: str | type[BaseException] = "return"
@@ -5330,6 +6229,7 @@ class Turn(typing.NamedTuple):
     after: tuple = ()
     context: str | None = None
     checkpoint: bool = False
+    wait: int | type[BaseException] | None = None
 
 
 class Move(typing.NamedTuple):
@@ -5366,6 +6266,11 @@ class Scripted(Workflow):
     def is_superfluous(self):
         return self.turn.end == "skip_if"
 
+    def moment(self):
+        if isinstance(self.turn.wait, type):
+            raise self.turn.wait
+        return self.turn.wait
+
     def body(self):
         number = self._attempt.execution.number
         did(f"{self.token} {number}")
@@ -5382,13 +6287,14 @@ class Scripted(Workflow):
         elif self.turn.end == "rewind":
             self.reattempt(rewind=True)
         elif self.turn.end != "return":
-            getattr(self, self.turn.end)()
+            getattr(self, self.turn.end)(reason=f"I {self.turn.end}")
 
     plain = step("body", skip_if="is_superfluous", resumable=True)
     banked = step("body", skip_if="is_superfluous", transactional=True)
     later = step("body", skip_if="is_superfluous", wait=SCRIPTED_STEPS["later"], resumable=True)
+    timed = step("body", skip_if="is_superfluous", wait="moment", resumable=True)
     awaits = step("body", skip_if="is_superfluous", resumable=True, wait_for="go", timeout=LIMIT, on_timeout="skip")
-    last = step("body", skip_if="is_superfluous", transactional=True)
+    last = step("body", skip_if="is_superfluous", wait="moment", transactional=True)
 
     def after_step_execution(self, execution):
         if self.turn:
@@ -5419,7 +6325,12 @@ class ImaginedExecution:
     heard_of: datetime | None = None
     finished: datetime | None = None
     cursor: list | None = None
-    limit: datetime | None = None  # of the wait for a signal
+    since: datetime | None = None  # when the wait for a signal began
+    limit: datetime | None = None  # of that
+    reached: datetime | None = None
+    asks: bool | None = None  # the computed wait
+    reason: str | None = None
+    begun: str | None = None  # why it was resumed
     signal: int | None = None  # the place of the one that it was given
 
 
@@ -5432,6 +6343,7 @@ class ImaginedWorkflow:
     pause_requested: bool = False
     context: dict = dataclasses.field(default_factory=dict)
     transitioned: datetime | None = None
+    reason: str | None = None
     executions: list = dataclasses.field(default_factory=list)
     effects: list = dataclasses.field(default_factory=list)  # the numbers of the executions that left one, for good
     signals: list = dataclasses.field(default_factory=list)  # what each says, and when it was consumed
@@ -5518,15 +6430,15 @@ class Imagined:
         return any(each.hero == hero and not each.is_over and not each.allow_multiple for each in self.workflows)
 
     def schedule(self, workflow, step_name, due, **values):
-        execution = ImaginedExecution(next(self.serials), step_name, due, **values)
+        execution = ImaginedExecution(next(self.serials), step_name, due, **{"reached": self.now, **values})
         workflow.executions.append(execution)
         if step_name == "awaits":
-            execution.limit = execution.limit or due + LIMIT
+            execution.since, execution.limit = execution.since or due, execution.limit or due + LIMIT
             execution.state = "waiting" if execution.limit > due and workflow.pending is None else "scheduled"
 
     def enter(self, workflow, step_name, wait=0, **carried):
         """Go on with a step after a call from outside."""
-        workflow.state, workflow.step, workflow.transitioned = "ready", step_name, None
+        workflow.state, workflow.step, workflow.transitioned, workflow.reason = "ready", step_name, None, None
         self.schedule(workflow, step_name, self.now + timedelta(seconds=wait), **carried)
 
     def wake(self, execution):
@@ -5539,8 +6451,9 @@ class Imagined:
                 says, consumed = workflow.signals[each.signal]
                 workflow.signals[each.signal] = says, consumed or self.now
 
-    def end(self, execution, state, outcome):
+    def end(self, execution, state, outcome, reason=None):
         execution.state, execution.outcome, execution.finished = state, outcome, self.now
+        execution.reason = reason
 
     def find(self, place):
         """The workflow that is being performed, or one counted from the newest; None if there is none."""
@@ -5555,41 +6468,60 @@ class Imagined:
         state, active = workflow.state, workflow.active
         if call == "cancel" and not workflow.is_over:
             if active and active.state != "in_progress":
-                self.end(active, "canceled", "canceled")
+                self.end(active, "canceled", "canceled", "cancel")
             workflow.state, workflow.step, workflow.pause_requested = "canceled", None, False
-            workflow.transitioned = self.now
+            workflow.transitioned, workflow.reason = self.now, "cancel"
         elif call == "pause" and state == "ready":
-            workflow.state, workflow.transitioned = "paused", self.now
+            workflow.state, workflow.transitioned, workflow.reason = "paused", self.now, "pause"
         elif call == "pause" and state == "performing" and not workflow.pause_requested:
-            workflow.pause_requested = True
+            workflow.pause_requested, workflow.reason = True, "pause"
         elif call == "skip" and state in ("ready", "paused"):
             if active is None:
-                self.schedule(workflow, workflow.step, self.now)
-                workflow.executions[-1].limit = None
-            self.end(workflow.executions[-1], "skipped", "skipped")
+                self.schedule(workflow, workflow.step, self.now, reached=workflow.executions[-1].reached)
+                workflow.executions[-1].since = workflow.executions[-1].limit = None
+            self.end(workflow.executions[-1], "skipped", "skipped", "skip")
             self.consume(workflow, workflow.step)
             following = step_behind(workflow.step)
             if following:
-                self.enter(workflow, following, SCRIPTED_STEPS[following])
+                self.enter(workflow, following, SCRIPTED_STEPS[following], asks=following in ASKING or None)
             else:
                 workflow.state, workflow.step, workflow.transitioned = "finished", None, self.now
+                workflow.reason = None
         elif call == "resume" and state == "paused" and active:
-            workflow.state, workflow.transitioned = "ready", None
-            active.reattempts = active.recoveries = 0
+            workflow.state, workflow.transitioned, workflow.reason = "ready", None, None
+            active.reattempts, active.recoveries, active.begun = 0, 0, "resume"
             if active.state == "waiting" and workflow.pending is not None:
                 self.wake(active)
         elif call == "resume" and state == "paused":
             newest = workflow.executions[-1]
-            limit = None if newest.cursor is None else newest.limit  # it goes on, and does not wait anew
-            self.enter(workflow, workflow.step, cursor=newest.cursor, limit=limit)
-        elif call == "resume_at" and state == "paused":
+            # Else it goes on, and does not wait anew.
+            since, limit = (None, None) if newest.cursor is None else (newest.since, newest.limit)
+            carried = {"asks": newest.asks, "reached": newest.reached, "begun": "resume"}
+            self.enter(workflow, workflow.step, cursor=newest.cursor, since=since, limit=limit, **carried)
+        elif call == "resume_at" and (state == "paused" or (workflow.is_over and not active)):
+            if workflow.is_over and not workflow.allow_multiple and self.has_ongoing(workflow.hero):
+                return "ongoing"
             if active:
                 self.end(active, "canceled", "canceled")
-            self.enter(workflow, *arguments)
+            self.enter(workflow, *arguments, begun="resume_at")
+        elif call == "reschedule" and state in ("ready", "paused") and active:
+            self.reschedule(active, *arguments)
         else:
             return "refused"
         self.commit()
         return "ok"
+
+    def reschedule(self, execution, seconds=None):
+        declared = max(execution.reached + timedelta(seconds=SCRIPTED_STEPS[execution.step]), self.now)
+        if seconds is not None and execution.state == "waiting":
+            execution.limit = self.now + timedelta(seconds=seconds)
+        elif seconds is not None:
+            execution.due, execution.asks = self.now + timedelta(seconds=seconds), None
+        elif execution.state == "waiting":
+            execution.since = execution.due = execution.since if execution.since <= self.now else declared
+            execution.limit = max(execution.since + LIMIT, self.now)
+        else:
+            execution.due, execution.asks = declared, execution.step in ASKING or None
 
     def note(self, place, key, value):
         workflow = self.find(place)
@@ -5626,7 +6558,8 @@ class Imagined:
             if execution.state == "in_progress" and execution.heard_of < self.now - SILENCE
         ]
         for workflow, execution in sorted(silent, key=lambda pair: pair[1].serial):
-            self.record(workflow, execution, self.death(execution))
+            times = f" {execution.recoveries + 1} times" if execution.recoveries else ""
+            self.record(workflow, execution, self.death(execution), reason=f"its process died{times}")
         old = [each for each in self.workflows if each.is_over and each.transitioned < self.now - KEPT]
         self.workflows = [each for each in self.workflows if each not in old]
         self.commit()
@@ -5667,30 +6600,51 @@ class Imagined:
             return None, None
         if is_run_on and (workflow.state == "canceled" or workflow.pause_requested):
             # Decided on during what happened after the step before: this one does not even begin.
-            self.record(workflow, execution, "cancel" if workflow.state == "canceled" else "pause")
+            end = "cancel" if workflow.state == "canceled" else "pause"
+            self.record(workflow, execution, end, reason=workflow.reason)
             return None, None
         if workflow.hero not in self.present_heroes:
-            self.record(workflow, execution, "hero gone")
+            self.record(workflow, execution, "hero gone", reason="the hero is gone")
             return None, None
-        turn = self.turns.pop(0) if self.turns else Turn()
+        turn, begins = self.turns.pop(0) if self.turns else Turn(), True
+        if execution.asks and turn.end != "cancel_if":
+            if isinstance(turn.wait, type):
+                turn, begins = turn._replace(end=turn.wait), False
+            elif how != "execute" and execution.reached + timedelta(seconds=turn.wait or 0) > self.now:
+                execution.state, execution.due = "scheduled", execution.reached + timedelta(seconds=turn.wait)
+                workflow.state = "ready"
+                self.commit()
+                self.happen_here(workflow, turn.after)
+                return None, None
+            else:
+                execution.asks = None
+                self.commit()
+                if is_banked:  # what was asked outside of the transaction is asked again in it
+                    turn = self.turns.pop(0) if self.turns else Turn()
         read, changed = dict(workflow.context), dict(workflow.context)
         given = workflow.pending if execution.step == "awaits" and turn.end not in ("cancel_if", "skip_if") else None
         if execution.step == "awaits" and given is None and turn.end not in ("cancel_if", "skip_if"):
             assert execution.limit <= self.now  # there is neither a signal nor was it late
             execution.error = "SignalTimeoutError"
-            following = self.record(workflow, execution, "timeout, skip", may_run_on=how == "task" and self.run_on)
+            reason = f"no signal go within {gd._span(max(execution.limit - execution.since, timedelta(0)))}"
+            may_run_on = how == "task" and self.run_on
+            following = self.record(workflow, execution, "timeout, skip", may_run_on=may_run_on, reason=reason)
             self.happen_here(workflow, turn.after)
             return following, None
-        if turn.end not in ("cancel_if", "skip_if"):
+        reason = None
+        if turn.end not in ("cancel_if", "skip_if") and begins:
             if not is_banked:
                 workflow.effects.append(number)
                 self.commit()
             if not (is_banked and self.one_writer):
                 self.happen_here(workflow, turn.during)
             if turn.checkpoint and not is_banked:
-                turn = self.checkpoint(workflow, execution, turn)
+                turn, reason = self.checkpoint(workflow, execution, turn)
             change(changed, turn.context, number)
         error = turn.end if isinstance(turn.end, type) else None
+        if error:
+            text = f"the step {execution.step} left a transaction open; it was rolled back: use db.atomic()"
+            reason = f"{error.__name__}{f': {text}' if error is gd.TransactionLeftOpenError else ''}"
         if error is KeyboardInterrupt:
             end, raised = self.death(execution), error
         elif error:
@@ -5700,6 +6654,8 @@ class Imagined:
             raised = error if policy in ("pause", "cancel") or error is SystemExit else None
         else:
             end, raised = turn.end, None
+            told = {"cancel_if": "is_withdrawn", **{each: f"I {each}" for each in USUAL_CALLS}}
+            reason = reason or told.get(end)
         is_ours, following = self.is_ours(workflow, execution), None
         if is_ours:
             execution.signal = given
@@ -5710,27 +6666,27 @@ class Imagined:
             if not (error and is_banked):
                 self.write(workflow, read, changed)
             may_run_on = how == "task" and self.run_on and not raised
-            following = self.record(workflow, execution, end, error, may_run_on)
+            following = self.record(workflow, execution, end, error, may_run_on, reason)
             self.happen_here(workflow, turn.after)
         return following, raised and raised.__name__
 
     def checkpoint(self, workflow, execution, turn):
-        """Returns how the body goes on, if it does."""
+        """Returns how the body goes on, if it does, and why it does not."""
         if not self.is_ours(workflow, execution):
-            return Turn()
+            return Turn(), None
         execution.cursor, execution.heard_of = [len(workflow.executions)], self.now
         self.commit()
         if workflow.state == "canceled" or workflow.pause_requested:
-            return Turn("cancel" if workflow.state == "canceled" else "pause", after=turn.after)
-        return turn
+            return Turn("cancel" if workflow.state == "canceled" else "pause", after=turn.after), workflow.reason
+        return turn, None
 
     def is_ours(self, workflow, execution):
         is_kept = any(each is workflow for each in self.workflows)
         return is_kept and execution is workflow.executions[-1] and execution.state == "in_progress"
 
-    def record(self, workflow, execution, end, error=None, may_run_on=False):
+    def record(self, workflow, execution, end, error=None, may_run_on=False, reason=None):
         state, outcome, then = WHAT_FOLLOWS[end]
-        self.end(execution, state, outcome)
+        self.end(execution, state, outcome, reason)
         if then in ("advance", "finish"):
             self.consume(workflow, execution.step)
         following = None
@@ -5742,10 +6698,12 @@ class Imagined:
                 recoveries = execution.recoveries + end.startswith("death")
                 due, cursor = self.now + timedelta(seconds=wait), None if end == "rewind" else execution.cursor
                 carried = {"reattempts": reattempts, "recoveries": recoveries, "limit": execution.limit}
+                carried.update(since=execution.since, reached=execution.reached, asks=execution.asks)
                 self.schedule(workflow, execution.step, due, cursor=cursor, **carried)
             elif then == "advance" and step_behind(execution.step):
                 name = step_behind(execution.step)
-                self.schedule(workflow, name, self.now + timedelta(seconds=SCRIPTED_STEPS[name]))
+                due = self.now + timedelta(seconds=SCRIPTED_STEPS[name])
+                self.schedule(workflow, name, due, asks=name in ASKING or None)
             if workflow.active:
                 workflow.state = "paused" if is_pausing else "ready"
                 workflow.step = workflow.active.step
@@ -5757,6 +6715,8 @@ class Imagined:
                 workflow.state = {"pause": "paused", "cancel": "canceled"}.get(then, "finished")
                 workflow.step = execution.step if then == "pause" else None
             workflow.transitioned = None if workflow.state in ("ready", "performing") else self.now
+            own = reason if then in ("pause", "cancel", "finish") else None
+            workflow.reason = own or (workflow.reason if is_pausing and workflow.state == "paused" else None)
         self.commit()
         return following
 
@@ -5777,10 +6737,12 @@ def picture(workflows, heroes):
             "pause_requested": each.pause_requested,
             "context": each.context,
             "transitioned": each.transitioned,
+            "reason": each.reason,
             "executions": [
                 (
                     *(one.step, one.state, one.outcome, one.due, one.reattempts, one.recoveries),
-                    *(one.error, one.finished, one.cursor, one.limit, one.signal),
+                    *(one.error, one.finished, one.cursor, one.since, one.limit, one.reached, one.asks),
+                    *(one.reason, one.begun, one.signal),
                 )
                 for one in each.executions
             ],
@@ -5956,9 +6918,11 @@ class Actual:
         if workflow is None:
             return None
         try:
-            getattr(workflow, call)(*arguments)
+            getattr(workflow, call)(*arguments, **({} if call == "reschedule" else {"reason": call}))
         except gd.InvalidStateError:
             return "refused"
+        except gd.AlreadyOngoingError:
+            return "ongoing"
         return "ok"
 
     def note(self, place, key, value):
@@ -6042,7 +7006,12 @@ class Actual:
             StepExecution.error_class_name,
             StepExecution.finished_at,
             StepExecution.cursor,
+            StepExecution.waits_since,
             StepExecution.times_out_at,
+            StepExecution.reached_at,
+            StepExecution.asks_wait,
+            StepExecution.reason,
+            StepExecution.begun_reason,
             StepExecution.signal_id,
         )
         self.known, self.owed = set(), set()
@@ -6065,6 +7034,7 @@ class Actual:
                     "pause_requested": each.pause_requested,
                     "context": each.context,
                     "transitioned": each.transitioned_at,
+                    "reason": each.reason,
                     "executions": [
                         (*row[2:8], row[8] and row[8].rpartition(".")[2], *row[9:-1], places[row[-1]])
                         for row in attempts
@@ -6197,6 +7167,8 @@ def events_about(*places):
     place = st.sampled_from(places)
     calls = st.tuples(st.just("call"), place, st.sampled_from(USUAL_CALLS))
     moving = st.tuples(st.just("call"), place, st.just("resume_at"), st.sampled_from(list(SCRIPTED_STEPS)))
+    moving |= st.tuples(st.just("call"), place, st.just("reschedule"), st.sampled_from([0, 30, 2 * 3600]))
+    moving |= st.tuples(st.just("call"), place, st.just("reschedule"))
     creating = st.tuples(st.just("create"), HEROES, st.booleans())
     creating_many = st.tuples(
         st.just("create_many"), st.sets(HEROES).map(sorted).map(tuple), st.sampled_from(["raise", "ignore"])
@@ -6243,6 +7215,7 @@ TURNS = st.builds(
     after=SOME_EVENTS_HERE,
     context=st.none() | KEYS,
     checkpoint=st.booleans(),
+    wait=st.sampled_from([None, None, 0, 30, 90, 7200, Late, OddError, Flaky]),
 )
 # Often enough in a row for attempts, or recoveries, to be exhausted.
 FAILURES = st.builds(
@@ -6299,6 +7272,10 @@ def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(
 
 
 AWAITING = [Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume_at", "awaits"))]
+TO_ASK = [
+    *[Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume_at", "later"))],
+    Move("call", (0, "skip")),
+]
 # The last of each is the move in which the process dies: at every statement and after every commit that it has.
 DEADLY = [
     [Move("create", (0, False))],
@@ -6348,6 +7325,12 @@ DEADLY = [
     [Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume_at", "last"))],
     [Move("create", (0, False)), Move("call", (0, "skip"))],
     [Move("create", (0, False)), Move("call", (0, "cancel"))],
+    [Move("create", (0, False)), Move("call", (0, "reschedule", 60))],
+    [Move("create", (0, False)), Move("call", (0, "cancel")), Move("call", (0, "resume_at", "last"))],
+    [*AWAITING, Move("call", (0, "reschedule", 60))],
+    [*TO_ASK, Move("work", (0,), (Turn(wait=90),))],
+    [*TO_ASK, Move("work", (0,), (Turn(wait=Flaky), Turn(wait=90), Turn(), Turn(Flaky), Turn()))],
+    [*TO_ASK, Move("call", (0, "skip")), Move("call", (0, "skip")), Move("work", (0,), (Turn(), Turn()))],
     [
         Move("create", (0, True)),
         Move("call", (0, "cancel")),
@@ -7161,6 +8144,40 @@ def test_a_transaction_with_an_older_snapshot_neither_misses_a_signal_nor_double
 def _send(number, url, workflow_id, results):
     GenevaDrive(open_database(url))
     results.put(Workflow.get_by_id(workflow_id).signal("go", 1))
+
+
+def test_a_signal_is_matched_by_a_method_that_has_the_hero_at_hand(drive, hero):
+    class Matches(Workflow):
+        @step(wait_for="paid", matching="is_mine")
+        def one(self):
+            did(self.signal_payload)
+
+        def is_mine(self, payload):
+            return payload == self.hero.id
+
+    workflow = Matches.create(hero=hero)
+    workflow.signal("paid", hero.id + 1)
+    work_off(drive)
+    assert [each.state for each in workflow.execution_history] == ["waiting"]
+    workflow.signal("paid", hero.id)
+    work_off(drive)
+    assert effects() == [str(hero.id)]
+    assert consumed(workflow) == [hero.id]
+
+
+def test_the_time_that_a_step_waited_in_vain_counts_from_its_beginning_whatever_came_meanwhile(drive, clock, hero):
+    class Matches(Workflow):
+        @step(wait=3600, wait_for="paid", matching=lambda payload: False, timeout=timedelta(days=3))
+        def one(self):
+            pass
+
+    workflow = Matches.create(hero=hero)
+    clock.forward(days=2)
+    workflow.signal("paid", "of another")
+    work_off(drive)
+    clock.forward(days=2)
+    work_off(drive)
+    assert reload(workflow).reason == "no signal paid within 3 d"
 
 
 # ==== Signals: what went wrong once ===================================================================================
@@ -8519,6 +9536,15 @@ BAD_DEFINITIONS = {
     "@step(wiat=1)\ndef send(self): pass": r"Bad.send: unknown option 'wiat': use wait, skip_if",
     "@step(skip_if=3)\ndef send(self): pass": r"Bad.send: skip_if must be",
     "@step(skip_if='nowhere')\ndef send(self): pass": r"Bad.send: skip_if names no method: 'nowhere'",
+    "@step(wait='nowhere')\ndef send(self): pass": r"Bad.send: wait names no method: 'nowhere'",
+    "@step(wait='two days')\ndef send(self): pass": r"Bad.send: wait must be a timedelta or .*, not 'two days'",
+    "async def soon(self): pass\n@step(wait='soon')\ndef send(self): pass": r"Bad.send: wait must not be async",
+    "@step(wait_for='x', matching='nowhere')\ndef send(self): pass": r"Bad.send: matching names no method: 'nowhere'",
+    "@step(wait_for='x', matching=3)\ndef send(self): pass": r"Bad.send: matching must be a callable .* method's name",
+    "@step(on_exception=[])\ndef send(self): pass": r"Bad.send: on_exception must be .* not \[\]",
+    "@step(on_exception=['skip'])\ndef send(self): pass": r"Bad.send: on_exception must be .* not \['skip'\]",
+    "async def f(self, error): pass\n@step(on_exception=[f])\ndef send(self): pass": r"Bad.send: on_exception must not",
+    "@step(on_exception=[print], max_reattempts=1)\ndef send(self): pass": r"Bad.send: max_reattempts goes with",
     "@step(on_exception='explode')\ndef send(self): pass": r"Bad.send: on_exception must be .* not 'explode'",
     "@step(on_exception=ValueError)\ndef send(self): pass": r"Bad.send: on_exception must be",
     "@step(max_reattempts=3)\ndef send(self): pass": r"Bad.send: max_reattempts goes with on_exception=\"reattempt\"",
@@ -12097,6 +13123,47 @@ def test_travelling_gives_up_on_a_step_that_falls_due_without_end(drive, clock, 
         helpers.travel(workflow, timedelta(days=-1))
 
 
+def test_travelling_heeds_computed_waits_and_asks_them_again(drive, clock, helpers):
+    hero = User.create(visits=10)
+    workflow = Trial.create(hero=hero)
+    helpers.travel(workflow, timedelta(days=1))
+    helpers.assert_next_step(workflow, "bill", due=START + timedelta(days=10))
+    helpers.assert_next_step(workflow, "bill", due=timedelta(days=9))
+    User.update(visits=20).execute()
+    helpers.travel(workflow, timedelta(days=10))
+    helpers.assert_next_step(workflow, "bill", due=timedelta(days=9).total_seconds())
+    helpers.travel(workflow, timedelta(days=10))
+    assert (effects(), workflow.state) == (["begin", "bill None"], "finished")
+    assert workflow.execution_history[-1].started_at == START + timedelta(days=20)
+
+
+def test_what_comes_next_and_when_can_be_asserted(drive, clock, hero, helpers):
+    workflow = Plain.create(hero=hero)
+    helpers.assert_next_step(workflow, "one")
+    helpers.assert_next_step(workflow, "one", due=0)
+    with pytest.raises(AssertionError, match=r"(?s)is ready: expected two to be scheduled\. Its exec.*one +scheduled"):
+        helpers.assert_next_step(workflow, "two")
+    with pytest.raises(
+        AssertionError, match=r"one to be scheduled for 2026-03-01 12:01:00\+00:00, not for 2026-03-01 12:00"
+    ):
+        helpers.assert_next_step(workflow, "one", due=60)
+    with pytest.raises(AssertionError, match=r"expected it to wait for the signal go"):
+        helpers.assert_waiting_for(workflow, "go")
+    payment = Payment.create(hero=hero)
+    helpers.assert_waiting_for(payment, "confirmed")
+    helpers.assert_next_step(payment, "confirm", due=timedelta(days=3))
+    with pytest.raises(AssertionError):
+        helpers.assert_waiting_for(payment, "declined")
+    payment.pause()
+    with pytest.raises(AssertionError, match=r"is paused: expected it to wait"):
+        helpers.assert_waiting_for(payment, "confirmed")
+    payment.cancel()
+    with pytest.raises(AssertionError, match=r"is canceled: expected confirm to be scheduled"):
+        helpers.assert_next_step(payment, "confirm")
+    with pytest.raises(TypeError, match=r"due must be"):
+        helpers.assert_next_step(workflow, "one", due="tomorrow")
+
+
 class TestWithUnittest(gd.TestHelpers, unittest.TestCase):
     def test_the_mixin_works_under_unittest(self):
         db = SqliteDatabase(":memory:")
@@ -12281,6 +13348,63 @@ def test_flow_control_reports_each_and_does_not_stop_at_a_failure(command_line, 
     assert command_line("pause", first.id, "--dry-run")[0] == 1
 
 
+def test_reasons_are_given_and_shown_on_the_command_line(command_line, drive, hero):
+    workflow = Plain.create(hero=hero)
+    assert command_line("pause", workflow.id, "--reason", "a \x1b[31m holiday")[0] == 0
+    shown = command_line("show", workflow.id)[1]
+    assert r"  reason: a \x1b[31m holiday" in shown.splitlines()
+    command_line("resume", workflow.id, "--reason", "it is over")
+    command_line("skip", workflow.id, "--reason", "done by hand")
+    command_line("resume", "--at", "three", workflow.id, "--reason", "refused")
+    command_line("cancel", workflow.id, "--reason", "withdrawn")
+    lines = command_line("show", workflow.id)[1].splitlines()
+    assert {"    resumed: it is over", "    done by hand", "    withdrawn", "  reason: withdrawn"} < {*lines}
+    assert json.loads(command_line("list", "--json")[1])[0]["reason"] == "withdrawn"
+    assert command_line("resume", "--at", "two", "--state", "canceled", "--reason", "back")[0] == 0
+    assert scheduled(workflow).begun_reason == "back"
+    assert command_line("resume", "--at", "two", "--type", "Plain") == (0, "no workflow matches\n", "")
+
+
+def test_after_a_deploy_that_shortened_a_wait_one_command_brings_all_to_what_is_declared(command_line, drive, clock):
+    def deploy(days):
+        class Deployed(Workflow):
+            @step
+            def first(self):
+                pass
+
+            @step(wait=timedelta(days=days))
+            def second(self):
+                pass
+
+        return Deployed
+
+    cls = deploy(7)
+    cls.create_many([User.create() for _ in range(5)])
+    there = list(cls.select().order_by(cls.id))
+    for each in there[:4]:
+        each.skip()
+    there[3].pause()
+    other = Tomorrow.create(hero=User.create())
+    before = scheduled(other).scheduled_for
+    clock.forward(hours=1)
+    deploy(1)
+    selection = ("--type", "Deployed", "--step", "second", "--as-declared")
+    status, output, _ = command_line("reschedule", *selection, "--dry-run")
+    assert (status, output.count("would reschedule Deployed")) == (0, 4)
+    assert scheduled(there[0]).scheduled_for == START + timedelta(days=7)
+    assert command_line("reschedule", *selection)[0] == 0
+    assert [scheduled(each).scheduled_for for each in there[:4]] == [START + timedelta(days=1)] * 4
+    assert [reload(each).state for each in there[:4]] == ["ready"] * 3 + ["paused"]
+    assert scheduled(there[4]).step_name == "first"
+    assert scheduled(other).scheduled_for == before
+    assert command_line("reschedule", other.id, "--in", "1d 2h30min")[0] == 0
+    assert scheduled(other).scheduled_for == START + timedelta(days=1, hours=3, minutes=30)
+    assert command_line("reschedule", other.id, "--at", "2026-04-01T12:00Z")[0] == 0
+    assert scheduled(other).scheduled_for == datetime(2026, 4, 1, 12, tzinfo=timezone.utc)
+    assert command_line("reschedule", other.id, "--at", "2026-04-01 12:00:00+02:00")[0] == 0
+    assert scheduled(other).scheduled_for == datetime(2026, 4, 1, 10, tzinfo=timezone.utc)
+
+
 def test_what_a_program_may_read_comes_as_json_too(command_line, drive, failed):
     shown = json.loads(command_line("show", failed.id, "--json")[1])
     assert (shown["id"], shown["state"], shown["context"]) == (failed.id, "paused", {"invoice": 7})
@@ -12318,7 +13442,14 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (["list", "--hero", "User"], "shop", "it must be TYPE:ID, such as User:7"),
         (["list", "--type", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
         (["graph", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
-        (["cancel"], "shop", "cancel: give either ids or some of --state, --type, --hero"),
+        (["cancel"], "shop", "cancel: give either ids or some of --state, --type, --hero, --step"),
+        (["reschedule", "7"], "shop", "reschedule: give one of --in, --at and --as-declared"),
+        (["reschedule", "7", "--in", "2d", "--as-declared"], "shop", "give one of --in, --at and --as-declared"),
+        (["reschedule", "7", "--in", "2d", "--at", "2026-03-01T12:00Z"], "shop", "give one of --in, --at and"),
+        (["reschedule", "7", "--in", "2 weeks"], "shop", "'2 weeks' is no duration such as 2d, 90min or 1h30min"),
+        (["reschedule", "7", "--in", "soon"], "shop", "'soon' is no duration such as"),
+        (["reschedule", "7", "--at", "2026-03-01T12:00"], "shop", "'2026-03-01T12:00' is no moment such as"),
+        (["reschedule", "7", "--at", "noon"], "shop", "'noon' is no moment such as 2026-03-01T12:00Z"),
         (["cancel", "7", "--state", "ready"], "shop", "cancel: give either ids or some of"),
         (["worker", "--queue", "nowhere"], "shop", "asks for the queue 'nowhere'"),
         (["worker", "--workers", "0"], "shop", "workers must be a positive int"),
@@ -12621,6 +13752,15 @@ EXAMPLES = {
         "list of customers: finished after 2 steps",
         "balance sheet: finished after [345] steps",
         "last word: canceled after 6 steps",
+    ],
+    "trial.py": [
+        "Dan: welcome",
+        r"Ada: billed (at|\d\.\d s after) the end of the trial",
+        r"Bob: billed (at|\d\.\d s after) the end of the trial",
+        r"Cleo: billed (at|\d\.\d s after) the end of the trial",
+        r"Dan: billed (at|\d\.\d s after) the end of the trial",
+        "Bob: finished",
+        r"\(left\) Eve: canceled, customer_has_left",
     ],
     "signals.py": [
         "event 1: thank you",
