@@ -14351,6 +14351,32 @@ TestHelpers().speedrun_workflow(payment)
 print(payment.state, [each.outcome for each in payment.execution_history])
 """
 
+TRY_THE_WAITS = """
+from datetime import datetime, timedelta, timezone
+from peewee import CharField, DateTimeField, Model, SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers
+from waits import TrialWorkflow
+
+db = SqliteDatabase(":memory:")
+drive = GenevaDrive(db, clock=lambda: datetime(2026, 3, 1, 12, tzinfo=timezone.utc))
+
+class User(Model):
+    email = CharField()
+    trial_ends_at = DateTimeField()
+    class Meta:
+        database = db
+
+drive.create_tables([User])
+user, helpers = User.create(email="ada@example.com", trial_ends_at=datetime(2026, 3, 9, 12)), TestHelpers()
+trial = TrialWorkflow.create(hero=user)
+helpers.travel(trial, timedelta(days=2))
+print(trial.execution_history[-1].scheduled_for)
+User.update(trial_ends_at=datetime(2026, 3, 20, 12)).execute()
+helpers.travel(trial, timedelta(days=7))
+print(trial.execution_history[-1].scheduled_for)
+helpers.travel(trial, timedelta(days=11))
+"""
+
 TRY_THE_DELIVERY = """
 from peewee import Model, SqliteDatabase
 from geneva_drive import GenevaDrive, TestHelpers
@@ -14433,6 +14459,12 @@ README_PROGRAMS = {
         "steps.py",
         ["-c", TRY_THE_PAYMENTS],
         "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
+    ),
+    "Waits": (
+        "waits.py",
+        ["-c", TRY_THE_WAITS],
+        "did you know, ada@example.com\n2026-03-09 12:00:00+00:00\n2026-03-20 12:00:00+00:00\n"
+        "your trial is over, ada@example.com\n",
     ),
     "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
     "Resumable steps": (
