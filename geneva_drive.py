@@ -74,9 +74,10 @@ import typing
 import unicodedata
 import uuid
 import weakref
+import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, overload
 
@@ -170,6 +171,7 @@ ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NO_WAIT = timedelta(0)
 LONGEST_WAIT = timedelta(days=36500)  # further away, the calendar overflows
+A_MINUTE, A_DAY = timedelta(minutes=1), timedelta(days=1)
 MAX_NAME_CHARS = 255
 MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
@@ -665,6 +667,36 @@ def _checked_options(options: Any, where: str) -> dict[str, Any]:
     """Huey's options for steps, if they are sound; else a StepConfigurationError says what is wrong."""
     _require(isinstance(options, Mapping), where, f'must be a dict such as {{"queue": "premium"}}, not {options!r}')
     return _checked(options, HUEY_OPTIONS, where)
+
+
+def _zone(name: str) -> tzinfo:
+    """A time zone by its name. UTC needs no database of them, which not every system has."""
+    return timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
+
+
+def _check_zone(name: Any, what: str) -> None:
+    try:
+        _zone(name)
+    except Exception as error:  # of several classes: it may be no text, a folder, a path
+        fix = 'use "UTC", or one such as "Europe/Berlin"; where the system knows none, pip install tzdata'
+        raise StepConfigurationError(f"{what} must be the name of a time zone, not {name!r}: {fix}") from error
+
+
+#: What a class declares of its workflows as a whole.
+CLASS_OPTIONS: dict[str, _Check] = {
+    "recurs": _optional(_must_be("None or a Huey crontab, such as crontab(minute='0', hour='3')", callable)),
+    "recurrence_timezone": _check_zone,
+    "recurrences_overlap": _A_BOOL,
+    "recurrence_catch_up": _A_DURATION,
+    "delete_completed_after": _optional(_A_DURATION),
+}
+
+
+def _check_class_options(cls: Any) -> None:
+    given = {name: getattr(cls, name) for name in CLASS_OPTIONS if hasattr(cls, name)}
+    _checked(given, CLASS_OPTIONS, cls.__name__)
+    problem = "recurs: what recurs has no hero: set may_proceed_without_hero = True"
+    _require(cls.recurs is None or cls.may_proceed_without_hero, cls.__name__, problem)
 
 
 class _StepOptions(typing.TypedDict, total=False):
@@ -1503,6 +1535,7 @@ class _WorkflowType(peewee.ModelBase):
         except TypeError as error:
             problem = "its instances cannot be made from rows: name Workflow first among the bases, use no __slots__"
             raise StepConfigurationError(f"{name}: {problem} ({error})") from error
+        _check_class_options(cls)
         cls._blueprint = blueprint
         cls.steps = tuple(each for each in blueprint.steps if not each.removed)
         _register(cls)
@@ -1628,8 +1661,9 @@ def _in_state(state: str, doc: str) -> _StateQuery:
 class Workflow(_Record, metaclass=_WorkflowType):
     """A durable sequence of steps about a hero. Subclass it and declare the steps with :func:`step`.
 
-    Class attributes to set: `may_proceed_without_hero`, `step_options`, `exception_policies`, `workflow_type`.
-    Instances are rows; their state is changed by the methods below, never by assigning to a column.
+    Class attributes to set: `may_proceed_without_hero`, `step_options`, `exception_policies`, `workflow_type`;
+    `delete_completed_after`, and those about what recurs. Instances are rows; their state is changed by the methods
+    below, never by assigning to a column.
     """
 
     id: peewee.Field[int] = peewee.BigAutoField()
@@ -1648,6 +1682,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
     pause_requested: peewee.Field[bool] = peewee.BooleanField(default=False)
     #: Tells apart workflows that get the same id, one after the other.
     token: peewee.Field[str] = _NameField()
+    #: The minute that it was created for by its class's `recurs`; None for one that was made by `create()`.
+    occurs_at: peewee.Field[datetime | None] = _UtcField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
     transitioned_at: peewee.Field[datetime | None] = _UtcField(null=True)
 
@@ -1658,6 +1694,17 @@ class Workflow(_Record, metaclass=_WorkflowType):
     step_options: Mapping[str, Any] = {}
     exception_policies: Sequence[ExceptionPolicy] = []
     workflow_type = ""
+    #: For how long its workflows are kept once they are over, a timedelta or seconds; None keeps them. Where it is not
+    #: set, and of types that no class defines here, the drive's `delete_completed_workflows_after` counts.
+    delete_completed_after: timedelta | float | None
+    #: A Huey crontab, asked for each minute of the clock in `recurrence_timezone`: consumers create a workflow for each
+    #: one that matches.
+    recurs: Callable[[datetime], object] | None = None
+    recurrence_timezone = "UTC"
+    #: Whether one is created while an earlier one is ongoing; it is left out otherwise, with a warning in the log.
+    recurrences_overlap = False
+    #: For how long the newest one that no consumer was there for, or that was left out, is made up for.
+    recurrence_catch_up: timedelta | float = timedelta(minutes=10)
     #: The steps in their order, own and inherited; those that were removed are left out.
     steps: tuple[StepDefinition, ...] = ()
 
@@ -2237,7 +2284,7 @@ class _Start:
             "allow_multiple": allow_multiple,
             "context": _Context("{}" if context is None else _dump_object(context)),
             "options": options,
-            **dict.fromkeys(("reason", "transitioned_at")),
+            **dict.fromkeys(("reason", "occurs_at", "transitioned_at")),
         }
 
     def values(self, hero_type: str | None, hero_id: str | None) -> dict[str, Any]:
@@ -3774,6 +3821,7 @@ class GenevaDrive:
         self._access = _Access(self)
         self.queues = _checked_queues(self, huey, queues)
         self._dispatch, self._recovery, self._reports = _Dispatch(self), _Recovery(self), _Reports(self)
+        self._recurrence = _Recurrence(self)
         for model in (*MODELS, _SchemaVersion):
             model.bind(database, bind_refs=False, bind_backrefs=False)
         global _current_drive
@@ -3854,7 +3902,9 @@ class GenevaDrive:
         self._dispatch.serve(names, workers, until, drain_seconds)
 
     def housekeeping(self) -> dict[str, int]:
-        """Delete what is over long since, recover what died, queue again what is overdue. Harmless at any time.
+        """Recover what died, queue again what is overdue, create what recurs, delete what is over long since.
+
+        Harmless at any time.
 
         :returns: how many: `workflows_cleaned_up`, `step_executions_cleaned_up`, `stuck_in_progress_recovered`,
             `stuck_scheduled_recovered`.
@@ -3935,8 +3985,13 @@ def housekeeping() -> None:
     _drive().housekeeping()
 
 
+def recurrence() -> None:
+    """The periodic Huey task that creates what recurs, each minute, however often housekeeping runs."""
+    _drive()._recurrence.look()
+
+
 # Huey names tasks by module and function: on one side of a queue the module may be vendored, and called otherwise.
-perform_step.__module__ = housekeeping.__module__ = "geneva_drive"
+perform_step.__module__ = housekeeping.__module__ = recurrence.__module__ = "geneva_drive"
 
 
 def _checked_queues(drive: GenevaDrive, huey: Any, queues: Any) -> dict[str, Huey]:
@@ -4046,7 +4101,7 @@ class _Dispatch:
         here = functools.partial(perform_step, drive=self.drive, queue=name)
         perform = huey.task(context=True)(functools.update_wrapper(here, perform_step))
         periodic = huey.periodic_task(lambda moment: self.drive.housekeeping_schedule(moment))(housekeeping)
-        huey._geneva_drive_tasks = (perform, periodic)
+        huey._geneva_drive_tasks = (perform, periodic, huey.periodic_task(crontab())(recurrence))
         huey.on_startup("geneva_drive")(functools.partial(self._begin_worker, name))
         huey.on_shutdown("geneva_drive")(self._end_worker)
         create_consumer = type(huey).create_consumer
@@ -4814,9 +4869,9 @@ class _Recovery:
         counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
         counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
         failures = []
-        for part in (self._recover_in_progress, self._recover_scheduled, self._clean_up):
+        for part in (self._recover_in_progress, self._recover_scheduled, self.drive._recurrence.look, self._clean_up):
             try:
-                counts.update(part())
+                counts.update(part() or {})
             except Exception as error:  # it must not keep the other parts from being done
                 logger.exception("housekeeping failed in part")
                 failures.append(error)
@@ -4949,11 +5004,13 @@ class _Recovery:
         return reached
 
     def _clean_up(self) -> dict[str, int]:
-        if self.drive.delete_completed_workflows_after is None:
-            return {}
-        moment, deleted = self.drive._now() - self.drive.delete_completed_workflows_after, []
-        for condition in self.access.dialect.over:
-            expired = SQL(condition) & (Workflow.transitioned_at < moment)
+        deleted = []
+        for type_name, condition in self._types_over():
+            retention = self._retention(type_name)
+            if retention is None:
+                continue
+            is_old = Workflow.transitioned_at < self.drive._now() - retention
+            expired = SQL(condition) & (Workflow.type == type_name) & is_old
             for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
                 began = time.monotonic()
                 deleted += self._delete([each.id for each in workflows], expired)
@@ -4963,6 +5020,24 @@ class _Recovery:
             "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
             "step_executions_cleaned_up": sum(executions for _, executions in deleted),
         }
+
+    def _types_over(self) -> Iterator[tuple[str, str]]:
+        """The types of workflows that are over, each with a condition for them. There are few: each is asked for."""
+        for condition in self.access.dialect.over:
+            types = Workflow.select(peewee.fn.MIN(Workflow.type)).where(SQL(condition))
+            name: Any = ""
+            while (name := self.access.repeat(types.where(Workflow.type > name).scalar)) is not None:
+                yield name, condition
+
+    def _retention(self, type_name: str) -> timedelta | None:
+        """For how long the workflows of a type are kept once they are over; None keeps them."""
+        cls = _workflow_classes.get(type_name, Workflow)
+        retention = getattr(cls, "delete_completed_after", self.drive.delete_completed_workflows_after)
+        if retention is None:
+            return None
+        # The row of an occurrence is what tells that there was one.
+        shortest = 2 * _catch_up(cls) if cls.recurs is not None else NO_WAIT
+        return max(_duration(retention, f"{type_name}.delete_completed_after"), shortest)
 
     def _delete(self, ids: list[int], expired: Any) -> list[tuple[int, int]]:
         """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
@@ -4994,6 +5069,91 @@ class _Recovery:
             yield rows
             last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
             page = query.where(self.access.dialect.is_behind(moment, key, last, last_id))
+
+
+# ==== Recurrence: workflows that are created by the clock =============================================================
+
+
+class _Recurrence:
+    """Creates the workflows of the classes that recur."""
+
+    def __init__(self, drive: GenevaDrive) -> None:
+        self.drive, self.access = drive, drive._access
+        self.left_out: dict[str, datetime] = {}  # by type, the moment that the log tells of
+
+    def look(self) -> None:
+        """Create what is due of each class, unless it is there."""
+        self.access.connect_worker()
+        for cls in list(_workflow_classes.values()):
+            if cls.recurs is not None and cls.steps:
+                with _logged("%s recurs, and could not be looked at", cls.__name__):
+                    if moment := _newest_moment(cls, self.drive._now()):
+                        self._look_at(cls, moment)
+
+    def _look_at(self, cls: type[Workflow], moment: datetime) -> None:
+        for tries in range(TRANSACTION_TRIES):
+            if not self.access.repeat(lambda: self._is_due(cls, moment)):
+                return  # most looks end here, and lock nothing
+            version = self.access.repeat(_Schema(self.drive).version)
+            if self.access.transact(lambda: self._create(cls, moment, version)):  # noqa: B023
+                return
+            _give_way(tries)  # another one is at work; if it has stopped there, nobody waits for it until the next look
+
+    def _create(self, cls: type[Workflow], moment: datetime, version: int) -> bool:
+        """Create a workflow for the moment, if it is due still; False, if it is another process's turn.
+
+        The index alone would let two processes, whose clocks differ, create two that overlap, a minute apart. The turn
+        is the lock of the schema's row, which is there always.
+        """
+        if _SchemaVersion._lock(_SchemaVersion.version == version, skip_locked=True) is None:
+            return False
+        # A change, for REPEATABLE READ on PostgreSQL: whose snapshot is older collides, and tries again.
+        _SchemaVersion._update_row({"version": version}, version=version)
+        if self._is_due(cls, moment):
+            start = _Start(cls)
+            start.insert({**start.values(None, None), "occurs_at": moment})
+        return True
+
+    def _is_due(self, cls: type[Workflow], moment: datetime) -> bool:
+        """Whether the class is to have a workflow for this moment, and has none yet."""
+        of_class = Workflow.type == cls.workflow_type
+        # At it, or later: the clock of a host may be ahead. One that is ahead by more counts for nothing.
+        at_or_after = Workflow.occurs_at.between(moment, moment + A_DAY)
+        if Workflow.select().where(of_class & at_or_after).exists():
+            return False
+        if cls.recurrences_overlap:
+            return True
+        # By the index of ongoing workflows: those that are over may be kept by the million.
+        has_no_hero = Workflow.hero_type.is_null() & Workflow.hero_id.is_null()
+        earlier = Workflow.select().where(of_class, _ongoing_rows(), has_no_hero)
+        ongoing = earlier.where(Workflow.occurs_at.is_null(False)).first()
+        if ongoing and self.left_out.get(cls.workflow_type) != moment:
+            self.left_out[cls.workflow_type] = moment
+            fix = "it is made up for within recurrence_catch_up; recurrences_overlap = True allows both"
+            logger.warning("%s of %s is left out, as %r is ongoing: %s", cls.__name__, moment, ongoing, fix)
+        return ongoing is None
+
+
+def _catch_up(cls: type[Workflow]) -> timedelta:
+    # From one look to the next it takes a minute, or a little more.
+    return max(_duration(cls.recurrence_catch_up, f"{cls.__name__}.recurrence_catch_up"), 2 * A_MINUTE)
+
+
+def _newest_moment(cls: Any, now: datetime) -> datetime | None:
+    """The newest minute for which a class recurs, if it is within the catch-up.
+
+    Of a local time that a change of the clock repeats, the first one counts. One that it skips is when the clock would
+    have shown it unchanged: so each comes to pass once.
+    """
+    zone, minute = _zone(cls.recurrence_timezone), now.astimezone(timezone.utc).replace(second=0, microsecond=0)
+    while minute > now - _catch_up(cls):
+        # By the clock as it is, and as it was a day ago: no change takes longer than that.
+        for moment in (minute, minute - A_DAY):
+            local = (minute + cast(timedelta, moment.astimezone(zone).utcoffset())).replace(tzinfo=None)
+            if local.replace(tzinfo=zone).astimezone(timezone.utc) == minute and cls.recurs(local):
+                return minute
+        minute -= A_MINUTE
+    return None
 
 
 # ==== Reports: whether all is sound, and how much there is of what ====================================================
@@ -6045,7 +6205,7 @@ SCHEMA_FILE = Path(__file__).with_name("geneva_drive_schema.sql")
 SCHEMA_VERSION = 1
 
 
-class _SchemaVersion(Model):
+class _SchemaVersion(_Record):
     """A row for each version of the schema that `create_tables()` has brought the database to; the highest counts."""
 
     version: peewee.Field[int] = peewee.IntegerField(primary_key=True)
@@ -6622,6 +6782,7 @@ class _CommandLine:
             "created": self._moment(workflow.created_at),
             workflow.state: self._since(workflow),
             "reason": workflow.reason,
+            "occurs at": workflow.occurs_at and self._moment(workflow.occurs_at),
             "waits for the signal": next((each.waiting_for for each in history if each.state == WAITING), None),
             "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
         }

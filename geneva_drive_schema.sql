@@ -13,10 +13,11 @@
 -- What is to be given out, and nothing else, has the name of a queue: what is scheduled, or waits with a limit, in a
 -- workflow that is ready. It is taken by whoever looks first once it is due, the highest priority first.
 --
--- Two promises are kept by unique indexes, whatever the processes do:
+-- Three promises are kept by unique indexes, whatever the processes do:
 --
 --   geneva_drive_one_ongoing_workflow   one ongoing workflow for each class and hero (allow_multiple aside)
 --   geneva_drive_one_active_execution   one active execution for each workflow
+--   geneva_drive_occurrence             one workflow for each minute at which a class recurs
 --
 -- GenevaDrive.create_tables() creates the missing tables, adds the columns that the models have and the tables lack,
 -- applies the sections that the database needs, of each what is not there yet, and records the version. To apply one
@@ -54,10 +55,14 @@ create unique index geneva_drive_one_active_execution on geneva_drive_step_execu
 -- The order in which executions are given out.
 create index geneva_drive_queue on geneva_drive_step_executions (queue, priority, due_at, id) where queue is not null;
 
--- Housekeeping: whose process fell silent, what is over long since. Partial, for an index on the state alone is taken by
--- PostgreSQL's planner in the place of the primary key.
+-- One workflow for each class that recurs and each of its moments. Others have none, and no entry.
+create unique index geneva_drive_occurrence on geneva_drive_workflows (type, occurs_at) where occurs_at is not null;
+
+-- Housekeeping: whose process fell silent, what is over long since; by type, each of which may be kept for another time.
+-- Partial, for an index on the state alone is taken by PostgreSQL's planner in the place of the primary key.
 create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, id) where state = 'in_progress';
-create index geneva_drive_expired on geneva_drive_workflows (transitioned_at, id) where state in ('finished', 'canceled');
+create index geneva_drive_over on geneva_drive_workflows (type, transitioned_at, id)
+    where state in ('finished', 'canceled');
 
 
 -- section: sqlite
@@ -86,6 +91,9 @@ create unique index geneva_drive_one_active_execution on geneva_drive_step_execu
 -- The order in which executions are given out.
 create index geneva_drive_queue on geneva_drive_step_executions (queue, priority, due_at, id);
 
--- Housekeeping: whose process fell silent, what is over long since.
+-- One workflow for each class that recurs and each of its moments. Others have none, and NULLs differ from each other.
+create unique index geneva_drive_occurrence on geneva_drive_workflows (type, occurs_at);
+
+-- Housekeeping: whose process fell silent, what is over long since; by type, each of which may be kept for another time.
 create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
-create index geneva_drive_expired on geneva_drive_workflows (state, transitioned_at, id);
+create index geneva_drive_over on geneva_drive_workflows (state, type, transitioned_at, id);

@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import pickle
 import pydoc
+import random
 import re
 import shutil
 import signal
@@ -6210,6 +6211,8 @@ ERRORS = {
 THIS = "this one"  # in place of a workflow's place: the one that is being performed
 LATER = 60  # seconds, for reattempt(wait=...)
 SILENCE, OVERDUE, KEPT = timedelta(hours=1), timedelta(minutes=1), timedelta(days=30)
+KEPT_OF_RECURRING = timedelta(minutes=90)
+CATCH_UP = timedelta(minutes=10)  # of what recurs at each full hour
 MAX_RECOVERIES = 2
 SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "timed": 0, "awaits": 0, "last": 0}  # their waits in seconds
 LIMIT = timedelta(minutes=5)  # of the one that awaits a signal
@@ -6301,6 +6304,13 @@ class Scripted(Workflow):
             self.playing.happen_here(self, self.turn.after)
 
 
+class Recurring(Scripted):
+    """Recurs, without a hero, as long as a sequence is being played."""
+
+    may_proceed_without_hero = True
+    delete_completed_after = KEPT_OF_RECURRING
+
+
 def change(context, key, value):
     """What turns and notes do to a context: set a key, or take it away."""
     if key and key.startswith("-"):
@@ -6336,8 +6346,9 @@ class ImaginedExecution:
 
 @dataclasses.dataclass
 class ImaginedWorkflow:
-    hero: int
+    hero: int | None
     allow_multiple: bool
+    occurs: datetime | None = None
     state: str = "ready"
     step: str | None = "plain"
     pause_requested: bool = False
@@ -6358,6 +6369,10 @@ class ImaginedWorkflow:
         return self.state in ("finished", "canceled")
 
     @property
+    def kept(self):
+        return KEPT_OF_RECURRING if self.occurs else KEPT
+
+    @property
     def active(self):
         newest = self.executions[-1]
         return newest if newest.state in ("scheduled", "waiting", "in_progress") else None
@@ -6371,6 +6386,7 @@ class Imagined:
         self.workflows, self.present_heroes = [], {0, 1, 2}
         self.commits, self.observed, self.turns = [], [], []
         self.serials, self.in_transaction, self.performed = itertools.count(), False, []
+        self.recurs = True
 
     def commit(self):
         if not self.in_transaction:
@@ -6560,10 +6576,20 @@ class Imagined:
         for workflow, execution in sorted(silent, key=lambda pair: pair[1].serial):
             times = f" {execution.recoveries + 1} times" if execution.recoveries else ""
             self.record(workflow, execution, self.death(execution), reason=f"its process died{times}")
-        old = [each for each in self.workflows if each.is_over and each.transitioned < self.now - KEPT]
+        self.occur()
+        old = [each for each in self.workflows if each.is_over and each.transitioned < self.now - each.kept]
         self.workflows = [each for each in self.workflows if each not in old]
         self.commit()
         return len(silent), len(old), sum(len(each.executions) for each in old)
+
+    def occur(self):
+        hour = self.now.replace(minute=0, second=0)
+        occurrences = [each for each in self.workflows if each.occurs]
+        is_there = any(each.occurs >= hour or not each.is_over for each in occurrences)
+        if self.recurs and hour > self.now - CATCH_UP and not is_there:
+            self.workflows.append(ImaginedWorkflow(None, False, hour))
+            self.schedule(self.workflows[-1], "plain", self.now)
+            self.commit()
 
     def death(self, execution):
         exhausted = self.on_death == "reattempt" and execution.recoveries >= MAX_RECOVERIES
@@ -6603,7 +6629,7 @@ class Imagined:
             end = "cancel" if workflow.state == "canceled" else "pause"
             self.record(workflow, execution, end, reason=workflow.reason)
             return None, None
-        if workflow.hero not in self.present_heroes:
+        if workflow.hero not in {*self.present_heroes, None}:
             self.record(workflow, execution, "hero gone", reason="the hero is gone")
             return None, None
         turn, begins = self.turns.pop(0) if self.turns else Turn(), True
@@ -6730,7 +6756,8 @@ def picture(workflows, heroes):
     """The model's tables as `Actual.picture` has the real ones."""
     return [
         {
-            "hero": heroes[each.hero],
+            "hero": None if each.hero is None else heroes[each.hero],
+            "occurs": each.occurs,
             "allow_multiple": each.allow_multiple,
             "state": each.state,
             "step": each.step,
@@ -7027,7 +7054,8 @@ class Actual:
             places = {None: None, **{one.id: place for place, one in enumerate(signals)}}
             found.append(
                 {
-                    "hero": int(each.hero_id),
+                    "hero": each.hero_id and int(each.hero_id),
+                    "occurs": each.occurs_at,
                     "allow_multiple": each.allow_multiple,
                     "state": each.state,
                     "step": each.current_step_name,
@@ -7058,6 +7086,7 @@ class Sequence:
         self.imagined = Imagined(self.actual.clock.now, run_on, on_death, self.actual.one_writer)
         self.queue = queue
         self.known, self.lost = set(), set()
+        Recurring.recurs = crontab(minute="0")
 
     def play(self, moves):
         for move in moves:
@@ -7136,6 +7165,7 @@ class Sequence:
 
     def come_to_an_end(self):
         """Whatever happened: resumed and left alone, every workflow comes to its end by itself."""
+        self.imagined.recurs, Recurring.recurs = False, None
         for _ in range(12):
             for place in range(len(self.imagined.workflows)):
                 if self.imagined.workflows[-1 - place].state == "paused":
@@ -7247,6 +7277,7 @@ QUEUES = ["own", "along", "outside"]
 @pytest.fixture
 def tables_of_huey(db):
     yield
+    Recurring.recurs = None
     SqlHuey("along", database=db).storage.drop_tables()
 
 
@@ -7320,6 +7351,8 @@ DEADLY = [
         Move("call", (0, "pause")),
         Move("call", (0, "resume")),
     ],
+    [Move("forward", (2 * 3600,)), Move("housekeeping", (0,))],
+    [Move("housekeeping", (0,)), Move("work", (0,), (Turn("finish"),)), Move("housekeeping", (2 * 3600,))],
     [Move("create", (0, False)), Move("call", (0, "pause"))],
     [Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume"))],
     [Move("create", (0, False)), Move("call", (0, "pause")), Move("call", (0, "resume_at", "last"))],
@@ -10912,6 +10945,432 @@ def test_a_drive_is_idle_when_nothing_is_ready_or_performing(drive, hero, helper
     StepExecution.update(state="completed", outcome="success", finished_at=START).execute()
 
 
+# ==== Recurring workflows =============================================================================================
+
+
+@pytest.fixture
+def recurring():
+    """Makes classes that recur: until the test ends, since each housekeeping looks at them."""
+    made = []
+
+    def make(name="Nightly", **declared):
+        declared = {"recurs": crontab(minute="0", hour="3"), "may_proceed_without_hero": True, **declared}
+
+        @step
+        def report(self):
+            did(f"{self.type} {self.occurs_at:%d %H:%M}")
+
+        made.append(
+            type(Workflow)(name, (Workflow,), {"report": report, "__qualname__": f"<locals>.{name}", **declared})
+        )
+        return made[-1]
+
+    yield make
+    for cls in made:
+        cls.recurs = None
+
+
+EVERY_MINUTE = {"recurs": crontab(), "recurrences_overlap": True}
+
+
+def moments(cls):
+    """When workflows of a class occur: the day of March, and the time."""
+    query = cls.select().where(Workflow.occurs_at.is_null(False)).order_by(Workflow.occurs_at)
+    return [f"{each.occurs_at:%d %H:%M}" for each in query]
+
+
+def look(drive, moment):
+    drive.clock.now = datetime.strptime(f"2026 3 {moment}+0000", "%Y %m %d %H:%M:%S%z")
+    assert set(drive.housekeeping()) == {
+        *("workflows_cleaned_up", "step_executions_cleaned_up"),
+        *("stuck_in_progress_recovered", "stuck_scheduled_recovered"),
+    }
+
+
+def test_a_workflow_is_created_for_each_minute_that_matches(drive, clock, recurring):
+    Nightly = recurring(step_options={"priority": 7})
+    look(drive, "2 02:59:59")
+    nothing_written(drive)
+    for seconds in ("00", "30", "59"):
+        look(drive, f"2 03:00:{seconds}")
+    nightly = Nightly.select().get()
+    assert (nightly.hero, nightly.state, nightly.allow_multiple, nightly.context) == (None, "ready", False, {})
+    assert (nightly.occurs_at, nightly.created_at) == (START.replace(day=2, hour=3), START.replace(day=2, hour=3))
+    assert scheduled(nightly).priority == 7
+    look(drive, "2 03:02:00")
+    work_off(drive)
+    assert effects() == ["Nightly 02 03:00"]
+    look(drive, "3 03:00:00")
+    assert moments(Nightly) == ["02 03:00", "03 03:00"]
+    assert Plain.create(hero=User.create()).occurs_at is None
+
+
+def test_what_no_consumer_was_there_for_is_made_up_for_the_newest_alone(drive, clock, recurring):
+    Nightly, Often = recurring(), recurring("Often", recurs=crontab(minute="*/2"))
+    look(drive, "2 03:09:59")
+    assert (moments(Nightly), moments(Often)) == (["02 03:00"], ["02 03:08"])
+    Nightly.delete().execute()
+    look(drive, "2 03:10:00")
+    assert moments(Nightly) == []
+    Nightly.recurrence_catch_up = timedelta(hours=20)
+    look(drive, "3 22:59:59")
+    assert moments(Nightly) == ["03 03:00"]
+    Nightly.select().get().cancel()
+    look(drive, "4 23:00:00")
+    assert moments(Nightly) == ["03 03:00"]
+    Nightly.recurrence_catch_up = 0  # one look is a minute behind the other
+    look(drive, "5 03:01:59")
+    assert moments(Nightly) == ["03 03:00", "05 03:00"]
+
+
+def test_one_is_left_out_while_an_earlier_one_is_ongoing_and_made_up_for(drive, clock, recurring, caplog):
+    Often = recurring(recurs=crontab(minute="*/5"))
+    Often.create()  # does not count
+    look(drive, "2 03:00:00")
+    first = Often.select().where(Workflow.occurs_at.is_null(False)).get()
+    first.pause()
+    for seconds in ("00", "20", "59"):
+        look(drive, f"2 03:05:{seconds}")
+    assert moments(Often) == ["02 03:00"]
+    assert caplog.text.count(f"Nightly of 2026-03-02 03:05:00+00:00 is left out, as <Nightly {first.id}: paused") == 1
+    first.resume()
+    work_off(drive)
+    look(drive, "2 03:08:00")
+    assert moments(Often) == ["02 03:00", "02 03:05"]
+    look(drive, "2 03:12:00")
+    assert moments(Often) == ["02 03:00", "02 03:05"]
+    assert caplog.text.count("is left out") == 2
+    Often.recurrences_overlap = True
+    look(drive, "2 03:13:00")
+    assert moments(Often) == ["02 03:00", "02 03:05", "02 03:10"]
+
+
+def test_a_host_whose_clock_is_behind_creates_nothing_older(drive, clock, recurring):
+    Often = recurring(**EVERY_MINUTE)
+    look(drive, "2 03:01:10")
+    look(drive, "2 03:00:40")
+    assert moments(Often) == ["02 03:01"]
+    look(drive, "2 03:02:10")
+    assert moments(Often) == ["02 03:01", "02 03:02"]
+
+
+def test_a_clock_that_was_wrong_by_years_ends_no_recurrence(drive, clock, recurring):
+    Often = recurring(**EVERY_MINUTE)
+    clock.forward(days=3000)
+    drive.housekeeping()
+    look(drive, "2 03:01:10")
+    assert [f"{each.occurs_at:%Y-%m-%d}" for each in Often.select().order_by(Workflow.id)] == [
+        "2034-05-18",
+        "2026-03-02",
+    ]
+
+
+# A change of the clock: when, in which zone, whether it goes forward; and the moments of half past one and two.
+CHANGES = {
+    "Berlin, spring": (datetime(2026, 3, 29, 1), "Europe/Berlin", True, ["00:30", "01:30"]),
+    "Berlin, autumn": (datetime(2026, 10, 25, 1), "Europe/Berlin", False, ["23:30", "00:30"]),
+    "New York, spring": (datetime(2026, 3, 8, 7), "America/New_York", True, ["06:30", "07:30"]),
+    "New York, autumn": (datetime(2026, 11, 1, 6), "America/New_York", False, ["05:30", "07:30"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_of_local_times_that_a_change_of_the_clock_skips_or_repeats_there_is_one(drive, clock, recurring, name):
+    change, zone, is_forward, half_past = CHANGES[name]
+    begin, end = change - timedelta(minutes=150), change + timedelta(minutes=150)
+    how = {"recurrence_timezone": zone, "recurrences_overlap": True}
+    patterns = {"Minutes": {}, "Quarters": {"minute": "*/15"}, "One": {"minute": 30, "hour": 1}}
+    patterns["Two"] = {"minute": 30, "hour": 2}
+    classes = {name: recurring(name, recurs=crontab(**pattern), **how) for name, pattern in patterns.items()}
+    clock.now = begin.replace(tzinfo=timezone.utc)
+    for _ in range((end - begin) // timedelta(minutes=1) + 1):
+        drive._recurrence.look()
+        clock.forward(minutes=1)
+    found = {
+        name: [each.occurs_at.replace(tzinfo=None) for each in cls.select().order_by(Workflow.occurs_at)]
+        for name, cls in classes.items()
+    }
+    minutes = [begin + timedelta(minutes=number) for number in range(301)]
+    if not is_forward:  # the hour that comes a second time
+        minutes = [each for each in minutes if not change <= each < change + timedelta(hours=1)]
+    assert found["Minutes"] == minutes
+    assert found["Quarters"] == [each for each in minutes if each.minute % 15 == 0]
+    assert [f"{each:%H:%M}" for each in found["One"] + found["Two"]] == half_past
+
+
+def test_a_local_day_that_a_country_leaves_out_is_not_lost(drive, clock, recurring):
+    Daily = recurring(recurs=crontab(minute="0", hour="12"), recurrence_timezone="Pacific/Apia")
+    clock.now = datetime(2011, 12, 28, 12, tzinfo=timezone.utc)
+    for _ in range(4 * 24):
+        drive._recurrence.look()
+        work_off(drive)
+        clock.forward(hours=1)
+    # There was no 30th of December. Its noon, and that of the 31st, are one moment.
+    assert [f"{each.occurs_at:%d %H}" for each in Daily.select().order_by(Workflow.occurs_at)] == [
+        "28 22",
+        "29 22",
+        "30 22",
+        "31 22",
+    ]
+
+
+def test_recurs_is_read_at_each_look_and_inherited(drive, clock, recurring):
+    Nightly = recurring()
+    Special = type(Workflow)("Special", (Nightly,), {})
+    try:
+        look(drive, "2 03:00:00")
+        assert (moments(Special), moments(Nightly)) == (["02 03:00"], ["02 03:00"] * 2)
+        work_off(drive)
+        Nightly.recurs, Special.recurs = crontab(minute="30"), None
+        look(drive, "3 03:00:00")
+        look(drive, "3 03:30:00")
+        assert moments(Nightly) == ["02 03:00", "02 03:00", "03 03:30"]
+    finally:
+        Special.recurs = None
+
+
+def test_a_class_that_cannot_be_looked_at_does_not_stop_the_others(drive, clock, recurring, caplog):
+    def fails(moment):
+        raise OddError(moment)
+
+    recurring("Fails", recurs=fails)
+    recurring("Nowhere", step_options={"queue": "nowhere"})
+    recurring("Stepless", report=None)
+    Nightly = recurring()
+    look(drive, "2 03:00:00")
+    assert {each.type for each in Workflow.select()} == {"Nightly"}
+    assert moments(Nightly) == ["02 03:00"]
+    assert re.findall(r"(\w+) recurs, and could not be looked at", caplog.text) == ["Fails", "Nowhere"]
+    assert "asks for the queue 'nowhere'" in caplog.text
+
+
+def test_each_consumer_looks_every_minute_whatever_the_schedule_of_housekeeping(db, drive, clock, recurring):
+    outside = MemoryHuey("outside", results=False)
+    drive = GenevaDrive(db, huey=outside, queues=["own"], clock=clock, housekeeping_schedule=lambda moment: False)
+    Often = recurring(**EVERY_MINUTE)
+    for huey in drive.queues.values():
+        for task in huey.read_periodic(datetime(2026, 3, 1, 12, 7)):
+            huey.enqueue(task)
+        work_off(drive)
+        clock.forward(minutes=1)
+    assert moments(Often) == ["01 12:00", "01 12:01"]
+    assert effects() == ["Nightly 01 12:00", "Nightly 01 12:01"]
+
+
+def _look_in_rounds(number, url, rounds, barrier, results):
+    db = open_database(url)
+    drive, behind = GenevaDrive(db), 30 * (number % 2)
+    for place in range(rounds):
+        moment = START + timedelta(minutes=10 * place, seconds=10)
+        drive.clock = lambda: moment - timedelta(seconds=behind)  # noqa: B023
+        barrier.wait(timeout=60)
+        drive.housekeeping()
+        barrier.wait(timeout=60)
+        if number == 0:
+            for each in Workflow.ongoing():
+                results.put((place, each.type, each.occurs_at))
+                each.cancel()
+
+
+def test_of_processes_that_look_at_the_same_second_one_creates(database, drive, recurring, caplog, is_exhaustive):
+    rounds = 200 if is_exhaustive else 30
+    recurring(recurs=crontab(minute="*/10"), recurrences_overlap=True, recurrence_catch_up=300)
+    recurring("Minutes", recurs=crontab())
+    database.peewee.close()
+    results = in_processes(8, _look_in_rounds, database.url, rounds, fork.Barrier(8))
+    nightly = sorted(moment for _, name, moment in results if name == "Nightly")
+    assert nightly == [START + timedelta(minutes=10 * place) for place in range(rounds)]
+    # Half of the clocks are behind, and show the minute before: of the two, which must not overlap, one came first.
+    minutes = {place: moment for place, name, moment in results if name == "Minutes"}
+    assert len(results) == 2 * rounds
+    for place in range(rounds):
+        assert START + timedelta(minutes=10 * place) - minutes[place] in (timedelta(0), timedelta(minutes=1))
+
+
+def test_wherever_a_process_dies_in_a_look_the_workflow_is_there_once(db, drive, clock, recurring):
+    Often, other = recurring(**EVERY_MINUTE), recurring("Other", **EVERY_MINUTE)
+    for moment in itertools.count():
+        clock.forward(minutes=1)
+        if not dies_at(moment, db, drive._recurrence.look):
+            break
+        assert violations(drive) == []
+        drive._recurrence.look()
+    assert moment > 8
+    assert moments(Often) == moments(other) == [f"01 12:{minute:02}" for minute in range(1, moment + 2)]
+
+
+def _look_forever(number, url, offset, results):
+    db = open_database(url)
+    drive = GenevaDrive(db)
+    drive.clock = lambda: START + timedelta(minutes=offset)
+    while True:
+        drive._recurrence.look()
+
+
+def test_processes_that_are_killed_as_they_look_leave_one_workflow_for_each_class_and_moment(
+    database, drive, clock, recurring, is_exhaustive
+):
+    classes = [recurring(f"Class{number}", **EVERY_MINUTE) for number in range(5)]
+    rounds = 60 if is_exhaustive else 10
+    for offset in range(rounds):
+        database.peewee.close()
+        processes = [
+            fork.Process(target=_look_forever, args=(number, database.url, offset, None)) for number in range(4)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            time.sleep(0.01 * (offset % 6))  # none may have begun, or all
+            process.kill()
+        for process in processes:
+            process.join()
+        clock.now = START + timedelta(minutes=offset)
+        drive._recurrence.look()
+        assert violations(drive) == []
+    for cls in classes:
+        assert moments(cls) == [f"01 {12 + minute // 60}:{minute % 60:02}" for minute in range(rounds)]
+
+
+def test_a_process_that_has_stopped_within_a_look_holds_up_no_other(database, drive, clock, recurring):
+    if database.url.startswith("sqlite"):
+        pytest.skip("it has one write lock, which everybody waits for")
+    Often, beside = recurring(**EVERY_MINUTE), open_database(database.url)
+    with beside.atomic():
+        beside.execute_sql("select version from geneva_drive_schema for update").fetchall()
+        drive.housekeeping()
+    assert moments(Often) == []
+    beside.close()
+    drive.housekeeping()
+    assert moments(Often) == ["01 12:00"]
+
+
+def test_threads_that_look_at_once_collide_in_silence_under_a_strict_isolation(strict, recurring, caplog):
+    strict.clock = Clock()
+    classes = [recurring(f"Class{number}", **EVERY_MINUTE) for number in range(3)]
+
+    def look_on():
+        for _ in range(20):
+            barrier.wait(timeout=60)
+            strict._recurrence.look()
+            if not barrier.wait(timeout=60):
+                strict.clock.forward(minutes=1)
+        strict.database.close()
+
+    barrier = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        for each in [threads.submit(look_on) for _ in range(4)]:
+            each.result(timeout=120)
+    for cls in classes:
+        assert moments(cls) == [f"01 12:{minute:02}" for minute in range(20)]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_look_within_a_transaction_of_the_callers_is_a_part_of_it(db, drive, clock, recurring):
+    Often = recurring(**EVERY_MINUTE)
+    with db.atomic() as transaction:
+        assert Often.select().count() == 0
+        drive.housekeeping()
+        drive.housekeeping()
+        assert moments(Often) == ["01 12:00"]
+        transaction.rollback()
+    nothing_written(drive)
+    drive.housekeeping()
+    work_off(drive)
+    assert effects() == ["Nightly 01 12:00"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "text"),
+    [
+        ({"recurs": "0 3 * * *"}, r"recurs must be None or a Huey crontab, such as crontab\(.*\), not '0 3 \* \* \*'"),
+        ({"may_proceed_without_hero": False}, r"recurs: what recurs has no hero: set may_proceed_without_hero = True"),
+        ({"recurrence_timezone": "Europe/Atlantis"}, r"recurrence_timezone must .*, not 'Europe/Atlantis': .*tzdata"),
+        ({"recurrence_timezone": None}, r"recurrence_timezone must be the name of a time zone, not None"),
+        ({"recurrence_timezone": "../etc"}, r"recurrence_timezone must be the name of a time zone, not '../etc'"),
+        ({"recurrence_timezone": "Europe"}, r"recurrence_timezone must be the name of a time zone, not 'Europe'"),
+        ({"recurrence_catch_up": "1 h"}, r"recurrence_catch_up must be a timedelta or a number of seconds, not '1 h'"),
+        ({"recurrence_catch_up": None}, r"recurrence_catch_up must be a timedelta or a number of seconds, not None"),
+        ({"recurrences_overlap": 1}, r"recurrences_overlap must be a bool, not 1"),
+        ({"delete_completed_after": "never"}, r"delete_completed_after must be a timedelta .*, not 'never'"),
+        ({"delete_completed_after": -1}, r"delete_completed_after must be neither negative nor .*, not -1"),
+        ({"occurs_at": None}, r"occurs_at: workflows share one table"),
+    ],
+)
+def test_what_is_wrong_about_recurrence_or_retention_raises_when_the_class_is_defined(recurring, declared, text):
+    with pytest.raises(gd.StepConfigurationError, match=rf"^Nightly(: |\.){text}"):
+        recurring(**declared)
+    assert Workflow.recurs is None
+
+
+def test_a_recurrence_must_not_be_async(recurring):
+    async def recurs(moment):
+        return True
+
+    with pytest.raises(gd.StepConfigurationError, match=r"^Nightly: recurs must not be async"):
+        recurring(recurs=recurs)
+
+
+def test_utc_needs_no_database_of_time_zones(drive, clock, recurring, monkeypatch):
+    def unknown(name):
+        raise gd.zoneinfo.ZoneInfoNotFoundError(name)
+
+    monkeypatch.setattr(gd.zoneinfo, "ZoneInfo", unknown)
+    Nightly = recurring()
+    look(drive, "2 03:00:00")
+    assert moments(Nightly) == ["02 03:00"]
+    with pytest.raises(gd.StepConfigurationError, match="where the system knows none, pip install tzdata"):
+        recurring(recurrence_timezone="Europe/Berlin")
+
+
+# ==== Retention of a class ============================================================================================
+
+
+def canceled_ago(cls, days):
+    """A workflow of a class that was canceled so many days ago."""
+    workflow = cls.create(hero=User.create())
+    workflow.cancel()
+    workflow._write(transitioned_at=START - timedelta(days=days))
+    return workflow
+
+
+def test_a_class_may_say_for_how_long_its_workflows_are_kept(drive, clock):
+    class Short(Plain):
+        delete_completed_after = timedelta(days=1)
+
+    class Seconds(Short):
+        delete_completed_after = 3 * 86400
+
+    class Kept(Plain):
+        delete_completed_after = None
+
+    class Gone(Plain):
+        delete_completed_after = 0
+
+    expired, kept = [], []
+    for cls, days in ((Short, 1), (Seconds, 3), (Plain, 30), (Kept, math.inf), (Gone, 30)):
+        for age in (0.5, 2, 4, 29, 31, 3000):
+            (expired if age > days else kept).append(canceled_ago(cls, age).id)
+    del gd._workflow_classes["Gone"]  # a type that no class defines here has the drive's
+    assert drive.housekeeping()["workflows_cleaned_up"] == len(expired)
+    assert [each.id for each in Workflow.select().order_by(Workflow.id)] == kept
+    drive.delete_completed_workflows_after = None
+    clock.forward(days=9999)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 3
+    assert {each.type for each in Workflow.select()} == {"Plain", "Kept", "Gone"}
+
+
+def test_an_occurrence_is_kept_for_twice_the_catch_up(drive, clock, recurring):
+    Nightly = recurring(delete_completed_after=0, recurrence_catch_up=timedelta(hours=2))
+    look(drive, "2 03:00:00")
+    work_off(drive)
+    for moment in ("2 03:01:00", "2 04:59:00", "2 06:59:59"):
+        look(drive, moment)
+        assert moments(Nightly) == ["02 03:00"]
+    look(drive, "2 07:00:01")
+    assert moments(Nightly) == []
+    assert effects() == ["Nightly 02 03:00"]
+
+
 # ==== Many rows: what the planners make of the statements =============================================================
 
 
@@ -10930,7 +11389,7 @@ def plan(db, sql, params):
 #: How a plan tells that it reads a whole table. Not meant are partial indexes, which hold what a statement is about,
 #: what is inserted, and the signals, of which there are few here.
 SCANS = {
-    "sqlite": r"SCAN (?!\d* ?CONSTANT|\d+-ROW VALUES|(t1|e) USING (COVERING )?INDEX geneva_drive_(silent|expired))",
+    "sqlite": r"SCAN (?!\d* ?CONSTANT|\d+-ROW VALUES|(t1|e) USING (COVERING )?INDEX geneva_drive_(silent|over))",
     "postgresql": r"Seq Scan on (?!geneva_drive_signals)",
     "mysql": r"'table': '\w+', 'type': '(ALL|index)', (?!.*'rows': None)",
 }
@@ -10962,6 +11421,15 @@ class Pressing(Workflow):
 
 
 class Resting(Workflow):
+    @step
+    def one(self):
+        pass
+
+
+class Occurring(Workflow):
+    may_proceed_without_hero = True
+    delete_completed_after = None
+
     @step
     def one(self):
         pass
@@ -11130,10 +11598,14 @@ def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
             assert Quick.create_many(heroes[3000:3500]) == 500
             assert Quick.create_many(heroes[2900:3600], on_conflict="ignore") == 100
             assert drive.huey.storage.first_due() == START
-            assert set(drive.housekeeping().values()) == {0}
+            monkeypatch.setattr(Occurring, "recurs", crontab())
+            for _ in range(2):
+                assert set(drive.housekeeping().values()) == {0}
+                drive.clock.forward(minutes=1)
             monkeypatch.setattr(drive._recovery, "_progress", lambda *_: START)
             assert drive._recovery._recover_overdue("default", 0) == 0  # as for a queue of the application's
             assert not drive.is_idle()
+        assert Occurring.select().count() == 1
         assert len(sent) > 30
         for sql, params in sent.items():
             lines = plan(db, sql, params)
@@ -11141,6 +11613,36 @@ def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
             waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT", sql) else 2]
             wasteful = [line for of_kind in waste for line in lines if re.search(of_kind[kind], line)]
             assert not wasteful, f"{sql[:200]} … {sql[-1000:]}: {lines}"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_what_a_class_keeps_costs_nothing_to_those_who_delete_or_look_for_what_recurs(servers, kind, monkeypatch):
+    with crowd(servers, kind, monkeypatch) as (drive, _):
+        db, long_ago = drive._access.database, START - timedelta(days=99)
+        ended = {"state": "finished", "current_step_name": None, "transitioned_at": long_ago}
+        monkeypatch.setattr(Occurring, "recurs", crontab())
+
+        def costs():
+            drive.clock.forward(minutes=1)
+            with statements_sent(db) as sent:
+                assert drive.housekeeping()["workflows_cleaned_up"] == 0
+            Occurring.ongoing().get().cancel()
+            return {sql: effort(db, kind, sql, params) for sql, params in sent.items() if "insert" not in sql.lower()}
+
+        canceled_ago(Plain, 1)
+        few = costs()
+        with db.atomic():
+            for batch in peewee.chunked([START - timedelta(minutes=number) for number in range(20_000)], 1000):
+                rows = [{**gd._Start(Occurring).values(None, None), **ended, "occurs_at": each} for each in batch]
+                Workflow._insert_rows(rows, lambda model, new: model.insert(new))
+        for is_analyzed in (False, True):
+            if is_analyzed:
+                analyze(db, kind)
+            many = costs()
+            assert len(many.keys() & few.keys()) > 6
+            assert not {sql: (few.get(sql), cost) for sql, cost in many.items() if cost > 3 * few.get(sql, 20) + 60}
+        for model in reversed(gd.MODELS):
+            model.delete().execute()
 
 
 # ==== Consumers: real processes =======================================================================================
@@ -11580,6 +12082,46 @@ def test_a_consumer_on_redis_takes_over_what_was_committed_here(servers, tmp_pat
         app.close()
 
 
+OFTEN = """
+from huey import crontab
+
+class Often(Workflow):
+    may_proceed_without_hero = True
+    recurs = crontab(minute="*/5")
+    recurrence_catch_up = 240
+
+    @step
+    def one(self):
+        trace(f"{self.occurs_at:%H:%M}")
+
+kinds = """
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_of_consumers_that_start_at_once_and_are_killed_one_creates_what_recurs(servers, tmp_path, kind):
+    app = App(tmp_path, servers.empty(kind), source=APP.replace("\nkinds = ", OFTEN))
+    try:
+        now = utcnow()
+        late = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1, seconds=20) - now
+        for minutes in (0, 5, 10):  # and half of the clocks are thirty seconds behind
+            clocks = [late.total_seconds() + 60 * minutes - 30 * (number % 2) for number in range(8)]
+            consumers = [app.consumer("-k", "thread", APP_CLOCK=str(clock)) for clock in clocks]
+            for consumer in consumers[:6]:
+                time.sleep(0.1 * random.random())
+                consumer.kill()
+            until(lambda: len(app.traces()) == minutes // 5 + 1)  # noqa: B023
+            for consumer in consumers:
+                consumer.kill()
+                consumer.wait()
+            until(app.are_over)
+        moments = [each.occurs_at.minute for each in Workflow.select().order_by(Workflow.occurs_at)]
+        assert moments == [0, 5, 10]
+        assert {trace[-2:] for trace in app.traces()} == {"00", "05", "10"}
+        assert app.doctor() == []
+    finally:
+        app.close()
+
+
 @pytest.mark.exhaustive("postgresql", "mysql")
 def test_a_named_queue_is_served_by_its_own_consumer(app):
     workflow = app.create("Welcome", "premium")
@@ -11604,8 +12146,9 @@ def test_the_schedule_is_in_utc_whatever_the_time_zones_of_producer_and_consumer
 def test_each_queue_has_the_periodic_housekeeping(db, drive):
     drive = GenevaDrive(db, queues={"outside": MemoryHuey("outside")}, housekeeping_schedule=crontab(minute="7"))
     for huey in drive.queues.values():
-        assert [type(task).__name__ for task in huey.read_periodic(datetime(2026, 1, 1, 1, 7))] == ["housekeeping"]
-        assert huey.read_periodic(datetime(2026, 1, 1, 1, 8)) == []
+        for minute, names in ((7, ["housekeeping", "recurrence"]), (8, ["recurrence"])):
+            tasks = huey.read_periodic(datetime(2026, 1, 1, 1, minute))
+            assert [type(task).__name__ for task in tasks] == names
 
 
 class Tenant(Model):
@@ -11678,7 +12221,7 @@ def test_a_second_drive_on_the_same_outside_queue_takes_its_tasks_over(db, drive
     workflow = Quick.create(hero=hero)
     work_off(drive)
     assert reload(workflow).state == "finished"
-    assert len(outside._registry.periodic_tasks) == 1
+    assert len(outside._registry.periodic_tasks) == 2  # housekeeping, and the look for what recurs
 
 
 def test_immediate_mode_runs_the_steps_after_the_commit(db, drive, hero):
@@ -13224,6 +13767,12 @@ def command_line(drive, monkeypatch, capsys):
     logging.getLogger("huey").setLevel(logging.NOTSET)
 
 
+def test_show_tells_for_when_a_recurring_workflow_was_created(drive, clock, recurring, command_line):
+    Nightly = recurring()
+    look(drive, "2 03:02:00")
+    assert "  occurs at: 2 min ago, 2026-03-02 03:00:00Z\n" in command_line("show", Nightly.select().get().id)[1]
+
+
 class Charged(Workflow):
     workflow_type = "shop.Charged"
 
@@ -13781,6 +14330,13 @@ EXAMPLES = {
         "book: recovered at 550",
         "book: success at 1000",
         "1000 readers got a letter, 60 of them two; 1000 copies are booked",
+    ],
+    "nightly.py": [
+        "2026-03-27: 100 euros, counted for 01:30 UTC",
+        "2026-03-28: 101 euros, counted for 01:30 UTC",
+        "2026-03-29: 102 euros, counted for 00:30 UTC",
+        "2026-10-24: 103 euros, counted for 00:30 UTC",
+        "4 nights were counted",
     ],
     "async_steps.py": ["some shop takes more than 0.4 s", "bought a lamp from Birch for 9"],
     "tracing.py": [
@@ -14451,6 +15007,21 @@ print(len(statements), len(set(statements)), {account.balance for account in Acc
 print([(each.outcome, each.cursor) for each in workflow.execution_history])
 """
 
+# Two looks for what recurs, as the README's report does, and its steps.
+TRY_THE_NIGHT = """
+from datetime import datetime, timezone
+from peewee import SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers
+from nightly import NightlyReport
+
+drive = GenevaDrive(SqliteDatabase(":memory:"), clock=lambda: datetime(2026, 7, 1, 2, 59, tzinfo=timezone.utc))
+drive.create_tables()
+for _ in range(2):
+    drive.housekeeping()
+for report in NightlyReport.ready():
+    TestHelpers().speedrun_workflow(report)
+"""
+
 # How the README's Python runs. The blocks below one heading are one file; all files share a folder, in the README's
 # order. By heading: the file, the arguments that Python is run with, the output.
 README_PROGRAMS = {
@@ -14471,6 +15042,7 @@ README_PROGRAMS = {
         ["-c", TRY_THE_MONTH_END],
         "270 245 {1005} 320\n[('failed', 205), ('success', 250), ('failed', 100), ('success', 250)]\n",
     ),
+    "Recurring workflows": ("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
     "Changing workflows that are under way": (
         "next_app.py",
         ["-c", "import next_app; print(*(each.name for each in next_app.SignupWorkflow.steps))"],
