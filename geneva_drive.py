@@ -4315,7 +4315,6 @@ class _OwnStorage(BaseStorage):
         """Begin in a process, a forked one too: with locks that none of another's threads holds."""
         self.idle = _Idle(self)
         self.looking: set[int] = set()  # the threads that are about to claim something
-        self.reached, self.look_behind_until = EPOCH, 0.0
 
     def close(self) -> None:
         """Close the connection of this thread, before Huey forks."""
@@ -5456,16 +5455,15 @@ class _Dialect:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, since: datetime = EPOCH) -> StepExecution | None:
-        """The execution that is due first, since a moment and but for so many that are passed, and its workflow."""
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
+        """The execution that is due first, but for so many that are passed, and its workflow."""
         priorities, access = drive.queues[queue].storage.priorities(), drive._access
-
-        def query() -> Any:
-            is_later = StepExecution.due_at >= _moment_blank("since")
-            return _due_now(StepExecution._joined(), priorities).where(is_later).offset(SQL(str(passed)))
-
-        built = access.statement(access.database, ("first due", priorities, passed), query)
-        values = built.execute({}, {"queue": queue, "now": drive._now(), "since": since}).fetchone()
+        built = access.statement(
+            access.database,
+            ("first due", priorities, passed),
+            lambda: _due_now(StepExecution._joined(), priorities).offset(SQL(str(passed))),
+        )
+        values = built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
         return StepExecution._from_joined(values) if values else None
 
 
@@ -5488,22 +5486,22 @@ def _due_now(query: Any, priorities: Sequence[int]) -> Any:
 
 def _is_due(model: Any, priority: Any) -> Any:
     """A condition, with blanks, for what is due in a queue, of this priority."""
-    return _is_here(model, priority) & (model.due_at <= _moment_blank("now"))
+    return _is_here(model, priority) & (model.due_at <= _now_blank())
 
 
 def _is_first_due(priority: Any) -> Any:
     """A condition, with blanks, that the first execution of this priority in a queue is due."""
     beside = StepExecution.alias("beside")
     first = beside.select(peewee.fn.MIN(beside.due_at)).where(_is_here(beside, priority))
-    return peewee.Expression(first, "<=", _moment_blank("now"))
+    return peewee.Expression(first, "<=", _now_blank())
 
 
 def _is_here(model: Any, priority: Any) -> Any:
     return (model.queue == _Blank.value(cast(Any, StepExecution.queue), "queue", 1)) & (model.priority == priority)
 
 
-def _moment_blank(name: str) -> Any:
-    return _Blank.value(cast(Any, StepExecution.due_at), name, 1)
+def _now_blank() -> Any:
+    return _Blank.value(cast(Any, StepExecution.due_at), "now", 1)
 
 
 class _Postgresql(_Dialect):
@@ -5606,7 +5604,7 @@ class _Postgresql(_Dialect):
         query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
         found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
         # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
-        is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _moment_blank("now")
+        is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _now_blank()
         is_queued &= peewee.fn.COALESCE(StepExecution.queue, "") != ""
         is_found = StepExecution.id == SQL("(select id from found)")
         ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
@@ -5711,18 +5709,6 @@ class _Mysql(_Dialect):
 
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
-
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, since: datetime = EPOCH) -> StepExecution | None:
-        # What was taken stays in the index until it is purged, and a look from the front reads over all of it. So look
-        # behind the last one; and from the front twenty times a second, for what came later and was due earlier.
-        storage, now = drive.queues[queue].storage, time.monotonic()
-        if now > storage.look_behind_until:
-            storage.reached, storage.look_behind_until = EPOCH, now + 0.05
-        found = super()._first_due(drive, queue, passed, storage.reached)
-        if found is None and storage.reached > EPOCH:
-            found = super()._first_due(drive, queue, passed)
-        storage.reached = cast(datetime, found.due_at) if found else EPOCH
-        return found
 
     @staticmethod
     def _is_mariadb(database: Database) -> bool:
