@@ -3148,9 +3148,10 @@ class _Attempt:
 
     def _find_signal(self, definition: StepDefinition) -> bool:
         """Give the workflow the first signal that is for the step, and tell whether there is one."""
-        page, matching = 1 if definition.matching is None else 100, definition.matching
+        matching: Any = definition.matching
+        page = 1 if matching is None else 100
         if isinstance(matching, str):
-            matching = cast("Callable[[Any], object]", getattr(self.workflow, matching))
+            matching = getattr(self.workflow, matching)
         while True:
             pending = WorkflowSignal._pending(self.workflow, definition, self.execution.signal_id)
             query = WorkflowSignal.select().where(*pending).order_by(WorkflowSignal.id).limit(page)
@@ -6631,10 +6632,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--at STEP": {"metavar": "STEP", "help": "go on with this step, also where it is over"},
     "--in": {"type": _duration_of, "metavar": "2d", "help": "so long from now: 2d, 90min, 1h30min"},
     "--at MOMENT": {"type": _moment_of, "metavar": "MOMENT", "help": "then: 2026-03-01T12:00Z"},
-    "--as-declared": {
-        "action": "store_true",
-        "help": "as its class has it by now",
-    },
+    "--as-declared": {"action": "store_true", "help": "as its class has it by now"},
     "--limit": {"type": int, "default": 50, "metavar": "N", "help": "how many at most (default: 50)"},
     "--deploy": {"action": "store_true", "help": "check instead what this code would strand if it were deployed"},
     "--dry-run": {"action": "store_true", "help": "only say what would be done"},
