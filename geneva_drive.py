@@ -99,12 +99,12 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "AlreadyOngoingError", "ConfigurationError", "ExceptionPolicy", "FlowControlInTransactionError", "GenevaDrive",
-    "GenevaDriveError", "InvalidStateError", "Metric", "SignalTimeoutError", "StepConfigurationError",
-    "StepDefinition", "StepExecution", "StepNotDefinedError", "TestHelpers", "TransactionLeftOpenError",
-    "UndefinedStep", "UnknownQueueError", "UnknownSignalError", "UnsupportedDatabaseError", "Workflow",
-    "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception", "removed_step", "step", "step_finished",
-    "step_started", "workflow_transitioned",
+    "AlreadyOngoingError", "ChildrenTimeoutError", "ConfigurationError", "ExceptionPolicy",
+    "FlowControlInTransactionError", "GenevaDrive", "GenevaDriveError", "InvalidStateError", "Metric",
+    "SignalTimeoutError", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
+    "TestHelpers", "TransactionLeftOpenError", "UndefinedStep", "UnknownQueueError", "UnknownSignalError",
+    "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception",
+    "removed_step", "step", "step_finished", "step_started", "workflow_transitioned",
 ]
 # fmt: on
 
@@ -164,6 +164,7 @@ ALLOWED_FROM = {
     "reattempt": (),
     "finish": (),
     "signal": ONGOING,
+    "a child's create": ONGOING,
 }
 
 ON_EXCEPTION_ACTIONS = ("pause", "cancel", "skip", "reattempt")
@@ -297,6 +298,16 @@ class SignalTimeoutError(GenevaDriveError, TimeoutError):
         )
 
 
+class ChildrenTimeoutError(GenevaDriveError, TimeoutError):
+    """Children that a step waited for did not end in time. It is recorded, not raised."""
+
+    def __init__(self, workflow: Workflow, definition: StepDefinition, waited: timedelta) -> None:
+        super().__init__(
+            f"{workflow._label}: the step {definition.name} waited for the ends of its children for "
+            f"{_span(waited)}, and some are ongoing still: see workflow.children"
+        )
+
+
 class TransactionLeftOpenError(GenevaDriveError):
     """A step's body began a transaction and did not end it."""
 
@@ -315,14 +326,14 @@ class FlowControlInTransactionError(GenevaDriveError):
 
 
 class _FlowControl(BaseException):
-    """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it."""
+    """Ends the body of a step. Not an Exception: a body's `except Exception` must not catch it.
 
-    def __init__(self, action: str, wait: timedelta = NO_WAIT, rewind: bool = False, reason: str | None = None) -> None:
+    :param details: what a verdict is to have of it: `reason`, `rewind`, `children`.
+    """
+
+    def __init__(self, action: str, wait: timedelta = NO_WAIT, **details: Any) -> None:
         super().__init__(action)
-        self.action = action
-        self.wait = wait
-        self.rewind = rewind
-        self.reason = reason
+        self.action, self.wait, self.details = action, wait, details
 
 
 def _flow_control_in(error: BaseException) -> _FlowControl | None:
@@ -602,11 +613,16 @@ class StepDefinition:
     transactional: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     wait_for: str | None = None
+    wait_for_children: bool = False
     timeout: timedelta | None = None
     on_timeout: str = "pause"
     matching: Callable[[Any], object] | str | None = None
     resumable: bool = False
     removed: bool = False  # then it is skipped as by any true `skip_if`: the hero and the conditions come first
+
+    @property
+    def _waits(self) -> bool:
+        return self.wait_for is not None or self.wait_for_children
 
     def _first(self, reached: datetime) -> dict[str, Any]:
         """What its first execution is made of, where a workflow comes to it at this moment."""
@@ -714,6 +730,7 @@ class _StepOptions(typing.TypedDict, total=False):
     options: Annotated[Mapping[str, Any], _checked_options]
     name: Annotated[str, _must_be(f"text of 1 to {MAX_NAME_CHARS} printable characters", _is_name)]
     wait_for: Annotated[str | None, _optional(_must_be("a signal's name", _is_name))]
+    wait_for_children: Annotated[bool, _A_BOOL]
     timeout: Annotated[timedelta | float | None, _optional(_A_DURATION)]
     on_timeout: Annotated[str, _one_of("pause", "skip", "cancel", "run")]
     matching: Annotated[Callable[[Any], object] | str | None, _A_MATCHER]
@@ -758,7 +775,9 @@ def step(body: Any = None, /, **options: Any) -> Any:
     :param name: the step's name, if it is not the method's.
     :param wait_for: the name of a signal: the step runs once :meth:`Workflow.signal` sent it, and the body finds it in
         `self.signal_payload`. With `wait`, not before that.
-    :param timeout: how long it waits for the signal, a timedelta or seconds; None waits for ever.
+    :param wait_for_children: let the step run once no workflow that was created with `parent=self` is ongoing; with
+        `wait`, not before that. The body finds in `self.children` how each fared.
+    :param timeout: how long it waits for the signal or the children, a timedelta or seconds; None waits for ever.
     :param on_timeout: what follows then: "pause" by default, "skip", "cancel", or "run", whose body finds None.
     :param matching: a callable of the payload, or the name of a method that takes it: false leaves a signal to another
         step.
@@ -940,9 +959,11 @@ def _declared_steps(key: str, value: Any) -> Iterator[tuple[str | None, dict[str
 
 
 def _check_together(options: dict[str, Any], where: str) -> None:
-    for option, needed in (("timeout", "wait_for"), ("matching", "wait_for"), ("on_timeout", "timeout")):
-        is_right = option not in options or options.get(needed) is not None
-        _require(is_right, where, f"{option} goes with {needed} only")
+    waits = ("wait_for", "wait_for_children")
+    for option, needed in (("timeout", waits), ("matching", waits[:1]), ("on_timeout", ("timeout",))):
+        is_right = option not in options or any(options.get(each) not in (None, False) for each in needed)
+        _require(is_right, where, f"{option} goes with {' or '.join(needed)} only")
+    _require(not all(map(options.get, waits)), where, f"{' and '.join(waits)} exclude each other: make it two steps")
     has_two_places = options.get("before_step") and options.get("after_step")
     _require(not has_two_places, where, "before_step and after_step exclude each other")
     problem = "resumable and transactional exclude each other: what rolls back the body would take its cursor along"
@@ -1682,6 +1703,14 @@ class Workflow(_Record, metaclass=_WorkflowType):
     pause_requested: peewee.Field[bool] = peewee.BooleanField(default=False)
     #: Tells apart workflows that get the same id, one after the other.
     token: peewee.Field[str] = _NameField()
+    #: The workflow that it was created by, with `parent=`; None without, and once that one was deleted.
+    parent: peewee.Field[Workflow | None] = peewee.ForeignKeyField(
+        "self", null=True, backref="+", on_delete="SET NULL", index=False
+    )
+    parent_id: peewee.Field[int | None]
+    #: How many of its children are ongoing. Each creation and end of one changes it under the lock of this row: so two
+    #: that end at once see each other, whatever the isolation level. None for what never had a child.
+    ongoing_children: peewee.Field[int | None] = peewee.IntegerField(null=True)
     #: The minute that it was created for by its class's `recurs`; None for one that was made by `create()`.
     occurs_at: peewee.Field[datetime | None] = _UtcField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
@@ -1710,6 +1739,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     _blueprint: _Blueprint
     _attempt: _Attempt | None = None
+    _locked_parent: Workflow | None = None  # of a row that was locked behind it
 
     @classmethod
     def _from_columns(cls, values: Sequence[Any]) -> Any:
@@ -1721,7 +1751,12 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def create(
-        cls, hero: Model | None = None, allow_multiple: bool = False, context: _Json = None, options: _Json = None
+        cls,
+        hero: Model | None = None,
+        allow_multiple: bool = False,
+        context: _Json = None,
+        options: _Json = None,
+        parent: Workflow | None = None,
     ) -> Self:
         """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
 
@@ -1729,13 +1764,15 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :param allow_multiple: neither count nor be counted where one ongoing workflow per class and hero is allowed.
         :param context: a JSON object to be kept with the workflow.
         :param options: `{"queue": ..., "priority": ...}` for this workflow's steps.
+        :param parent: the workflow that it is a child of, which can wait for its end by `wait_for_children`.
         :returns: the workflow, an instance of this class.
         :raises AlreadyOngoingError: if the hero has an ongoing workflow of this class.
-        :raises TypeError, ValueError: if the hero or the context is not acceptable; nothing is written.
+        :raises InvalidStateError: if the parent is finished or canceled.
+        :raises TypeError, ValueError: if the hero, the context or the parent is not acceptable; nothing is written.
         :raises StepConfigurationError: if the class has no steps or the options are wrong.
         :raises UnknownQueueError: if a step asks for a queue that the drive does not have.
         """
-        start = _Start(cls, allow_multiple, context, options)
+        start = _Start(cls, parent, allow_multiple, context, options)
         key = (None, None) if hero is None and cls.may_proceed_without_hero else _hero_key(hero)
         values = start.values(*key)
         workflow = _alone(values, lambda: start.insert(values))
@@ -1747,7 +1784,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Self, bool]:
         """The hero's ongoing workflow of this class, or a new one; safe when several processes ask at once.
 
-        :param kwargs: as for :meth:`create`, for a new one.
+        :param kwargs: as for :meth:`create`, for a new one; the other keeps what it has, its parent too.
         :returns: the workflow, and whether it was created.
         """
         key = dict(zip(("hero_type", "hero_id"), (None, None) if hero is None else _hero_key(hero), strict=True))
@@ -1764,16 +1801,18 @@ class Workflow(_Record, metaclass=_WorkflowType):
         raise GenevaDriveError(f"{cls.workflow_type}.get_or_create(): workflows come and go too fast; try again")
 
     @classmethod
-    def create_many(cls, heroes: Iterable[Model], on_conflict: str = "raise") -> int:
+    def create_many(cls, heroes: Iterable[Model], on_conflict: str = "raise", *, parent: Workflow | None = None) -> int:
         """Start a workflow for each hero: all or nothing, and set-based, for tens of thousands of them.
 
         :param on_conflict: "raise", or "ignore" to leave out the heroes that have an ongoing workflow of this class.
+        :param parent: the workflow that they are children of; see :meth:`create`.
         :returns: how many were created.
         :raises AlreadyOngoingError: if a hero has one, or is there twice, and conflicts are not ignored.
+        :raises InvalidStateError: if the parent is finished or canceled.
         """
         if on_conflict not in ("raise", "ignore"):
             raise ValueError(f'{cls.__name__}.create_many(): on_conflict must be "raise" or "ignore"')
-        start, rows = _Start(cls), dict[tuple[str, str], dict[str, Any]]()
+        start, rows = _Start(cls, parent), dict[tuple[str, str], dict[str, Any]]()
         for hero in heroes:
             key = _hero_key(hero)
             if key not in rows:
@@ -1782,24 +1821,28 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 raise AlreadyOngoingError(rows[key], None)
 
         def insert() -> int:
-            return sum(start.insert_many(list(batch), on_conflict) for batch in peewee.chunked(rows.values(), 1000))
+            parent_row = start.lock_parent()
+            number = sum(start.insert_many(list(batch), on_conflict) for batch in peewee.chunked(rows.values(), 1000))
+            _count_children(start.drive, parent_row, number)
+            return number
 
         return start.drive._access.transact(insert)
 
     # -- flow control -----------------------------------------------------------------------------------------------
 
-    def cancel(self, *, reason: str | None = None) -> None:
+    def cancel(self, children: bool = False, *, reason: str | None = None) -> None:
         """End the workflow for good. Inside a step this ends its body at once.
 
         From outside, a resumable step that is being performed ends at its next checkpoint, another one as it does.
 
+        :param children: whether to cancel its ongoing children too, with theirs, in the same commit.
         :param reason: why, for people: text, which is kept on one line and cut at 1,000 characters. It is found in
             `workflow.reason`, and in that of the attempt which ends by it. The calls below have it too.
         :raises InvalidStateError: from outside, if the workflow is over.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         :raises TypeError: if the reason is not text.
         """
-        self._control("cancel", _canceled, reason)
+        self._control("cancel", functools.partial(_canceled, children=children), reason, children=children)
 
     def pause(self, *, reason: str | None = None) -> None:
         """Halt the workflow until :meth:`resume`. Inside a step this ends its body at once, to run again then.
@@ -1832,7 +1875,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises InvalidStateError: from outside.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
-        self._control("reattempt", None, reason, _duration(wait or 0, "reattempt(): wait"), rewind)
+        self._control("reattempt", None, reason, wait=_duration(wait or 0, "reattempt(): wait"), rewind=rewind)
         raise AssertionError("unreachable")
 
     def finish(self, *, reason: str | None = None) -> NoReturn:
@@ -1867,7 +1910,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         self._control("resume_at", functools.partial(_moved, step_name=step_name), reason)
 
     def reschedule(self, when: datetime | timedelta | float | None = None) -> None:
-        """Set the time of the step that is scheduled; of one that waits for a signal, its time limit.
+        """Set the time of the step that is scheduled; of one that waits for a signal or children, its limit.
 
         Such a limit has the step's `on_timeout`, "pause" where it declares none.
 
@@ -1880,22 +1923,20 @@ class Workflow(_Record, metaclass=_WorkflowType):
         moment = None if when is None else _moment(when, _drive()._now(), "reschedule(): when")
         self._control("reschedule", functools.partial(_rescheduled, moment=moment))
 
-    def _control(
-        self, call: str, change: Any, reason: Any = None, wait: timedelta = NO_WAIT, rewind: bool = False
-    ) -> None:
+    def _control(self, call: str, change: Any, reason: Any = None, **options: Any) -> None:
         """Inside an attempt, end its body; outside, make the change."""
         if reason is not None and not isinstance(reason, str):
             raise TypeError(f"{self._label}: the reason of {call}() must be text, not {reason!r:.100}")
         reason = _one_line(reason or "")
         if self._attempt is not None and ("step", call) in EFFECTS:
-            self._attempt.leave(_FlowControl(call, wait, rewind, reason))
+            self._attempt.leave(_FlowControl(call, reason=reason, **options))
         self._take_over(_controlled(self, call, change, reason))
 
-    @classmethod
-    def _lock_with_active(cls, workflow_id: int) -> tuple[Any, Any]:
-        """The row and its active execution, each or None, in the order in which everything locks them."""
-        row = Workflow._lock(Workflow.id == workflow_id)
-        return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
+    def _write(self, **values: Any) -> None:
+        was_over = self.state in OVER
+        super()._write(**values)
+        if change := was_over - (self.state in OVER):
+            _count_children(_drive(), self._locked_parent, change)
 
     # -- signals ----------------------------------------------------------------------------------------------------
 
@@ -1916,7 +1957,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :raises UnknownSignalError: if no step of its class waits for such a signal.
         :raises TypeError, ValueError: if the payload or the key is not acceptable; nothing is written.
         """
-        self._check_signal(name, payload, idempotency_key)
+        _check_signal(self, name, payload, idempotency_key)
         values = {"workflow": self.id, "name": name, "payload": payload, "idempotency_key": idempotency_key}
         drive = _drive()
         try:
@@ -1950,15 +1991,6 @@ class Workflow(_Record, metaclass=_WorkflowType):
         if workflow is None:
             raise cls.DoesNotExist(f"{about}: there is no {cls.__name__} about it: create() one first")
         return workflow.signal(name, payload, idempotency_key)
-
-    def _check_signal(self, name: Any, payload: Any, key: Any) -> None:
-        if not _is_name(name):
-            raise UnknownSignalError(self, name)
-        _dump_json(payload, f"the payload of the signal {name!r}")
-        if key is not None and not isinstance(key, str):
-            raise TypeError(f"the idempotency_key of the signal {name!r} must be text, not {key!r}")
-        if key is not None and not _is_name(key):
-            raise ValueError(f"the idempotency_key of the signal {name!r} must have 1 to 255 printable characters")
 
     # -- resumable steps --------------------------------------------------------------------------------------------
 
@@ -2028,6 +2060,11 @@ class Workflow(_Record, metaclass=_WorkflowType):
                 is_binary = isinstance(_key_field(model), peewee.BinaryUUIDField)
                 self._hero = _hero_row(model, uuid.UUID(self.hero_id) if is_binary else self.hero_id)
         return self._hero
+
+    @property
+    def children(self) -> _Query[Workflow]:
+        """The workflows that were created with `parent=` this one, in their order: a query."""
+        return Workflow.select().where(Workflow.parent == self.id).order_by(Workflow.id)
 
     @property
     def execution_history(self) -> _Query[StepExecution]:
@@ -2108,11 +2145,6 @@ class Workflow(_Record, metaclass=_WorkflowType):
     @classmethod
     def _signal_names(cls) -> set[str]:
         return {each.wait_for for each in cls.steps if each.wait_for}
-
-    def _is_awaited(self, execution: StepExecution, signal_name: str) -> bool:
-        """Whether an execution waits for signals of the name, as it began to, or as its class has it by now."""
-        definition = self._find(execution.step_name)
-        return signal_name in (execution.waiting_for, definition and definition.wait_for)
 
     def _step_after(self, step_name: str) -> StepDefinition | None:
         steps = self._blueprint.steps
@@ -2266,12 +2298,14 @@ class _Start:
     """Starts workflows of one class; all of it but the heroes is checked before anything is written."""
 
     def __init__(
-        self, cls: type[Workflow], allow_multiple: bool = False, context: _Json = None, options: _Json = None
+        self, cls: type[Workflow], parent: Any, allow_multiple: bool = False, context: _Json = None, options: Any = None
     ) -> None:
-        where, self.cls, self.drive = f"{cls.__name__}.create()", cls, _drive()
+        where, self.cls, self.drive, self.parent = f"{cls.__name__}.create()", cls, _drive(), parent
         _require(cls.steps, where, "the class has no steps; was a @step decorator forgotten?")
         if not isinstance(allow_multiple, bool):
             raise TypeError(f"{where}: allow_multiple must be a bool, not {allow_multiple!r}")
+        if parent is not None and not (isinstance(parent, Workflow) and parent.id):
+            raise TypeError(f"{where}: parent must be a workflow that was created, not {parent!r}")
         if options is not None:
             options = _checked_options(options, f"{where}: options")
         for definition in cls.steps:
@@ -2284,7 +2318,8 @@ class _Start:
             "allow_multiple": allow_multiple,
             "context": _Context("{}" if context is None else _dump_object(context)),
             "options": options,
-            **dict.fromkeys(("reason", "occurs_at", "transitioned_at")),
+            **dict.fromkeys(("reason", "occurs_at", "transitioned_at", "ongoing_children")),
+            "parent": parent and parent.id,
         }
 
     def values(self, hero_type: str | None, hero_id: str | None) -> dict[str, Any]:
@@ -2295,13 +2330,25 @@ class _Start:
     def insert(self, values: dict[str, Any]) -> Workflow:
         """Insert a workflow, with its first execution."""
         access, tried_on = self.drive._access, list[Any]()
-        is_atomic = access.dialect.is_one_statement and not self.drive._dispatch.has_shared
+        is_atomic = access.dialect.is_one_statement and not (self.drive._dispatch.has_shared or self.parent)
 
         def insert() -> Workflow:
             tried_on.append(access.database.connection())
+            _count_children(self.drive, self.lock_parent(), +1)
             return self._inserted(values, is_again=tried_on[0] is not tried_on[-1])
 
         return access.transact(insert, is_atomic=is_atomic)
+
+    def lock_parent(self) -> Workflow | None:
+        """The row of the parent, if there is to be one, locked; an error, if it cannot have children any more."""
+        if self.parent is None:
+            return None
+        row, call = Workflow._lock(Workflow.id == self.parent.id), "a child's create"
+        if row is None:
+            raise Workflow.DoesNotExist(f"{self.parent._label} was deleted; {call}() came too late")
+        if row.state not in ALLOWED_FROM[call]:
+            raise InvalidStateError(row, call)
+        return cast(Workflow, row)
 
     def _inserted(self, values: dict[str, Any], is_again: bool) -> Workflow:
         """Insert it; or find it, where a try before was committed as its connection went."""
@@ -2381,7 +2428,8 @@ def _controlled(workflow: Workflow, call: str, change: Any, reason: str | None) 
     drive = _drive()
 
     def locked_change() -> Workflow:
-        row, active = Workflow._lock_with_active(workflow.id)
+        parent_id = workflow.parent_id if "parent" in workflow.__data__ else _parent_id_of(workflow.id)
+        row, active = _lock_with_active(workflow.id, parent_id)
         if row is None:
             raise Workflow.DoesNotExist(f"{workflow._label} was deleted; {call}() came too late")
         if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
@@ -2400,7 +2448,39 @@ def _controlled(workflow: Workflow, call: str, change: Any, reason: str | None) 
     return _controlled(workflow, call, change, _storable(reason, "ascii"))
 
 
-# In what follows the workflow's row is locked; its active execution, if any, is `active`.
+def _lock_with_active(workflow_id: int, parent_id: int | None = None) -> tuple[Any, Any]:
+    """The row and its active execution, each or None, in the order in which everything locks them."""
+    row = _lock_behind_parent(workflow_id, parent_id)
+    return row, StepExecution._lock((StepExecution.workflow == workflow_id) & StepExecution.state.in_(ACTIVE))
+
+
+def _parent_id_of(workflow_id: int) -> Any:
+    return Workflow.select(Workflow.parent).where(Workflow.id == workflow_id).scalar()
+
+
+def _lock_behind_parent(workflow_id: int, parent_id: int | None) -> Any:
+    """The row, or None; and before it the parent's, which is told if the workflow comes to its end, or goes on again.
+
+    Without the parent's id, its state must not change so.
+    """
+    parent = parent_id and Workflow._lock(Workflow.id == parent_id)
+    row = Workflow._lock(Workflow.id == workflow_id)
+    if row and parent and row.parent_id == parent.id:  # else the parent was deleted, and its id used again
+        row._locked_parent = parent
+    return row
+
+
+# In what follows the workflow's row is locked, behind its parent's; its active execution, if any, is `active`.
+
+
+def _check_signal(workflow: Workflow, name: Any, payload: Any, key: Any) -> None:
+    if not _is_name(name):
+        raise UnknownSignalError(workflow, name)
+    _dump_json(payload, f"the payload of the signal {name!r}")
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"the idempotency_key of the signal {name!r} must be text, not {key!r}")
+    if key is not None and not _is_name(key):
+        raise ValueError(f"the idempotency_key of the signal {name!r} must have 1 to 255 printable characters")
 
 
 def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) -> bool:
@@ -2408,7 +2488,7 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
 
     A step begins to wait under the lock of the same row: whichever of the two comes first, the other one sees it.
     """
-    row, active = Workflow._lock_with_active(workflow.id)
+    row, active = _lock_with_active(workflow.id)
     name, key = values["name"], values["idempotency_key"]
     if row is None:
         raise Workflow.DoesNotExist(f"{workflow._label} was deleted; the signal {name!r} came too late")
@@ -2425,8 +2505,10 @@ def _received(drive: GenevaDrive, workflow: Workflow, values: dict[str, Any]) ->
     is_known = row.type not in _workflow_classes or name in row._signal_names()
     if not is_known and not (active and active.waiting_for == name):
         raise UnknownSignalError(row, name)
-    if active and active.state == WAITING and row.state == READY and row._is_awaited(active, name):
-        _wake(drive, row, active)
+    if active and active.state == WAITING and row.state == READY:
+        definition = row._find(active.step_name)
+        if name in (active.waiting_for, definition and definition.wait_for):  # as it began to wait, or by now
+            _wake(drive, row, active)
     return True
 
 
@@ -2436,8 +2518,36 @@ def _wake(drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> N
     drive._dispatch.put_in_queue(workflow, execution, state=SCHEDULED, scheduled_for=due)
 
 
+def _count_children(drive: GenevaDrive, parent: Workflow | None, change: int) -> None:
+    """Count ongoing children of a parent, if there is one, in or out; wake the step that waits for the last one's end.
+
+    Needs the parent's lock. Counting the children's rows instead would lock them on MySQL, where a plain look sees an
+    old snapshot; and in PostgreSQL's REPEATABLE READ, who has not seen this change must collide with it.
+    """
+    if parent is None:
+        return
+    parent._write(ongoing_children=max(0, (parent.ongoing_children or 0) + change))
+    if parent.ongoing_children or parent.state != READY:
+        return
+    waits = (StepExecution.state == WAITING) & StepExecution.waiting_for.is_null()
+    execution = StepExecution._lock((StepExecution.workflow == parent.id) & waits)
+    if execution:
+        _wake(drive, parent, execution)
+
+
+def _has_ongoing_children(drive: GenevaDrive, workflow: Workflow) -> bool:
+    """As the row has it by now, without a lock."""
+    ongoing = Workflow.select(Workflow.ongoing_children).where(Workflow.id == workflow.id)
+    return bool(drive._access.repeat(ongoing.scalar))
+
+
 def _must_wait(workflow: Workflow, definition: StepDefinition, execution: StepExecution | None = None) -> bool:
-    """Whether there is no signal for a step that waits, but those that its execution looked at. Needs the lock."""
+    """Whether what a step waits for is not there: the ends of all children, or a signal. Needs the lock.
+
+    :param execution: the step's, which has looked at some signals.
+    """
+    if definition.wait_for_children:
+        return bool(cast(Workflow, Workflow._lock(Workflow.id == workflow.id)).ongoing_children)
     if definition.wait_for is None:
         return False
     looked_at = execution.signal_id if execution else None
@@ -2445,28 +2555,58 @@ def _must_wait(workflow: Workflow, definition: StepDefinition, execution: StepEx
 
 
 def _beginning(workflow: Workflow, values: Mapping[str, Any]) -> dict[str, Any]:
-    """How a new execution begins: scheduled, or waiting for a signal that has not come. Needs the workflow's lock.
+    """How a new execution begins: scheduled, or waiting for what has not come. Needs the workflow's lock.
 
     :param values: the execution's; with `times_out_at` where an earlier attempt has begun to wait.
     """
     definition = workflow._find(values["step_name"])
-    if definition is None or definition.wait_for is None or values.get("asks_wait"):
+    if definition is None or not definition._waits or values.get("asks_wait"):
         return {"state": SCHEDULED}
     due, times_out_at = values["scheduled_for"], values.get("times_out_at")
     since = values.get("waits_since") or due
     if times_out_at is None and definition.timeout is not None:
         times_out_at = due + definition.timeout
     is_late = times_out_at is not None and times_out_at <= due
-    # Before the first execution, there were no signals.
-    waits = not is_late and (values["number"] == 1 or _must_wait(workflow, definition))
+    # Before the first execution, there were neither signals nor children.
+    waits = not is_late and (_must_wait(workflow, definition) if values["number"] > 1 else bool(definition.wait_for))
     state = WAITING if waits else SCHEDULED
     return {"state": state, "waiting_for": definition.wait_for, "waits_since": since, "times_out_at": times_out_at}
 
 
-def _canceled(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None) -> None:
+def _canceled(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | None, children: bool = False) -> None:
     _drop(drive, active, reason)
+    workflow._write(**_columns_of_canceled(drive, reason))
+    if children:
+        _cancel_children(drive, workflow, reason)
+
+
+def _columns_of_canceled(drive: GenevaDrive, reason: str | None) -> dict[str, Any]:
     ended = {"state": CANCELED, "current_step_name": None, "transitioned_at": drive._now(), "reason": reason}
-    workflow._write(**ended, pause_requested=False)
+    return {**ended, "pause_requested": False}
+
+
+def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None) -> None:
+    """Cancel the ongoing children and theirs, level by level: so parents are locked before children."""
+    reason = reason or f"canceled with {workflow._label}"
+    parents, columns = [workflow], {**_columns_of_canceled(drive, reason), "ongoing_children": 0}
+    workflow._write(ongoing_children=0)
+    while parents:
+        children = [child for some in peewee.chunked(parents, 1000) for child in _lock_ongoing_children(some)]
+        for some in map(list, peewee.chunked(children, 1000)):
+            ids = [child.id for child in some]
+            to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
+            StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
+            Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
+            for child in some:
+                before = child.state
+                child.__data__.update(columns)
+                drive._announce(child, before, CANCELED)
+        parents = children
+
+
+def _lock_ongoing_children(parents: Iterable[Workflow]) -> list[Any]:
+    of_these = Workflow.parent.in_([each.id for each in parents]) & Workflow.state.in_(ONGOING)
+    return list(Workflow._locking(Workflow.select().where(of_these).order_by(Workflow.id)))
 
 
 def _paused(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | None) -> None:
@@ -2558,8 +2698,12 @@ def _as_declared(definition: StepDefinition, active: StepExecution, now: datetim
 
 def _drop(drive: GenevaDrive, active: StepExecution | None, reason: str | None = None) -> None:
     if active and active.state != IN_PROGRESS:  # which records by itself what came of it
-        ended = {"state": CANCELED, "outcome": "canceled", "finished_at": drive._now(), "reason": reason}
-        active._write(**ended, signal_id=None, queue=None)
+        active._write(**_columns_of_dropped(drive, reason))
+
+
+def _columns_of_dropped(drive: GenevaDrive, reason: str | None) -> dict[str, Any]:
+    ended = {"state": CANCELED, "outcome": "canceled", "finished_at": drive._now(), "reason": reason}
+    return {**ended, "signal_id": None, "queue": None}
 
 
 def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
@@ -2612,7 +2756,8 @@ class StepExecution(_Record):
     error_backtrace: peewee.Field[str | None] = _LongTextField(null=True)
     job_id: peewee.Field[str | None] = _NameField(null=True)
     created_at: peewee.Field[datetime] = _UtcField()
-    #: The signal that it waits, or waited, for. From when, and until when: after that, `on_timeout` says what follows.
+    #: The signal that it waits, or waited, for; null for children. From when, and until when: after that, `on_timeout`
+    #: says what follows.
     waiting_for: peewee.Field[str | None] = _NameField(null=True)
     waits_since: peewee.Field[datetime | None] = _UtcField(null=True)
     times_out_at: peewee.Field[datetime | None] = _UtcField(null=True)
@@ -2630,7 +2775,7 @@ class StepExecution(_Record):
 
     @property
     def _due(self) -> datetime | None:
-        """When it is to be performed; None if it waits for a signal without a limit."""
+        """When it is to be performed; None if it waits for a signal or children without a limit."""
         return _due(self.__data__)
 
     def _overdue(self) -> timedelta:
@@ -2647,8 +2792,8 @@ class StepExecution(_Record):
         of that thread's: it does not see what the caller's transaction has written, nor an in-memory database of
         SQLite, and on SQLite it cannot write as long as the caller's transaction does.
 
-        :returns: True; or False, and nothing was done, if it is not scheduled any more, if it waits for a signal or its
-            workflow is not ready.
+        :returns: True; or False, and nothing was done, if it is not scheduled any more, if it waits for a signal or
+            children, or its workflow is not ready.
         :raises BaseException: the step's error, once its outcome is committed, if it paused or canceled the workflow.
         """
         return self._execute(heeds_wait=False)
@@ -2679,7 +2824,7 @@ class StepExecution(_Record):
         """The same, as it is now, also in a transaction that has begun before."""
         execution = cls._with_workflow(execution_id)
         if execution and _drive()._access.database.in_transaction():  # of an old snapshot: locks tell what is there
-            workflow = Workflow._lock(Workflow.id == execution.workflow_id)
+            workflow = _lock_behind_parent(execution.workflow_id, execution.workflow.parent_id)
             execution = workflow and cls._lock(cls.id == execution_id)
             if execution:
                 execution.__rel__["workflow"] = workflow
@@ -2734,7 +2879,7 @@ class StepExecution(_Record):
 
 
 def _due(values: Mapping[str, Any]) -> datetime | None:
-    """When an execution with these columns is to be performed; None if it waits for a signal without a limit."""
+    """When an execution with these columns is to be performed; None if it waits without a limit."""
     return cast("datetime | None", values["times_out_at" if values["state"] == WAITING else "scheduled_for"])
 
 
@@ -2814,6 +2959,7 @@ class _Verdict:
     surfaces: bool = False  # whether the error is raised once the outcome is committed
     reason: str | None = None  # for people
     rewind: bool = False  # whether the next attempt at a resumable step is to begin at the start
+    children: bool = False  # whether the children are to be canceled too
     until: datetime | None = None  # when a computed wait is over
 
 
@@ -2824,8 +2970,10 @@ _GO_ON = _Verdict("step", "go on")
 def _timed_out(workflow: Workflow, definition: StepDefinition, execution: StepExecution, limit: datetime) -> _Verdict:
     """What follows when nothing came of what a step waited for."""
     waited = max(limit - (execution.waits_since or execution.scheduled_for), NO_WAIT)
-    error, reason = SignalTimeoutError(workflow, definition, waited), f"no signal {definition.wait_for} within "
-    return _Verdict("timeout", definition.on_timeout, error=error, reason=reason + _span(waited))
+    kind = ChildrenTimeoutError if definition.wait_for_children else SignalTimeoutError
+    what = "children were ongoing for" if definition.wait_for_children else f"no signal {definition.wait_for} within"
+    error, reason = kind(workflow, definition, waited), f"{what} {_span(waited)}"
+    return _Verdict("timeout", definition.on_timeout, error=error, reason=reason)
 
 
 class _Attempt:
@@ -3089,7 +3237,8 @@ class _Attempt:
                     return _GO_ON
             if self._ask(definition.skip_if):
                 return _Verdict("step", "skip")
-            if definition.wait_for and not self._find_signal(definition):
+            children_go_on = definition.wait_for_children and _has_ongoing_children(self.drive, workflow)
+            if children_go_on or (definition.wait_for and not self._find_signal(definition)):
                 limit = execution.times_out_at
                 if limit is None or limit > self.drive._now():
                     return _Verdict("step", "wait")
@@ -3103,7 +3252,7 @@ class _Attempt:
             control = _flow_control_in(error)
             if control is None:
                 raise
-            return _Verdict("step", control.action, control.wait, rewind=control.rewind, reason=control.reason)
+            return _Verdict("step", control.action, control.wait, **control.details)
         return _Verdict("step", "return")
 
     def _begin_user_code(self, must_stay: bool = False) -> None:
@@ -3202,8 +3351,8 @@ class _Attempt:
             action = policy.terminal_action
         is_reported = policy.report == "always" or (policy.report == "terminal_only" and action in ("pause", "cancel"))
         surfaces = is_reported or isinstance(error, SystemExit)
-        reason = decision.reason or reason
-        return _Verdict("error", action, decision.wait, error, surfaces, reason, rewind=decision.rewind)
+        details = {**decision.details, "reason": decision.details.get("reason") or reason}
+        return _Verdict("error", action, decision.wait, error, surfaces, **details)
 
     def _record(self, verdict: _Verdict, may_run_on: Callable[[], bool] = lambda: False) -> _Attempt | None:
         """Commit the outcome and what follows it: the next execution, claimed already if it may run on.
@@ -3244,6 +3393,7 @@ class _Move(NamedTuple):
     execution: dict[str, Any]  # what finds its row
     begins: _Json = None
     is_patient: bool = True  # whether to wait for locks, where the database can be told not to
+    parent: int | None = None  # the one that is to be told of the workflow's end
 
 
 class _Overtaken(Exception):
@@ -3264,6 +3414,7 @@ class _Recording:
         self.not_before = EPOCH  # for one that is put back
         self.route: _Route | None = None  # likewise: the class's, unless it is given
         self.consumes = False  # whether the signals that the step was given are done with
+        self.cancels_children = False
 
     def end(self, verdict: _Verdict) -> _Attempt | None:
         """Record the outcome; returns the attempt that follows, if it is claimed.
@@ -3279,6 +3430,7 @@ class _Recording:
         self.columns.update(_error_columns(verdict.error, self.charset))
         self.follows = self._what_follows(verdict, then)
         self.consumes = then in ("advance", "finish") and bool(signal or self.execution.waiting_for)
+        self.cancels_children = verdict.children and then == "cancel"
         workflow_state = WORKFLOW_STATE_AFTER[then] if self.follows or then != "advance" else FINISHED
         if self.follows and self.run_on and self._runs_on(self.follows):
             workflow_state = PERFORMING
@@ -3308,7 +3460,7 @@ class _Recording:
         self._commit()
 
     def _wait(self, until: datetime | None) -> None:
-        """Put the execution back: until then; or what signals there are were not for it, but others may have come."""
+        """Put the execution back: until then; or as what it waits for was not there, but may have come meanwhile."""
         if until is not None:
             self.put_back({"state": SCHEDULED, "scheduled_for": until})
             return
@@ -3346,7 +3498,7 @@ class _Recording:
 
     def _runs_on(self, follows: dict[str, Any]) -> bool:
         """Whether the next execution is due now, on the queue and with the priority that we are on."""
-        # Whether the signal that a step waits for is there is known under the lock only, after this was decided.
+        # Whether what a step waits for is there is known under the lock only, after this was decided.
         if follows["due"] > self.now or self._has_to_wait(follows):
             return False
         here, next_one = (self.workflow._find(each) for each in (self.execution.step_name, follows["step_name"]))
@@ -3356,9 +3508,9 @@ class _Recording:
         return route(follows["step_name"]) == route(self.execution.step_name)
 
     def _has_to_wait(self, follows: dict[str, Any]) -> bool:
-        """Whether the step that follows is one that waits for a signal."""
+        """Whether the step that follows is one that waits for a signal or for children."""
         definition = self.workflow._find(follows["step_name"])
-        return definition is not None and definition.wait_for is not None
+        return definition is not None and definition._waits
 
     def _merged_context(self, text: str) -> _Context:
         """A context, by the changes that the attempt made in its own."""
@@ -3379,13 +3531,18 @@ class _Recording:
     def _needs_lock(self) -> bool:
         """Whether what is to be written is known under the lock alone, or a message is to be sent along with it."""
         is_about_signals = self.waits_for or self.consumes or (self.follows and self._has_to_wait(self.follows))
-        return bool(is_about_signals) or self.drive._dispatch.has_shared
+        return bool(is_about_signals) or self.cancels_children or self.drive._dispatch.has_shared
+
+    def _parent_to_tell(self) -> int | None:
+        """The id of the parent, if the workflow has one and comes to its end."""
+        return self.workflow.parent_id if self.changes["state"] in OVER else None
 
     def _write_as_planned(self, patience: float) -> _Written | None:
         """In one move, as most outcomes of most steps are; None, and nothing is written, if the fence does not hold."""
         state = self.changes["state"]
         columns, begins = self._placed(self.columns, state), self._next(state)
-        move = _Move(self.changes, self._fence(), columns, {"id": self.execution.id}, begins)
+        parent = self._parent_to_tell()
+        move = _Move(self.changes, self._fence(), columns, {"id": self.execution.id}, begins, parent=parent)
         following_id = self.access.move(move, patience)
         return None if following_id is None else _Written(self.changes, columns, begins, following_id)
 
@@ -3397,10 +3554,12 @@ class _Recording:
             fence.update(as_read)
         elif "context" in self.changes:
             fence["context"] = as_read["context"]
+        if parent := self._parent_to_tell():
+            fence["parent"] = parent  # it may have been deleted, and its id used again
         return fence
 
     def _write_amended(self) -> _Written:
-        """Others paused or canceled the workflow, wrote its context or took the claim; or signals are to be seen to."""
+        """Others paused or canceled the workflow, wrote its context or took the claim; or there is more to see to."""
         row = self._locked_row()
         before, changes, columns, is_going_on = row.state, dict(self.changes), self.columns, True
         if before == CANCELED:
@@ -3423,6 +3582,8 @@ class _Recording:
         columns = self._placed(columns, changes["state"])
         row._write(**changes)
         StepExecution._update_row(columns, id=self.execution.id)
+        if self.cancels_children:
+            _cancel_children(self.drive, row, changes.get("reason"))
         if self.consumes:  # before it is looked whether there is one for the next step
             WorkflowSignal._consume_given(row, self.execution.step_name, self.now)
         begins = self._next(changes["state"]) if is_going_on else None
@@ -3432,7 +3593,7 @@ class _Recording:
 
     def _locked_row(self) -> Workflow:
         """The workflow's row, locked, if this execution is its newest still, and ours; else a _ClaimLost."""
-        row = Workflow._lock(Workflow.id == self.workflow.id)
+        row = _lock_behind_parent(self.workflow.id, self._parent_to_tell())
         execution = StepExecution._lock(StepExecution.id == self.execution.id)
         newest = row is not None and row.execution_count == self.execution.number
         if not newest or execution is None or execution.state != IN_PROGRESS:
@@ -3915,7 +4076,8 @@ class GenevaDrive:
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
 
-        Paused ones wait for a person, those that wait for a signal without a timeout for somebody else.
+        Paused ones wait for a person, those that wait for a signal without a timeout for somebody else; of those that
+        wait for children the children tell.
         """
         return self._access.repeat(self._reports.is_idle)
 
@@ -4686,8 +4848,15 @@ class _Access:
         """
         dialect, database = self.dialect, self.database
         is_atomic = dialect.is_one_statement or (dialect.updates_two and move.begins is None)
+
+        def carry_out() -> int | None:
+            parent = Workflow._lock(Workflow.id == move.parent) if move.parent else None
+            moved = dialect.move(database, move)
+            _count_children(self.drive, None if moved is None else parent, -1)
+            return moved
+
         with contextlib.suppress(_Overtaken):
-            return self.transact(lambda: dialect.move(database, move), insist_seconds, is_atomic)
+            return self.transact(carry_out, insist_seconds, is_atomic and move.parent is None)
         return None
 
     def repeat(
@@ -4869,7 +5038,8 @@ class _Recovery:
         counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
         counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
         failures = []
-        for part in (self._recover_in_progress, self._recover_scheduled, self.drive._recurrence.look, self._clean_up):
+        look = self.drive._recurrence.look
+        for part in (self._recover_in_progress, self._recover_scheduled, self._recover_parents, look, self._clean_up):
             try:
                 counts.update(part() or {})
             except Exception as error:  # it must not keep the other parts from being done
@@ -4904,7 +5074,9 @@ class _Recovery:
 
     def _recover(self, dead: Any, execution_id: int) -> bool:
         execution = StepExecution.get_or_none(StepExecution.id == execution_id)
-        workflow = execution and Workflow._lock(Workflow.id == execution.workflow_id)
+        if execution is None:
+            return False
+        workflow = _lock_behind_parent(execution.workflow_id, _parent_id_of(execution.workflow_id))
         # Locked by a checkpoint in a body's transaction, it is not dead, or not for long.
         execution = StepExecution._lock(dead & (StepExecution.id == execution_id), skip_locked=True)
         if workflow is None or execution is None:
@@ -4976,6 +5148,18 @@ class _Recovery:
             self.drive._dispatch.send([execution])
         return len(executions)
 
+    def _recover_parents(self) -> dict[str, int]:
+        """Have no parent count as ongoing, nor wait for, children that were deleted by others than the library."""
+        bereft = SQL(f"ongoing_children > 0 and not {_has_ongoing('parent_id = t1.id')}")
+
+        def recover(workflow_id: int) -> None:
+            if row := Workflow._lock((Workflow.id == workflow_id) & bereft):
+                _count_children(self.drive, row, -row.ongoing_children)
+
+        for row in self.access.repeat(functools.partial(list[Any], Workflow.select(Workflow.id).where(bereft))):
+            self.access.transact(functools.partial(recover, row.id))
+        return {}
+
     def _progress(self, queue: str, priority: int) -> datetime:
         """How far a queue has come: what was put into it before this moment, with this priority, was taken out.
 
@@ -5010,7 +5194,8 @@ class _Recovery:
             if retention is None:
                 continue
             is_old = Workflow.transitioned_at < self.drive._now() - retention
-            expired = SQL(condition) & (Workflow.type == type_name) & is_old
+            is_kept = SQL(_has_ongoing("id = t1.parent_id"))
+            expired = SQL(condition) & (Workflow.type == type_name) & is_old & ~is_kept
             for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
                 began = time.monotonic()
                 deleted += self._delete([each.id for each in workflows], expired)
@@ -5046,6 +5231,7 @@ class _Recovery:
             locked = Workflow._locking(Workflow.select(Workflow.id).where(Workflow.id.in_(ids) & expired))
             over = [each.id for each in locked]
             WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
+            Workflow.update(parent=None).where(Workflow.parent.in_(over)).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
             return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions
 
@@ -5069,6 +5255,13 @@ class _Recovery:
             yield rows
             last_id, last = rows[-1].id, rows[-1].__data__[moment.name]
             page = query.where(self.access.dialect.is_behind(moment, key, last, last_id))
+
+
+def _has_ongoing(relation: str) -> str:
+    """Whether there is an ongoing workflow in this relation to the one that is selected, as SQL."""
+    # Without the limit, MariaDB would rather read all that are ongoing once than ask an index a few times.
+    found = f"from geneva_drive_workflows beside where beside.{relation} and beside.state in {ONGOING} limit 1"
+    return f"exists (select 1 {found})"
 
 
 # ==== Recurrence: workflows that are created by the clock =============================================================
@@ -5110,7 +5303,7 @@ class _Recurrence:
         # A change, for REPEATABLE READ on PostgreSQL: whose snapshot is older collides, and tries again.
         _SchemaVersion._update_row({"version": version}, version=version)
         if self._is_due(cls, moment):
-            start = _Start(cls)
+            start = _Start(cls, None)
             start.insert({**start.values(None, None), "occurs_at": moment})
         return True
 
@@ -5248,14 +5441,14 @@ class _Reports:
                 add("workflows", number, type=name, state=state)
             add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
             add("recovered_steps", recovered.get(name, 0), type=name)
-        for (name, signal_name), number in sorted(self._count_waiting().items()):
-            add("waiting_steps", number, type=name, signal=signal_name)
+        for (name, signal_name), number in sorted(self._count_waiting().items(), key=str):
+            add("waiting_steps", number, type=name, signal=signal_name or "")  # that is, for children
         add("overdue_steps", overdue)
         add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
         return sorted(metrics, key=lambda metric: metric.name)
 
-    def _count_waiting(self) -> dict[tuple[str, str], int]:
-        """How many executions wait, by the type of their workflow and the name of the signal."""
+    def _count_waiting(self) -> dict[tuple[str, str | None], int]:
+        """How many executions wait, by the type of their workflow and the name of the signal, None for children."""
         kinds = (Workflow.type, StepExecution.waiting_for)
         query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
         rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
@@ -5314,8 +5507,15 @@ VIOLATIONS = {
         and state in ('ready', 'performing') and not pause_requested""",
     "execution {0} waits for a signal, but is to ask for its wait first": """
         select id from geneva_drive_step_executions where state = 'waiting' and asks_wait""",
-    "execution {0} waits for no signal": """
-        select id from geneva_drive_step_executions where state = 'waiting' and waiting_for is null""",
+    "execution {0} waits for no signal, and for no child": """
+        select e.id from geneva_drive_step_executions e
+        join geneva_drive_workflows w on w.id = e.workflow_id and w.state = 'ready'
+        where e.state = 'waiting' and e.waiting_for is null and not exists (
+            select 1 from geneva_drive_workflows c where c.parent_id = w.id and c.state in {ongoing})""",
+    "workflow {0} counts {1} ongoing children, but has {2}": """
+        select w.id, coalesce(w.ongoing_children, 0), count(*) from geneva_drive_workflows w
+        join geneva_drive_workflows c on c.parent_id = w.id and c.state in {ongoing}
+        group by w.id, w.ongoing_children having count(*) > coalesce(w.ongoing_children, 0)""",
     "signal {0} belongs to the workflow {1}, which is gone": """
         select s.id, s.workflow_id from geneva_drive_signals s
         where not exists (select 1 from geneva_drive_workflows w where w.id = s.workflow_id)""",
@@ -6356,7 +6556,7 @@ def _name_of(function: Any) -> str:
 def _flowchart(cls: type[Workflow]) -> str:
     lines, last = ["flowchart TD", _mermaid_node("start", "([{}])", cls.__name__)], "start"
     for number, each in enumerate(cls.steps, 1):
-        notes = [_signal_note(each)] if each.wait_for else []
+        notes = [_waits_note(each)] if each._waits else []
         notes += [f"skip if {_name_of(each.skip_if)}"] if each.skip_if else []
         notes += ["transactional"] if each.transactional else []
         notes += ["resumable"] if each.resumable else []
@@ -6378,9 +6578,9 @@ def _wait_note(wait: Any) -> str:
     return _span(wait) if isinstance(wait, timedelta) else _name_of(wait).replace("…", "computed")
 
 
-def _signal_note(definition: StepDefinition) -> str:
+def _waits_note(definition: StepDefinition) -> str:
     limit = "" if definition.timeout is None else f", after {_span(definition.timeout)} {definition.on_timeout}"
-    return f"wait for {definition.wait_for}{limit}"
+    return f"wait for {definition.wait_for or 'children'}{limit}"
 
 
 def _policy_note(policy: ExceptionPolicy) -> str:
@@ -6420,7 +6620,7 @@ class TestHelpers:
         cls.__test__ = True
 
     def speedrun_workflow(self, workflow: Workflow, max_iterations: int = 100, raise_errors: bool = True) -> None:
-        """Run the steps until the workflow is finished, canceled or paused, or waits for a signal.
+        """Run the steps until the workflow is finished, canceled or paused, or waits for a signal or children.
 
         :raises AssertionError: if it is not, after so many steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
@@ -6446,7 +6646,7 @@ class TestHelpers:
         drive = _drive()
 
         def move() -> StepExecution:
-            row, active = Workflow._lock_with_active(workflow.id)
+            row, active = _lock_with_active(workflow.id)
             self._assert(row.state in (READY, PAUSED), workflow, "it is neither ready nor paused")
             return _moved(drive, row, active, None, step_name)
 
@@ -6493,12 +6693,13 @@ class TestHelpers:
         )
         self._assert(found.count(), workflow, f"expected an execution of {step_name} that is {state}")
 
-    def assert_waiting_for(self, workflow: Workflow, signal_name: str) -> None:
-        """:raises AssertionError: if the workflow does not wait for that signal, or is paused."""
+    def assert_waiting_for(self, workflow: Workflow, signal_name: str | None) -> None:
+        """:raises AssertionError: if the workflow does not wait for that signal (None: for children), or is paused."""
         self._refresh(workflow)
         found = workflow.execution_history.where(StepExecution.state == WAITING).get_or_none()
         is_right = workflow.state == READY and found is not None and found.waiting_for == signal_name
-        self._assert(is_right, workflow, f"expected it to wait for the signal {signal_name}")
+        what = f"the signal {signal_name}" if signal_name else "children"
+        self._assert(is_right, workflow, f"expected it to wait for {what}")
 
     def assert_next_step(
         self, workflow: Workflow, step_name: str, due: datetime | timedelta | float | None = None
@@ -6540,7 +6741,8 @@ class TestHelpers:
         if execution is None:
             return ""
         name = execution.waiting_for
-        return f": {execution.step_name} waits; call signal({name!r}), or travel() beyond its timeout"
+        fix = f"call signal({name!r})" if name else "for its children: run those in workflow.children"
+        return f": {execution.step_name} waits; {fix}, or travel() beyond its timeout"
 
     def _refresh(self, workflow: Workflow) -> None:
         workflow._take_over(Workflow.get_by_id(workflow.id))
@@ -6768,6 +6970,8 @@ class _CommandLine:
             "reason": workflow.reason,
             "occurs at": workflow.occurs_at and self._moment(workflow.occurs_at),
             "waits for the signal": next((each.waiting_for for each in history if each.state == WAITING), None),
+            "ongoing children": workflow.ongoing_children,
+            "parent": workflow.parent_id,
             "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
         }
         lines = [_clean(self._title(workflow))]
@@ -6888,7 +7092,8 @@ class _CommandLine:
         late, oldest = value["overdue_steps",], timedelta(seconds=value["oldest_overdue_seconds",])
         overdue = f"overdue steps: {late}" + (f", the oldest due {self._moment(self.now - oldest)}" if late else "")
         waiting = [(each.labels, each.value) for each in metrics if "signal" in each.labels]
-        lines = [_clean(f"{on['type']}: {number} wait for the signal {on['signal']}") for on, number in waiting]
+        told = "{type}: {0} wait for the signal {signal}", "{type}: {0} wait for children"
+        lines = [_clean(told[not on["signal"]].format(number, **on)) for on, number in waiting]
         self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
 
     def _doctor(self) -> bool:

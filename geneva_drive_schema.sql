@@ -64,15 +64,21 @@ create index geneva_drive_silent on geneva_drive_step_executions (heartbeat_at, 
 create index geneva_drive_over on geneva_drive_workflows (type, transitioned_at, id)
     where state in ('finished', 'canceled');
 
+-- The children of a workflow; and, for housekeeping, the workflows that count children as ongoing.
+create index geneva_drive_children on geneva_drive_workflows (parent_id, state) where parent_id is not null;
+create index geneva_drive_parents on geneva_drive_workflows (ongoing_children) where ongoing_children > 0;
+
 
 -- section: sqlite
 
--- Executions and signals are deleted with their workflow, as the foreign key says; SQLite obeys it only where a
--- connection asks for that, and gives the id of a deleted workflow to a new one.
+-- Executions and signals are deleted with their workflow, and children lose their parent, as the foreign keys say; SQLite
+-- obeys them only where a connection asks for that, and gives the id of a deleted workflow to a new one.
 create trigger geneva_drive_delete_executions after delete on geneva_drive_workflows
     begin delete from geneva_drive_step_executions where workflow_id = old.id; end;
 create trigger geneva_drive_delete_signals after delete on geneva_drive_workflows
     begin delete from geneva_drive_signals where workflow_id = old.id; end;
+create trigger geneva_drive_orphan_children after delete on geneva_drive_workflows
+    begin update geneva_drive_workflows set parent_id = null where parent_id = old.id; end;
 
 
 -- section: mysql
@@ -97,3 +103,8 @@ create unique index geneva_drive_occurrence on geneva_drive_workflows (type, occ
 -- Housekeeping: whose process fell silent, what is over long since; by type, each of which may be kept for another time.
 create index geneva_drive_silent on geneva_drive_step_executions (state, heartbeat_at, id);
 create index geneva_drive_over on geneva_drive_workflows (state, type, transitioned_at, id);
+
+-- The children of a workflow, those that go on first; and, for housekeeping, the workflows that count children as ongoing.
+-- The state would be another one, to be written anew, with each step of workflows that have no parent too.
+create index geneva_drive_children on geneva_drive_workflows (parent_id, transitioned_at);
+create index geneva_drive_parents on geneva_drive_workflows (ongoing_children);

@@ -1148,8 +1148,70 @@ def _neglected():
     return lost
 
 
+class Guardian(Workflow):
+    @step(wait_for_children=True, on_exception="reattempt")
+    def see_them_off(self):
+        if self.children.where(Workflow.state.in_(gd.ONGOING)).exists():
+            raise AssertionError("woken too early")
+
+
+def _guarded(*steps):
+    """Children that stand at these steps, and the parent that waits for them."""
+    drive = gd._drive()
+    bring_on(drive)  # what earlier deaths left
+    parent = Guardian.create(hero=User.create())
+    children = [Fragile.create(hero=User.create(), parent=parent) for _ in steps]
+    for child in children:
+        child.pause()
+    _message(drive)  # it looks, and waits
+    assert [each.state for each in parent.execution_history] == ["waiting"]
+    for child, step_name in zip(children, steps):
+        child.resume_at(step_name)
+    return parent, children
+
+
+def _dead_child():
+    drive = gd._drive()
+    _, (child,) = _guarded("last")
+    gd._Attempt.claim(drive, scheduled(child).id)
+    drive.clock.forward(minutes=10)
+    drive.stuck_recovery_action = "cancel"
+
+
 #: What is prepared, what is done to it by a process that dies, and the states in which a workflow may end.
 CRASHES = {
+    "create a child": (
+        lambda: Guardian.create(hero=User.create()),
+        lambda drive, parent: Fragile.create(hero=User.create(), parent=parent),
+        {"finished"},
+    ),
+    "create many children": (
+        lambda: (Guardian.create(hero=User.create()), [User.create() for _ in range(3)]),
+        lambda drive, prepared: Fragile.create_many(prepared[1], parent=prepared[0]),
+        {"finished"},
+    ),
+    "end the last child": (lambda: _guarded("last"), lambda drive, _: _message(drive), {"finished"}),
+    "end one of two children": (
+        lambda: _guarded("last", "last"),
+        lambda drive, _: _message(drive),
+        {"finished"},
+    ),
+    "cancel the last child": (
+        lambda: _guarded("plain"),
+        lambda drive, family: family[1][0].cancel(),
+        {"finished", "canceled"},
+    ),
+    "skip past the last child's last step": (
+        lambda: _guarded("last"),
+        lambda drive, family: family[1][0].skip(),
+        {"finished"},
+    ),
+    "cancel a parent with its children": (
+        lambda: _guarded("plain", "last"),
+        lambda drive, family: family[0].cancel(children=True),
+        {"finished", "canceled"},
+    ),
+    "recover a child": (_dead_child, lambda drive, _: drive.housekeeping(), {"finished", "canceled"}),
     "signal": (_awaiting, lambda drive, workflow: workflow.signal("go", 1, idempotency_key="k"), {"finished"}),
     "signal for later": (_fragile, lambda drive, workflow: workflow.signal("go", 1), {"finished"}),
     "perform with a signal": (lambda: _signaled(1), lambda drive, _: _message(drive), {"finished"}),
@@ -1249,6 +1311,9 @@ def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name):
                 assert times == 1 if step_name in ("exactly_once", "last") else times in (1, 2)
     left = [effect for effect in counts if effect.endswith(("exactly_once", "last"))]
     assert left == []  # of no step that is not recorded
+    for parent in Guardian.finished():
+        assert "failed" not in [each.outcome for each in parent.execution_history]
+        assert (parent.ongoing_children or 0) == parent.children.where(Workflow.state.in_(gd.ONGOING)).count() == 0
 
 
 # ==== What it costs ===================================================================================================
@@ -6148,6 +6213,7 @@ WHAT_FOLLOWS = {
     "skip": ("skipped", "skipped", "advance"),
     "skip_if": ("skipped", "skipped", "advance"),
     "cancel": ("canceled", "canceled", "cancel"),
+    "cancel with children": ("canceled", "canceled", "cancel"),
     "cancel_if": ("canceled", "canceled", "cancel"),
     "hero gone": ("canceled", "canceled", "cancel"),
     "pause": ("canceled", "canceled", "pause"),
@@ -6206,8 +6272,9 @@ SILENCE, OVERDUE, KEPT = timedelta(hours=1), timedelta(minutes=1), timedelta(day
 KEPT_OF_RECURRING = timedelta(minutes=90)
 CATCH_UP = timedelta(minutes=10)  # of what recurs at each full hour
 MAX_RECOVERIES = 2
-SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "timed": 0, "awaits": 0, "last": 0}  # their waits in seconds
-LIMIT = timedelta(minutes=5)  # of the one that awaits a signal
+SCRIPTED_STEPS = {"plain": 0, "banked": 0, "later": 90, "timed": 0, "awaits": 0, "gathers": 0, "last": 0}  # their waits
+WAITS = {"awaits": "SignalTimeoutError", "gathers": "ChildrenTimeoutError"}  # for a signal, for children
+LIMIT = timedelta(minutes=5)  # of those
 BANKED = ("banked", "last")  # transactional; the others are resumable
 ASKING = ("timed", "last")  # whose waits are computed
 
@@ -6281,6 +6348,8 @@ class Scripted(Workflow):
             self.reattempt(wait=LATER)
         elif self.turn.end == "rewind":
             self.reattempt(rewind=True)
+        elif self.turn.end == "cancel with children":
+            self.cancel(children=True)
         elif self.turn.end != "return":
             getattr(self, self.turn.end)(reason=f"I {self.turn.end}")
 
@@ -6289,6 +6358,9 @@ class Scripted(Workflow):
     later = step("body", skip_if="is_superfluous", wait=SCRIPTED_STEPS["later"], resumable=True)
     timed = step("body", skip_if="is_superfluous", wait="moment", resumable=True)
     awaits = step("body", skip_if="is_superfluous", resumable=True, wait_for="go", timeout=LIMIT, on_timeout="skip")
+    gathers = step(
+        "body", skip_if="is_superfluous", resumable=True, wait_for_children=True, timeout=LIMIT, on_timeout="skip"
+    )
     last = step("body", skip_if="is_superfluous", wait="moment", transactional=True)
 
     def after_step_execution(self, execution):
@@ -6327,7 +6399,7 @@ class ImaginedExecution:
     heard_of: datetime | None = None
     finished: datetime | None = None
     cursor: list | None = None
-    since: datetime | None = None  # when the wait for a signal began
+    since: datetime | None = None  # when the wait for a signal or children began
     limit: datetime | None = None  # of that
     reached: datetime | None = None
     asks: bool | None = None  # the computed wait
@@ -6340,6 +6412,7 @@ class ImaginedExecution:
 class ImaginedWorkflow:
     hero: int | None
     allow_multiple: bool
+    parent: "ImaginedWorkflow | None" = None
     occurs: datetime | None = None
     state: str = "ready"
     step: str | None = "plain"
@@ -6416,20 +6489,26 @@ class Imagined:
         self.present_heroes ^= {number}
         self.commit()
 
-    def create(self, hero, allow_multiple):
+    def create(self, hero, allow_multiple, parent_at=None):
+        parent = None if parent_at is None else self.find(parent_at)
+        if parent and parent.is_over:
+            return "refused"
         if not allow_multiple and self.has_ongoing(hero):
             return "ongoing"
-        self.workflows.append(ImaginedWorkflow(hero, allow_multiple))
+        self.workflows.append(ImaginedWorkflow(hero, allow_multiple, parent))
         self.schedule(self.workflows[-1], "plain", self.now)
         self.commit()
         return "ok"
 
-    def create_many(self, heroes, on_conflict):
+    def create_many(self, heroes, on_conflict, parent_at=None):
+        parent = None if parent_at is None else self.find(parent_at)
+        if parent and parent.is_over:
+            return "refused"
         free = [hero for hero in heroes if not self.has_ongoing(hero)]
         if on_conflict == "raise" and free != list(heroes):
             return "ongoing"
         for hero in free:
-            self.workflows.append(ImaginedWorkflow(hero, False))
+            self.workflows.append(ImaginedWorkflow(hero, False, parent))
             self.schedule(self.workflows[-1], "plain", self.now)
         self.commit()
         return len(free)
@@ -6440,9 +6519,36 @@ class Imagined:
     def schedule(self, workflow, step_name, due, **values):
         execution = ImaginedExecution(next(self.serials), step_name, due, **{"reached": self.now, **values})
         workflow.executions.append(execution)
-        if step_name == "awaits":
+        if step_name in WAITS:
             execution.since, execution.limit = execution.since or due, execution.limit or due + LIMIT
-            execution.state = "waiting" if execution.limit > due and workflow.pending is None else "scheduled"
+            must_wait = execution.limit > due and self.lacks(workflow, step_name)
+            execution.state = "waiting" if must_wait else "scheduled"
+
+    def lacks(self, workflow, step_name):
+        """Whether what a step waits for is not there."""
+        return bool(self.ongoing_children(workflow)) if step_name == "gathers" else workflow.pending is None
+
+    def ongoing_children(self, workflow):
+        return [each for each in self.workflows if each.parent is workflow and not each.is_over]
+
+    def cancel_children(self, workflow, reason):
+        for child in self.ongoing_children(workflow):
+            self.cancel(child, reason or "canceled with its parent")
+            self.cancel_children(child, reason)
+
+    def cancel(self, workflow, reason):
+        if workflow.active and workflow.active.state != "in_progress":
+            self.end(workflow.active, "canceled", "canceled", reason)
+        workflow.state, workflow.step, workflow.pause_requested = "canceled", None, False
+        workflow.transitioned, workflow.reason = self.now, reason
+
+    def tell_parent(self, workflow):
+        """A child may have ended: the parent that waits for that is woken by the last one."""
+        parent = workflow.parent
+        if not (parent and workflow.is_over and parent.state == "ready") or self.ongoing_children(parent):
+            return
+        if parent.active.state == "waiting" and parent.active.step == "gathers":
+            self.wake(parent.active)
 
     def enter(self, workflow, step_name, wait=0, **carried):
         """Go on with a step after a call from outside."""
@@ -6475,10 +6581,9 @@ class Imagined:
             return None
         state, active = workflow.state, workflow.active
         if call == "cancel" and not workflow.is_over:
-            if active and active.state != "in_progress":
-                self.end(active, "canceled", "canceled", "cancel")
-            workflow.state, workflow.step, workflow.pause_requested = "canceled", None, False
-            workflow.transitioned, workflow.reason = self.now, "cancel"
+            self.cancel(workflow, "cancel")
+            if arguments == (True,):
+                self.cancel_children(workflow, "cancel")
         elif call == "pause" and state == "ready":
             workflow.state, workflow.transitioned, workflow.reason = "paused", self.now, "pause"
         elif call == "pause" and state == "performing" and not workflow.pause_requested:
@@ -6498,7 +6603,7 @@ class Imagined:
         elif call == "resume" and state == "paused" and active:
             workflow.state, workflow.transitioned, workflow.reason = "ready", None, None
             active.reattempts, active.recoveries, active.begun = 0, 0, "resume"
-            if active.state == "waiting" and workflow.pending is not None:
+            if active.state == "waiting" and not self.lacks(workflow, active.step):
                 self.wake(active)
         elif call == "resume" and state == "paused":
             newest = workflow.executions[-1]
@@ -6516,6 +6621,7 @@ class Imagined:
             self.reschedule(active, *arguments)
         else:
             return "refused"
+        self.tell_parent(workflow)
         self.commit()
         return "ok"
 
@@ -6544,8 +6650,9 @@ class Imagined:
         if workflow is None or workflow.is_over:
             return workflow and "refused"
         workflow.signals.append((says, None))
-        if workflow.state == "ready" and workflow.active.state == "waiting":
-            self.wake(workflow.active)
+        active = workflow.active
+        if workflow.state == "ready" and active.state == "waiting" and active.step == "awaits":
+            self.wake(active)
         self.commit()
         return "ok"
 
@@ -6569,8 +6676,10 @@ class Imagined:
             times = f" {execution.recoveries + 1} times" if execution.recoveries else ""
             self.record(workflow, execution, self.death(execution), reason=f"its process died{times}")
         self.occur()
-        old = [each for each in self.workflows if each.is_over and each.transitioned < self.now - each.kept]
-        self.workflows = [each for each in self.workflows if each not in old]
+        old = [each for each in self.workflows if self.is_expired(each)]
+        self.workflows = [each for each in self.workflows if not any(each is one for one in old)]
+        for each in self.workflows:
+            each.parent = None if any(each.parent is one for one in old) else each.parent
         self.commit()
         return len(silent), len(old), sum(len(each.executions) for each in old)
 
@@ -6579,9 +6688,13 @@ class Imagined:
         occurrences = [each for each in self.workflows if each.occurs]
         is_there = any(each.occurs >= hour or not each.is_over for each in occurrences)
         if self.recurs and hour > self.now - CATCH_UP and not is_there:
-            self.workflows.append(ImaginedWorkflow(None, False, hour))
+            self.workflows.append(ImaginedWorkflow(None, False, occurs=hour))
             self.schedule(self.workflows[-1], "plain", self.now)
             self.commit()
+
+    def is_expired(self, workflow):
+        is_kept = workflow.parent and not workflow.parent.is_over
+        return workflow.is_over and workflow.transitioned < self.now - workflow.kept and not is_kept
 
     def death(self, execution):
         exhausted = self.on_death == "reattempt" and execution.recoveries >= MAX_RECOVERIES
@@ -6641,10 +6754,18 @@ class Imagined:
                     turn = self.turns.pop(0) if self.turns else Turn()
         read, changed = dict(workflow.context), dict(workflow.context)
         given = workflow.pending if execution.step == "awaits" and turn.end not in ("cancel_if", "skip_if") else None
-        if execution.step == "awaits" and given is None and turn.end not in ("cancel_if", "skip_if"):
-            assert execution.limit <= self.now  # there is neither a signal nor was it late
-            execution.error = "SignalTimeoutError"
-            reason = f"no signal go within {gd._span(max(execution.limit - execution.since, timedelta(0)))}"
+        is_looked = execution.step in WAITS and turn.end not in ("cancel_if", "skip_if")
+        if is_looked and self.lacks(workflow, execution.step):
+            if execution.limit > self.now:
+                assert execution.step == "gathers"  # no signal is taken away again, but there may be new children
+                self.put_back(workflow, execution)
+                self.happen_here(workflow, turn.after)
+                return None, None
+            execution.error = WAITS[execution.step]
+            waited = gd._span(max(execution.limit - execution.since, timedelta(0)))
+            reason = (
+                f"no signal go within {waited}" if execution.step == "awaits" else f"children were ongoing for {waited}"
+            )
             may_run_on = how == "task" and self.run_on
             following = self.record(workflow, execution, "timeout, skip", may_run_on=may_run_on, reason=reason)
             self.happen_here(workflow, turn.after)
@@ -6688,6 +6809,17 @@ class Imagined:
             self.happen_here(workflow, turn.after)
         return following, raised and raised.__name__
 
+    def put_back(self, workflow, execution):
+        """The execution waits after all."""
+        if workflow.state == "canceled":
+            self.end(execution, "canceled", "canceled", workflow.reason)
+        else:
+            execution.state, execution.heard_of = "waiting", None
+            workflow.state = "paused" if workflow.pause_requested else "ready"
+            workflow.transitioned = self.now if workflow.pause_requested else None
+            workflow.pause_requested = False
+        self.commit()
+
     def checkpoint(self, workflow, execution, turn):
         """Returns how the body goes on, if it does, and why it does not."""
         if not self.is_ours(workflow, execution):
@@ -6725,7 +6857,7 @@ class Imagined:
             if workflow.active:
                 workflow.state = "paused" if is_pausing else "ready"
                 workflow.step = workflow.active.step
-                is_next = workflow.active.due <= self.now and workflow.active.step != "awaits"
+                is_next = workflow.active.due <= self.now and workflow.active.step not in WAITS
                 if may_run_on and not is_pausing and is_next:
                     following = workflow.active
                     self.claim(workflow, following)
@@ -6735,6 +6867,9 @@ class Imagined:
             workflow.transitioned = None if workflow.state in ("ready", "performing") else self.now
             own = reason if then in ("pause", "cancel", "finish") else None
             workflow.reason = own or (workflow.reason if is_pausing and workflow.state == "paused" else None)
+        if end == "cancel with children":
+            self.cancel_children(workflow, workflow.reason)
+        self.tell_parent(workflow)
         self.commit()
         return following
 
@@ -6750,6 +6885,8 @@ def picture(workflows, heroes):
         {
             "hero": None if each.hero is None else heroes[each.hero],
             "occurs": each.occurs,
+            "parent": next((place for place, one in enumerate(workflows) if one is each.parent), None),
+            "ongoing children": sum(one.parent is each and not one.is_over for one in workflows),
             "allow_multiple": each.allow_multiple,
             "state": each.state,
             "step": each.step,
@@ -6913,16 +7050,22 @@ class Actual:
         if not User.delete().where(User.id == self.heroes[number]).execute():
             User.insert(id=self.heroes[number]).execute()
 
-    def create(self, hero, allow_multiple):
+    def create(self, hero, allow_multiple, parent_at=None):
+        parent = None if parent_at is None else self.find(parent_at)
         try:
-            Scripted.create(hero=User(id=self.heroes[hero]), allow_multiple=allow_multiple)
+            Scripted.create(hero=User(id=self.heroes[hero]), allow_multiple=allow_multiple, parent=parent)
+        except gd.InvalidStateError:
+            return "refused"
         except gd.AlreadyOngoingError as error:
             return "ongoing" if Workflow.ongoing().where(Workflow.id == error.workflow_id).exists() else "a ghost"
         return "ok"
 
-    def create_many(self, heroes, on_conflict):
+    def create_many(self, heroes, on_conflict, parent_at=None):
+        parent = None if parent_at is None else self.find(parent_at)
         try:
-            return Scripted.create_many([User(id=self.heroes[hero]) for hero in heroes], on_conflict)
+            return Scripted.create_many([User(id=self.heroes[hero]) for hero in heroes], on_conflict, parent=parent)
+        except gd.InvalidStateError:
+            return "refused"
         except gd.AlreadyOngoingError:
             return "ongoing"
 
@@ -7037,8 +7180,9 @@ class Actual:
         for workflow_id, *row in StepExecution.select(*columns).order_by(*columns[0:3:2]).tuples():
             executions.setdefault(workflow_id, []).append(row)
             self.known.add(row[0])
-        found = []
-        for each in Workflow.select().order_by(Workflow.id):
+        found, workflows = [], list(Workflow.select().order_by(Workflow.id))
+        parents = {each.id: place for place, each in enumerate(workflows)}
+        for each in workflows:
             attempts = executions.get(each.id, [])
             if each.state == "ready":
                 self.owed |= {row[0] for row in attempts if row[3] in ("scheduled", "waiting")}
@@ -7048,15 +7192,17 @@ class Actual:
                 {
                     "hero": each.hero_id and int(each.hero_id),
                     "occurs": each.occurs_at,
+                    "parent": parents.get(each.parent_id),
+                    "ongoing children": each.ongoing_children or 0,
                     "allow_multiple": each.allow_multiple,
                     "state": each.state,
                     "step": each.current_step_name,
                     "pause_requested": each.pause_requested,
                     "context": each.context,
                     "transitioned": each.transitioned_at,
-                    "reason": each.reason,
+                    "reason": without_id(each.reason),
                     "executions": [
-                        (*row[2:8], row[8] and row[8].rpartition(".")[2], *row[9:-1], places[row[-1]])
+                        (*row[2:8], row[8] and row[8].rpartition(".")[2], *map(without_id, row[9:-1]), places[row[-1]])
                         for row in attempts
                     ],
                     "signals": [(one.payload, one.consumed_at) for one in signals],
@@ -7064,6 +7210,11 @@ class Actual:
                 }
             )
         return found
+
+
+def without_id(value):
+    """A reason as the model has it, which knows no ids."""
+    return re.sub(r"with Scripted \d+$", "with its parent", value) if isinstance(value, str) else value
 
 
 class Sequence:
@@ -7188,12 +7339,14 @@ def events_about(*places):
     """Strategies for what may happen: calls from outside, and anything."""
     place = st.sampled_from(places)
     calls = st.tuples(st.just("call"), place, st.sampled_from(USUAL_CALLS))
+    ending = st.tuples(st.just("call"), place, st.just("cancel"), st.just(True))
     moving = st.tuples(st.just("call"), place, st.just("resume_at"), st.sampled_from(list(SCRIPTED_STEPS)))
     moving |= st.tuples(st.just("call"), place, st.just("reschedule"), st.sampled_from([0, 30, 2 * 3600]))
     moving |= st.tuples(st.just("call"), place, st.just("reschedule"))
-    creating = st.tuples(st.just("create"), HEROES, st.booleans())
+    parent = st.none() | place
+    creating = st.tuples(st.just("create"), HEROES, st.booleans(), parent)
     creating_many = st.tuples(
-        st.just("create_many"), st.sets(HEROES).map(sorted).map(tuple), st.sampled_from(["raise", "ignore"])
+        st.just("create_many"), st.sets(HEROES).map(sorted).map(tuple), st.sampled_from(["raise", "ignore"]), parent
     )
     noting = st.tuples(st.just("note"), place, KEYS, st.integers(0, 9))
     signaling = st.tuples(st.just("signal"), place, st.integers(0, 9))
@@ -7203,6 +7356,7 @@ def events_about(*places):
         calls,
         calls,
         moving,
+        ending,
         creating,
         creating_many,
         noting,
@@ -7300,7 +7454,23 @@ TO_ASK = [
     Move("call", (0, "skip")),
 ]
 # The last of each is the move in which the process dies: at every statement and after every commit that it has.
+GATHERING = [
+    Move("create", (0, False)),
+    *[Move("create", (hero, False, hero - 1)) for hero in (1, 2)],
+    Move("call", (2, "pause")),
+    Move("call", (2, "resume_at", "gathers")),
+    Move("call", (0, "cancel")),
+    Move("call", (1, "pause")),
+    Move("call", (1, "resume_at", "last")),
+]
 DEADLY = [
+    [*GATHERING, Move("call", (1, "skip"))],
+    [*GATHERING, Move("perform", (1, 0, "task"))],
+    [*GATHERING, Move("call", (2, "cancel", True))],
+    [*GATHERING, Move("call", (1, "cancel")), Move("create", (2, False, 2)), Move("work", (0,), (Turn(),))],
+    [*GATHERING, Move("forward", (301,)), Move("work", (0,), (Turn("cancel with children"), Turn()))],
+    [*GATHERING[:2], Move("work", (0,), (Turn("cancel with children"),))],
+    [Move("create", (0, False)), Move("create_many", ((1, 2), "ignore", 0))],
     [Move("create", (0, False))],
     [Move("create", (0, False)), Move("create_many", ((0, 1, 2), "ignore"))],
     [Move("create", (0, False)), Move("work", (0,), (Turn(context="a"), Turn(), Turn("reattempt later")))],
@@ -8015,8 +8185,8 @@ def test_steps_that_begin_or_cease_to_wait_with_a_deploy_strand_nobody(drive, cl
     [
         ({"wait_for": 7}, r"wait_for must be a signal's name, not 7"),
         ({"wait_for": ""}, r"wait_for must be a signal's name, not ''"),
-        ({"timeout": 7}, r"timeout goes with wait_for only"),
-        ({"timeout": 7, "wait_for": None}, r"timeout goes with wait_for only"),
+        ({"timeout": 7}, r"timeout goes with wait_for or wait_for_children only"),
+        ({"timeout": 7, "wait_for": None}, r"timeout goes with wait_for or wait_for_children only"),
         ({"matching": len}, r"matching goes with wait_for only"),
         ({"wait_for": "x", "on_timeout": "skip"}, r"on_timeout goes with timeout only"),
         ({"wait_for": "x", "timeout": -1}, r"timeout must be neither negative"),
@@ -8077,7 +8247,7 @@ def test_doctor_finds_a_step_that_waits_for_what_is_there(drive, hero):
     diagnosed(
         drive,
         f"execution {waits.id} waits for the signal confirmed, which is there",
-        f"execution {waiting(spoilt).id} waits for no signal",
+        f"execution {waiting(spoilt).id} waits for no signal, and for no child",
     )
 
 
@@ -8403,6 +8573,892 @@ def test_a_signal_that_only_the_execution_knows_after_a_deploy_is_taken(drive, h
     assert row.signal("confirmed", 1, idempotency_key="k") is False
     with pytest.raises(gd.InvalidStateError):
         row.signal("confirmed", 1)
+
+
+# ==== Parents and children ============================================================================================
+
+
+class Chore(Workflow):
+    """A child that ends as its context says."""
+
+    exception_policies = [ExceptionPolicy("cancel", matching=KeyError)]
+
+    @cancel_if
+    def is_moot(self):
+        return self.context.get("end") == "is_moot"
+
+    @step(skip_if=lambda self: self.context.get("end") == "skip_if")
+    def work(self):
+        end = self.context.get("end")
+        if end == "fail":
+            raise KeyError(end)
+        if end in ("cancel", "skip", "finish"):
+            getattr(self, end)()
+        did(f"work {self.hero.id}")
+
+
+class Household(Workflow):
+    """A parent: the children are made while it stands at its first step."""
+
+    @step
+    def begin(self):
+        did("begin")
+
+    @step(wait_for_children=True)
+    def gather(self):
+        states = Counter(child.state for child in self.children)
+        did(" ".join(["gather", *(f"{count} {state}" for state, count in sorted(states.items()))]))
+
+
+def chores(parent, count=1, cls=Chore, **context):
+    return [cls.create(hero=User.create(), parent=parent, context=context) for _ in range(count)]
+
+
+def household(count=1, cls=Household, **context):
+    """A parent that waits for so many children."""
+    parent = cls.create(hero=User.create())
+    children = chores(parent, count, **context)
+    scheduled(parent).execute()
+    assert waiting(parent).waiting_for is None
+    return parent, children
+
+
+def finish(workflow):
+    """Perform the steps of one workflow, those of no other."""
+    while workflow.execution_history.where(StepExecution.state == "scheduled").exists():
+        scheduled(workflow).execute()
+
+
+def ongoing_children(workflow):
+    """How many the row counts, which must be how many there are."""
+    counted = reload(workflow).ongoing_children or 0
+    assert counted == workflow.children.where(Workflow.state.in_(gd.ONGOING)).count()
+    return counted
+
+
+def test_a_step_waits_for_the_end_of_the_last_child_and_is_woken_in_that_commit(drive, clock):
+    parent, (one, other) = household(2)
+    assert [child.id for child in parent.children] == [one.id, other.id]
+    assert {type(child) for child in parent.children} == {Chore}
+    assert (type(reload(one).parent), reload(one).parent.id, reload(parent).parent) == (Household, parent.id, None)
+    assert waiting(parent).queue is None  # it costs nothing meanwhile
+    assert waiting(parent).execute() is False
+    finish(one)
+    assert (history(parent)[-1], ongoing_children(parent)) == (("gather", "waiting", None), 1)
+    clock.forward(hours=1)
+    with db_rolled_back(drive):
+        finish(other)
+        assert scheduled(parent).scheduled_for == START + timedelta(hours=1)
+    assert (history(parent)[-1], ongoing_children(parent)) == (("gather", "waiting", None), 1)
+    finish(other)
+    assert (scheduled(parent).scheduled_for, ongoing_children(parent)) == (START + timedelta(hours=1), 0)
+    work_off(drive)
+    assert effects()[-1] == "gather 2 finished"
+    assert history(parent) == [("begin", "completed", "success"), ("gather", "completed", "success")]
+
+
+@contextlib.contextmanager
+def db_rolled_back(drive):
+    with drive._access.database.atomic() as transaction:
+        yield
+        transaction.rollback()
+
+
+#: How a child may come to its end: its context, and what is done to it.
+ENDS = {
+    "performed": ({}, finish),
+    "finish()": ({"end": "finish"}, finish),
+    "skipped past the last step": ({"end": "skip"}, finish),
+    "skip_if": ({"end": "skip_if"}, finish),
+    "skip() from outside": ({}, lambda child: child.skip()),
+    "skip() of a paused one": ({}, lambda child: (child.pause(), child.skip())),
+    "cancel() inside": ({"end": "cancel"}, finish),
+    "cancel() from outside": ({}, lambda child: child.cancel()),
+    "cancel() of one read in part": (
+        {},
+        lambda child: Workflow.select(Workflow.id, Workflow.type).where(Workflow.id == child.id).get().cancel(),
+    ),
+    "cancel_if": ({"end": "is_moot"}, finish),
+    "no hero": ({}, lambda child: (child.hero.delete_instance(), finish(child))),
+    "an error": ({"end": "fail"}, lambda child: gd.TestHelpers().speedrun_workflow(child, raise_errors=False)),
+    "died": ({}, lambda child: _die(child)),
+    "deleted": ({}, lambda child: (Workflow.delete().where(Workflow.id == child.id).execute(), _sweep())),
+    "deleted as an instance": ({}, lambda child: (child.delete_instance(), _sweep())),
+}
+
+
+def _die(child):
+    gd._drive().stuck_recovery_action = "cancel"
+    gd._Attempt.claim(gd._drive(), scheduled(child).id)
+    gd._drive().clock.forward(minutes=10)
+    _sweep()
+
+
+def _sweep():
+    housekeeping_elsewhere(gd._drive())
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_every_end_of_a_child_counts(drive, clock, end):
+    context, act = ENDS[end]
+    parent, (child,) = household(**context)
+    act(child)
+    assert ongoing_children(parent) == 0
+    assert history(parent)[-1] == ("gather", "scheduled", None)
+    work_off(drive)
+    assert reload(parent).state == "finished"
+
+
+def test_a_child_that_times_out_or_is_canceled_while_it_performs_has_ended(drive, clock, hero):
+    class Hopes(Workflow):
+        @step(wait_for="luck", timeout=60, on_timeout="cancel")
+        def hope(self):
+            did("hope")
+
+    parent = Household.create(hero=hero)
+    chores(parent, cls=Hopes)
+    work_off(drive)
+    clock.forward(seconds=61)
+    work_off(drive)
+    assert (reload(parent).state, effects()) == ("finished", ["begin", "gather 1 canceled"])
+
+    class Canceled(Workflow):
+        @step
+        def work(self):
+            reload(self).cancel()
+            did(f"after it {history(self.parent)[-1][1]} {ongoing_children(self.parent)}")
+
+    parent = Household.create(hero=hero)
+    (child,) = chores(parent, cls=Canceled)
+    scheduled(parent).execute()
+    finish(child)
+    work_off(drive)
+    assert effects()[-2:] == ["after it scheduled 0", "gather 1 canceled"]
+    assert history(child) == [("work", "completed", "success")]
+
+
+def test_a_pause_or_an_error_that_pauses_is_no_end(drive):
+    class Stumbles(Workflow):
+        @step
+        def work(self):
+            if not self.context.get("again"):
+                self.context["again"] = True
+                raise ValueError("stumbled")
+
+    parent = Household.create(hero=User.create())
+    one, other = chores(parent, cls=Stumbles) + chores(parent)
+    scheduled(parent).execute()
+    other.pause()
+    with pytest.raises(ValueError, match="stumbled"):
+        finish(one)
+    assert (reload(one).state, ongoing_children(parent)) == ("paused", 2)
+    for each in (one, other):
+        reload(each).resume()
+        finish(each)
+    assert history(parent)[-1] == ("gather", "scheduled", None)
+
+
+def test_with_no_children_it_runs_at_once(drive, hero, helpers):
+    class First(Workflow):
+        @step(wait_for_children=True)
+        def gather(self):
+            did("gather")
+
+    parent = Household.create(hero=hero)
+    helpers.speedrun_workflow(parent)
+    assert (parent.state, effects()) == ("finished", ["begin", "gather"])
+    parent = First.create(hero=hero)
+    assert scheduled(parent).execute() is True
+    assert effects()[-1] == "gather"
+
+
+def test_a_claimed_step_looks_once_more_before_its_body(drive, hero):
+    class First(Workflow):
+        @step(wait_for_children=True)
+        def gather(self):
+            did("gather")
+
+    parent = First.create(hero=hero)
+    (child,) = chores(parent)
+    assert scheduled(parent).execute() is True
+    assert (effects(), history(parent)) == ([], [("gather", "waiting", None)])
+    finish(child)
+    finish(parent)
+    assert (effects()[-1], history(parent)) == ("gather", [("gather", "completed", "success")])
+
+
+def test_children_that_end_before_the_step_is_reached_are_not_waited_for(drive, hero):
+    parent = Household.create(hero=hero)
+    for child in chores(parent, 2):
+        finish(child)
+    assert (ongoing_children(parent), reload(parent).ongoing_children) == (0, 0)
+    work_off(drive)
+    assert effects()[-1] == "gather 2 finished"
+
+
+def test_a_wait_comes_before_the_children(drive, clock, hero):
+    class Later(Workflow):
+        @step
+        def begin(self):
+            pass
+
+        @step(wait=60, wait_for_children=True)
+        def gather(self):
+            did("gather")
+
+    parent = Later.create(hero=hero)
+    (child,) = chores(parent)
+    work_off(drive)
+    assert (scheduled(parent).scheduled_for, reload(child).state) == (START + timedelta(seconds=60), "finished")
+
+
+class Hurried(Workflow):
+    @step
+    def begin(self):
+        pass
+
+    @step(wait_for_children=True, timeout=3600)
+    def pauses(self):
+        did("pauses")
+
+    @step(wait_for_children=True, timeout=3600, on_timeout="skip")
+    def skips(self):
+        did("skips")
+
+    @step(wait_for_children=True, timeout=3600, on_timeout="run")
+    def runs(self):
+        did("runs")
+
+    @step(wait_for_children=True, timeout=3600, on_timeout="cancel")
+    def cancels(self):
+        did("cancels")
+
+
+def test_the_timeout_of_a_wait_for_children(drive, clock, helpers):
+    parent, _ = household(cls=Hurried)
+    assert waiting(parent).times_out_at == waiting(parent).due_at == START + timedelta(hours=1)
+    helpers.travel(parent, 3600)
+    error = parent.execution_history.order_by(StepExecution.number.desc()).get()
+    assert (parent.state, error.outcome) == ("paused", "failed")
+    assert error.error_class_name == "geneva_drive.ChildrenTimeoutError"
+    assert "the step pauses waited for the ends of its children for 1 h, and some are ongoing still" in (
+        error.error_message
+    )
+    parent.resume()
+    assert waiting(parent).times_out_at == START + timedelta(hours=2)  # it waits anew
+    parent.skip()
+    helpers.travel(parent, 3600)
+    helpers.travel(parent, 3600)
+    helpers.travel(parent, 3600)
+    assert [(each.step_name, each.outcome) for each in parent.execution_history][2:] == [
+        ("pauses", "skipped"),
+        ("skips", "skipped"),
+        ("runs", "success"),
+        ("cancels", "canceled"),
+    ]
+    assert effects() == ["runs"]
+
+
+def test_a_timeout_that_comes_after_the_last_end_changes_nothing(drive, clock):
+    _, (child,) = household(cls=Hurried)
+    child.cancel()
+    clock.forward(hours=3)  # and no worker was there
+    work_off(drive)
+    assert effects() == ["pauses", "skips", "runs", "cancels"]
+
+
+def test_a_paused_parent_looks_at_resume(drive):
+    parent, (one, other) = household(2)
+    parent.pause()
+    finish(one)
+    parent.resume()
+    assert history(parent)[-1] == ("gather", "waiting", None)
+    parent.pause()
+    finish(other)
+    assert (reload(parent).state, history(parent)[-1]) == ("paused", ("gather", "waiting", None))
+    parent.resume()
+    work_off(drive)
+    assert (reload(parent).state, effects()[-1]) == ("finished", "gather 2 finished")
+
+
+def test_a_parent_that_is_over_or_gone_is_told_and_nothing_follows(drive):
+    parent, (one, other) = household(2)
+    parent.cancel()
+    finish(one)
+    assert (reload(parent).state, ongoing_children(parent)) == ("canceled", 1)
+    Workflow.delete().where(Workflow.id == parent.id).execute()
+    assert reload(other).parent_id is None
+    other.cancel()
+    assert reload(other).state == "canceled"
+
+
+def test_a_child_is_refused_by_what_is_no_parent_and_nothing_is_written(drive, hero):
+    for wrong in (7, hero, "parent", Workflow):
+        with pytest.raises(TypeError, match=r"Chore.create\(\): parent must be a workflow that was created, not"):
+            Chore.create(hero=hero, parent=wrong)
+        with pytest.raises(TypeError, match="parent must be a workflow"):
+            Chore.create_many([hero], parent=wrong)
+    assert Workflow.select().count() == 0
+    over = Plain.create(hero=hero)
+    over.cancel()
+    for create in (
+        lambda: Chore.create(hero=hero, parent=over),
+        lambda: Chore.get_or_create(hero=hero, parent=over),
+        lambda: Chore.create_many([hero], parent=over),
+    ):
+        with pytest.raises(gd.InvalidStateError, match=r"is canceled; a child's create\(\) was refused: it is allowed"):
+            create()
+    over.delete_instance()
+    with pytest.raises(Workflow.DoesNotExist, match=r"was deleted; a child's create\(\) came too late"):
+        Chore.create(hero=hero, parent=over)
+    nothing_written(drive)
+
+
+def test_what_is_found_keeps_its_parent_and_is_not_counted_again(drive, hero):
+    parent, other = Household.create(hero=hero), Household.create(hero=User.create())
+    child, created = Chore.get_or_create(hero=hero, parent=parent)
+    assert (created, child.parent_id, ongoing_children(parent)) == (True, parent.id, 1)
+    again, created = Chore.get_or_create(hero=hero, parent=other)
+    assert (created, again.id, again.parent_id, ongoing_children(other)) == (False, child.id, parent.id, 0)
+    with pytest.raises(gd.AlreadyOngoingError):
+        Chore.create(hero=hero, parent=other)
+    users = [hero, User.create(), User.create()]
+    assert Chore.create_many(users, "ignore", parent=other) == 2
+    assert (ongoing_children(parent), ongoing_children(other)) == (1, 2)
+    with pytest.raises(gd.AlreadyOngoingError):
+        Chore.create_many([User.create(), hero], parent=other)
+    assert ongoing_children(other) == 2
+    loner = Chore.create(hero=User.create())
+    again, _ = Chore.get_or_create(hero=loner.hero, parent=parent)
+    assert (again.id, again.parent_id, ongoing_children(parent)) == (loner.id, None, 1)
+
+
+def test_a_rollback_leaves_neither_child_nor_count(db, drive, hero):
+    parent = Household.create(hero=hero)
+    with db.atomic() as transaction:
+        chores(parent)
+        Chore.create_many([User.create(), User.create()], parent=parent)
+        assert ongoing_children(parent) == 3
+        transaction.rollback()
+    assert (ongoing_children(parent), Chore.select().count()) == (0, 0)
+
+
+def test_a_step_makes_children_while_it_performs_and_in_its_own_transaction(drive, hero):
+    class Splits(Workflow):
+        @step
+        def one(self):
+            Chore.create(hero=User.create(), parent=self)
+
+        @step(transactional=True)
+        def two(self):
+            Chore.create_many([User.create(), User.create()], parent=self)
+
+        @step(wait_for_children=True)
+        def gather(self):
+            did(f"gather {self.children.count()}")
+
+    parent = Splits.create(hero=hero)
+    work_off(drive)
+    assert (reload(parent).state, effects()[-1]) == ("finished", "gather 3")
+    assert [each[2] for each in history(parent)] == ["success"] * 3
+
+
+def test_the_end_of_a_grandchild_wakes_the_child_and_the_childs_the_parent(drive):
+    parent = Household.create(hero=User.create())
+    child = Household.create(hero=User.create(), parent=parent)
+    (grandchild,) = chores(child)
+    scheduled(parent).execute()
+    scheduled(child).execute()
+    finish(grandchild)
+    assert (history(parent)[-1][1], history(child)[-1][1]) == ("waiting", "scheduled")
+    assert (ongoing_children(parent), ongoing_children(child)) == (1, 0)
+    scheduled(child).execute()
+    assert (history(parent)[-1][1], ongoing_children(parent)) == ("scheduled", 0)
+    work_off(drive)
+    assert effects()[-2:] == ["gather 1 finished", "gather 1 finished"]
+
+
+def test_a_child_that_goes_on_after_its_end_counts_again(drive):
+    parent, (one, other) = household(2)
+
+    def go_on():
+        row, active = gd._lock_with_active(one.id, one.parent_id)
+        gd._moved(drive, row, active, "work")
+
+    finish(one)
+    drive._access.transact(go_on)
+    assert (ongoing_children(parent), reload(one).state) == (2, "ready")
+    finish(other)
+    assert history(parent)[-1] == ("gather", "waiting", None)
+    finish(one)
+    assert history(parent)[-1] == ("gather", "scheduled", None)
+    drive._access.transact(go_on)  # which the step that is about to run sees
+    assert scheduled(parent).execute() is True
+    assert history(parent)[-1] == ("gather", "waiting", None)
+    finish(one)
+    work_off(drive)
+    assert [each for each in effects() if "gather" in each] == ["gather 2 finished"]
+
+
+# -- canceled with their parent --
+
+
+def family(depth=3, width=2):
+    """A parent with children, and theirs, down to so many generations; all of them, level by level."""
+    levels = [[Household.create(hero=User.create())]]
+    for _ in range(depth - 1):
+        levels.append([child for parent in levels[-1] for child in chores(parent, width, Household)])
+    return levels
+
+
+def states(workflows):
+    return [reload(each).state for each in workflows]
+
+
+def test_a_parent_is_canceled_with_its_children_and_theirs(drive, monkeypatch):
+    (parent,), children, grandchildren = family()
+    told = []
+    children[0].cancel()  # what is over stays as it is, and so does what is below it
+    at = reload(children[0]).transitioned_at
+    performing = gd._Attempt.claim(drive, scheduled(grandchildren[2]).id)
+    grandchildren[3].pause()
+
+    def receive(cls, workflow, old, new):
+        told.append((workflow.id, old, new))
+
+    gd.workflow_transitioned.connect(receive, "family")
+    try:
+        parent.cancel(children=True)
+    finally:
+        gd.workflow_transitioned.disconnect(name="family")
+    assert (parent.state, states(children)) == ("canceled", ["canceled"] * 2)
+    assert states(grandchildren) == ["ready", "ready", "canceled", "canceled"]
+    assert reload(children[0]).transitioned_at == at
+    ids = [each.id for each in (children[1], *grandchildren[2:], parent)]
+    assert told == [(each, old, "canceled") for each, old in zip(ids, ["ready", "performing", "paused", "ready"])]
+    assert [history(each)[0][1] for each in (children[1], *grandchildren[2:])] == [
+        "canceled",
+        "in_progress",
+        "canceled",
+    ]
+    assert [ongoing_children(each) for each in (parent, *children)] == [0, 2, 0]
+    performing._record(gd._Verdict("step", "return"))  # what it did is recorded, and nothing follows
+    assert (reload(grandchildren[2]).state, history(grandchildren[2])) == (
+        "canceled",
+        [("begin", "completed", "success")],
+    )
+    work_off(drive)
+    assert effects() == ["begin"] * 2 + ["gather"] * 2  # of those below the child that was over before
+
+
+def test_without_being_told_so_a_parent_leaves_its_children(drive):
+    parent, (child,) = household()
+    parent.cancel()
+    assert (reload(child).state, ongoing_children(parent)) == ("ready", 1)
+
+
+@pytest.mark.parametrize("way", ["body", "handler", "swallowed", "transactional"])
+def test_a_step_cancels_the_children_with_its_workflow(drive, hero, way):
+    class Gives(Workflow):
+        @on_exception(KeyError)
+        def give_up(self, error):
+            self.cancel(children=True)
+
+        @step(transactional=way == "transactional")
+        def up(self):
+            chores(self, 2)
+            if way == "handler":
+                raise KeyError("x")
+            if way == "swallowed":
+                with contextlib.suppress(BaseException):
+                    self.cancel(children=True)
+                return
+            self.cancel(children=True)
+
+    grandparent = Household.create(hero=User.create())
+    parent = Gives.create(hero=hero, parent=grandparent)
+    with contextlib.suppress(KeyError):
+        scheduled(parent).execute()
+    assert reload(parent).state == "canceled"
+    assert [child.state for child in parent.children] == ["canceled"] * 2
+    assert (ongoing_children(parent), ongoing_children(grandparent)) == (0, 0)
+    work_off(drive)
+    assert effects() == ["begin", "gather 1 canceled"]
+
+
+def test_a_later_call_or_error_is_obeyed_without_the_children(drive, hero):
+    class Wavers(Workflow):
+        @step(on_exception="cancel")
+        def work(self):
+            chores(self)
+            with contextlib.suppress(BaseException):
+                self.cancel(children=True)
+            raise KeyError("x")
+
+    parent = Wavers.create(hero=hero)
+    with pytest.raises(KeyError):
+        scheduled(parent).execute()
+    assert (reload(parent).state, states(parent.children)) == ("canceled", ["ready"])
+
+
+def test_thousands_of_children_are_canceled_with_few_statements(db, drive, monkeypatch, is_exhaustive):
+    count = 10_000 if is_exhaustive else 2000
+    parent = Household.create(hero=User.create())
+    Chore.create_many([User(id=number) for number in range(1, count + 1)], parent=parent)
+    generation = parent
+    for _ in range(20):  # one below the other
+        generation = Household.create(hero=User.create(), parent=generation)
+    costs = Costs(db, monkeypatch)
+    _, statements, transactions = costs.of(lambda: parent.cancel(children=True))
+    assert transactions == 1
+    assert len(statements) < 100
+    assert Counter(each.state for each in Workflow.select()) == {"canceled": count + 21}
+    assert StepExecution.select().where(StepExecution.state != "canceled").count() == 0
+
+
+# -- deletion --
+
+
+@pytest.mark.parametrize("keys", ["on", "off"])
+@pytest.mark.parametrize("how", ["housekeeping", "delete()", "delete_instance()"])
+def test_children_lose_a_parent_that_is_deleted(db, drive, clock, how, keys):
+    parent, (child,) = household()
+    parent.cancel()
+    if isinstance(db, SqliteDatabase):
+        db.execute_sql(f"pragma foreign_keys = {keys}")
+    try:
+        if how == "housekeeping":
+            clock.forward(days=31)
+            assert drive.housekeeping()["workflows_cleaned_up"] == 1
+        elif how == "delete()":
+            Workflow.delete().where(Workflow.id == parent.id).execute()
+        else:
+            parent.delete_instance()
+    finally:
+        if isinstance(db, SqliteDatabase):
+            db.execute_sql("pragma foreign_keys = on")
+    assert (reload(child).parent_id, reload(child).parent) == (None, None)
+    work_off(drive)
+    assert reload(child).state == "finished"
+
+
+def test_what_is_over_is_kept_as_long_as_its_parent_is_ongoing(drive, clock):
+    parent, (one, other) = household(2)
+    grandchild, loner = chores(other) + chores(None)
+    for each in (one, grandchild, loner):
+        finish(each)
+    clock.forward(days=31)
+    assert drive.housekeeping()["workflows_cleaned_up"] == 1
+    assert {each.id for each in Workflow.select()} == {parent.id, one.id, other.id, grandchild.id}
+    finish(other)
+    drive.housekeeping()
+    assert {each.id for each in Workflow.select()} == {parent.id, one.id, other.id}
+    work_off(drive)
+    drive.housekeeping()
+    assert {each.id for each in Workflow.select()} == {parent.id, other.id}  # these ended just now
+    clock.forward(days=31)
+    drive.housekeeping()
+    assert Workflow.select().count() == 0
+
+
+def test_housekeeping_wakes_who_waits_for_children_that_were_deleted(drive, clock):
+    parent, (one, other) = household(2)
+    untouched, _ = household(2)
+    one.delete_instance()
+    _sweep()
+    assert (history(parent)[-1][1], reload(parent).ongoing_children) == ("waiting", 2)
+    other.delete_instance()
+    assert drive.doctor() == [f"execution {waiting(parent).id} waits for no signal, and for no child"]
+    _sweep()
+    assert (history(parent)[-1][1], ongoing_children(parent)) == ("scheduled", 0)
+    assert (history(untouched)[-1][1], ongoing_children(untouched)) == ("waiting", 2)
+    one, _ = untouched.children
+    one.delete_instance()
+    Workflow.delete().where(Workflow.type == "Chore").execute()
+    untouched.pause()
+    _sweep()
+    assert (reload(untouched).state, ongoing_children(untouched)) == ("paused", 0)
+    untouched.resume()
+    work_off(drive)
+    assert {each.state for each in Workflow.select()} == {"finished"}
+
+
+def test_doctor_finds_a_parent_that_counts_too_few_children(drive):
+    parent, _ = household(2)
+    parent._write(ongoing_children=1)
+    diagnosed(drive, f"workflow {parent.id} counts 1 ongoing children, but has 2")
+
+
+# -- definitions, words --
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"wait_for_children": 1}, "wait_for_children must be a bool, not 1"),
+        ({"wait_for_children": True, "wait_for": "go"}, "wait_for and wait_for_children exclude each other"),
+        ({"wait_for_children": True, "matching": bool}, "matching goes with wait_for only"),
+        ({"wait_for_children": False, "timeout": 1}, "timeout goes with wait_for or wait_for_children only"),
+        ({"wait_for_children": True, "on_timeout": "run"}, "on_timeout goes with timeout only"),
+    ],
+)
+def test_a_wrong_wait_for_children_is_told_when_the_class_is_defined(options, problem):
+    with pytest.raises(gd.StepConfigurationError, match=f"Wrong.gather: .*{problem}"):
+
+        class Wrong(Workflow):
+            @step(**options)
+            def gather(self):
+                pass
+
+
+@pytest.mark.parametrize("name", ["parent", "parent_id", "children", "ongoing_children"])
+def test_a_step_is_not_called_as_the_family_is(name):
+    with pytest.raises(gd.StepConfigurationError, match=f"Wrong.{name}: "):
+        type(Workflow)("Wrong", (Workflow,), {name: step("run"), "run": lambda self: None})
+
+
+def test_what_is_said_of_a_wait_for_children(drive, helpers, capsys):
+    parent, (child,) = household(cls=Hurried)
+    assert '"pauses<br/>wait for children, after 1 h pause"' in Hurried.graph()
+    with pytest.raises(AssertionError, match=r"pauses waits; for its children: run those in workflow.children, or tra"):
+        helpers.perform_next_step(parent)
+    helpers.speedrun_workflow(parent)
+    assert parent.state == "ready"
+    (metric,) = (each for each in drive.stats() if each.name == "geneva_drive_waiting_steps")
+    assert (metric.labels, metric.value) == ({"type": "Hurried", "signal": ""}, 1)
+    assert [each for each in drive._reports.stranded() if each.type == "Hurried"] == []
+    assert drive.is_idle() is False  # for the child's sake
+    finish(child)
+    helpers.speedrun_workflow(parent)
+    assert effects()[0].startswith("work")
+
+
+def test_a_deploy_that_takes_the_wait_away_lets_the_last_end_wake_it_all_the_same(drive, hero):
+    parent, _ = household()
+
+    class Household(Workflow):
+        @step
+        def gather(self):
+            did("gather without waiting")
+
+    try:
+        reload(parent).pause()
+        reload(parent).resume()
+        work_off(drive)
+        assert "gather without waiting" in effects()
+        assert reload(parent).state == "finished"
+    finally:
+        gd._register(globals()["Household"])
+
+
+# -- what it costs --
+
+
+def test_a_parent_to_be_told_costs_two_statements_and_others_nothing(db, drive, hero, monkeypatch):
+    parent, other = Household.create(hero=hero), Chore.create(hero=User.create())
+    child, _ = chores(parent, 2)
+    costs, budget = Costs(db, monkeypatch), BUDGET[drive._access.dialect.section]
+    _, statements, transactions = costs.of(lambda: Chore.create(hero=User.create(), parent=parent))
+    assert (len(statements), transactions) == (budget["create"][0] + 2, 1)
+    alone, told = (gd._Attempt.claim(drive, scheduled(each).id) for each in (other, child))
+    _, alone, _ = costs.of(lambda: alone._record(gd._Verdict("step", "return")))
+    assert not any("FOR UPDATE" in sql for sql in alone)
+    _, told, transactions = costs.of(lambda: told._record(gd._Verdict("step", "return")))
+    assert (len(told), transactions) == (len(alone) + 2, 1)
+    assert ongoing_children(parent) == 2
+
+
+@pytest.mark.parametrize("count", [100, 20_000])
+def test_an_end_costs_the_same_whatever_the_number_of_children(db, drive, hero, monkeypatch, count):
+    parent = Household.create(hero=hero)
+    Chore.create_many([User(id=number) for number in range(1, count + 1)], parent=parent)
+    scheduled(parent).execute()
+    of_chores, last = Workflow.type == "Chore", Chore.select(peewee.fn.MAX(Workflow.id)).scalar()
+    over = {"state": "finished", "transitioned_at": START, "current_step_name": None}
+    Workflow.update(over).where(of_chores & (Workflow.id != last)).execute()
+    ended = {"state": "completed", "outcome": "success", "finished_at": START, "queue": None}
+    StepExecution.update(ended).where(StepExecution.workflow.not_in([parent.id, last])).execute()
+    parent._write(ongoing_children=1)
+    costs, child = Costs(db, monkeypatch), Chore.get_by_id(last)
+    _, statements, _ = costs.of(child.cancel)
+    assert len(statements) == 8  # of the parent, the child and an execution of each, the row is locked, and written
+    assert history(parent)[-1] == ("gather", "scheduled", None)
+
+
+# -- races: two that end at once, many that end while their processes are killed --
+
+
+def _old_snapshot(number, url, child_id, results):
+    GenevaDrive(open_database(url))
+    Workflow.get_by_id(child_id).cancel()
+    results.put("canceled")
+
+
+#: Of each database, what a session begins with: its isolation levels.
+ISOLATIONS = {
+    "sqlite": [""],
+    "postgresql": [
+        f"set session characteristics as transaction isolation level {level}"
+        for level in ("read committed", "repeatable read", "serializable")
+    ],
+    "mysql": [
+        f"set session transaction isolation level {level}"
+        for level in ("read committed", "repeatable read", "serializable")
+    ],
+}
+
+
+@contextlib.contextmanager
+def isolated(db, level):
+    """The connection of this thread begins its transactions with a level."""
+    db.close()
+    if level:
+        db.execute_sql(level)
+    try:
+        yield
+    finally:
+        db.close()
+
+
+LEVELS = [
+    pytest.param(kind, level, id=f"{kind} {level.split('level ')[-1]}".strip())
+    for kind in SERVERS
+    for level in ISOLATIONS[kind]
+]
+
+
+@pytest.mark.parametrize(("database", "level"), LEVELS, indirect=["database"])
+def test_of_two_children_that_end_at_the_same_instant_one_wakes_the_parent(db, drive, level):
+    parent, (one, other) = household(2)
+    blocked, failures = threading.Event(), []
+
+    def end_beside():
+        try:
+            with isolated(db, level):
+                begin = db.cursor
+
+                def cursor(*arguments, **options):
+                    blocked.set()  # this one's first statement, which has its snapshot, waits for the other's commit
+                    return begin(*arguments, **options)
+
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(db, "cursor", cursor)
+                    other.cancel()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=end_beside)
+    with isolated(db, level):
+        with drive._access.begin():
+            one.cancel()
+            thread.start()
+            assert blocked.wait(10)
+            if not isinstance(db, SqliteDatabase):
+                until(lambda: waits_for_a_lock(db))
+        thread.join()
+    assert failures == []
+    assert (ongoing_children(parent), history(parent)[-1]) == (0, ("gather", "scheduled", None))
+
+
+def waits_for_a_lock(db):
+    """Whether a session of the server waits for another one's lock on a row."""
+    if isinstance(db, peewee.PostgresqlDatabase):
+        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        return db.execute_sql(waiting).fetchone()[0] > 0
+    return "LOCK WAIT" in db.execute_sql("show engine innodb status").fetchone()[2]
+
+
+@pytest.mark.parametrize(
+    ("database", "level"), [each for each in LEVELS if "sqlite" not in each.id], indirect=["database"]
+)
+def test_a_transaction_with_an_older_snapshot_misses_no_end(database, db, drive, level):
+    parent, (one, other) = household(2)
+    database.peewee.close()
+    attempts = itertools.count(1)
+    with isolated(db, level):
+        while True:
+            try:
+                with db.atomic():  # the caller's own, which is its to repeat
+                    Effect.select().count()  # what it sees from now on is how things were at this moment
+                    if next(attempts) == 1:
+                        in_processes(1, _old_snapshot, database.url, one.id)
+                    other.cancel()
+                break
+            except peewee.DatabaseError as error:
+                if not drive._access.is_transient(error):
+                    raise
+    assert (ongoing_children(parent), history(parent)[-1]) == (0, ("gather", "scheduled", None))
+
+
+def test_with_strict_isolation_many_that_end_at_once_wake_their_parent_once(strict, caplog):
+    parent = Household.create(hero=User.create())
+    Chore.create_many([User.create() for _ in range(30)], parent=parent)
+    strict.run(workers=4, until=strict.is_idle)
+    assert (effects().count("gather 30 finished"), reload(parent).state) == (1, "finished")
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def _consume(url):
+    """A consumer, until nothing is to be done."""
+    db = open_database(url)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db, run_on=0)
+    drive.run(workers=2, until=drive.is_idle)
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="elsewhere it takes minutes to take them for dead")
+def test_children_that_end_in_processes_that_are_killed_wake_their_parent_once(database, db, drive, is_exhaustive):
+    count, kills = (1000, 30) if is_exhaustive else (150, 6)
+
+    def begin():
+        db.close()
+        process = fork.Process(target=_consume, args=(database.url,))
+        process.start()
+        return process
+
+    grandparent = Household.create(hero=User.create())
+    parent = Household.create(hero=User.create(), parent=grandparent)
+    Chore.create_many([User.create() for _ in range(count)], parent=parent)
+    processes = [begin() for _ in range(3)]
+    for kill in range(kills):
+        done = (kill + 1) * count // (kills + 1)
+        until(lambda: Chore.finished().count() >= done)  # noqa: B023
+        processes[kill % 3].kill()
+        processes[kill % 3].join()
+        processes[kill % 3] = begin()  # the first thing that it does is to recover what the other one left
+    for each in processes:
+        each.join()
+        assert each.exitcode == 0
+    assert Counter(each.state for each in Workflow.select()) == {"finished": count + 2}
+    for each in (parent, grandparent):
+        attempts = [(one.step_name, one.outcome) for one in each.execution_history if one.outcome != "recovered"]
+        assert attempts == [("begin", "success"), ("gather", "success")]
+        assert ongoing_children(each) == 0
+
+
+def _cancel_family(number, url, parent_id, barrier, results):
+    db = open_database(url)
+    for model in MODELS:
+        model.bind(db)
+    drive = GenevaDrive(db)
+    barrier.wait(timeout=60)
+    if number == 0:
+        Workflow.get_by_id(parent_id).cancel(children=True)
+    else:
+        drive.run(workers=2, until=drive.is_idle)
+
+
+def test_a_parent_is_canceled_with_children_that_perform_and_create_and_nothing_goes_on(database, drive, is_exhaustive):
+    for _ in range(10 if is_exhaustive else 2):
+        (parent,), *_ = family(depth=3, width=6)
+        database.peewee.close()
+        in_processes(3, _cancel_family, database.url, parent.id, fork.Barrier(3))
+        assert reload(parent).state in ("canceled", "finished")
+        assert Workflow.ongoing().count() == 0
+        for each in Workflow.select():
+            assert ongoing_children(each) == 0
+        assert violations(drive) == []
 
 
 # ==== What a deploy may take away =====================================================================================
@@ -11626,7 +12682,7 @@ def test_what_a_class_keeps_costs_nothing_to_those_who_delete_or_look_for_what_r
         few = costs()
         with db.atomic():
             for batch in peewee.chunked([START - timedelta(minutes=number) for number in range(20_000)], 1000):
-                rows = [{**gd._Start(Occurring).values(None, None), **ended, "occurs_at": each} for each in batch]
+                rows = [{**gd._Start(Occurring, None).values(None, None), **ended, "occurs_at": each} for each in batch]
                 Workflow._insert_rows(rows, lambda model, new: model.insert(new))
         for is_analyzed in (False, True):
             if is_analyzed:
@@ -11636,6 +12692,44 @@ def test_what_a_class_keeps_costs_nothing_to_those_who_delete_or_look_for_what_r
             assert not {sql: (few.get(sql), cost) for sql, cost in many.items() if cost > 3 * few.get(sql, 20) + 60}
         for model in reversed(gd.MODELS):
             model.delete().execute()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
+    with crowd(servers, kind, monkeypatch) as (drive, fill):
+        db, heroes = drive._access.database, fill()
+        parent = Household.create(hero=User.create())
+        assert Plain.create_many(heroes[:3000], parent=parent) == 3000
+        scheduled(parent).execute()
+        over = [each.id for each in Plain.select(Workflow.id).order_by(Workflow.id).limit(2997)]
+        ended = {"state": "canceled", "outcome": "canceled", "finished_at": START, "queue": None}
+        StepExecution.update(ended).where(StepExecution.workflow.in_(over)).execute()
+        ended = {"state": "canceled", "current_step_name": None, "transitioned_at": START}
+        Workflow.update(ended).where(Workflow.id.in_(over)).execute()
+        parent._write(ongoing_children=3)
+        analyze(db, kind)
+        with statements_sent(db) as sent:
+            (child,) = chores(parent)
+            child.cancel()
+            assert Plain.create_many(heroes[3000:3100], "ignore", parent=parent) == 100
+            assert parent.children.where(Workflow.state == "canceled").count() == 2998
+            drive.housekeeping()
+            other = Household.create(hero=User.create(), parent=parent)
+            (child,) = chores(other)
+            finish(other)
+            child.delete_instance()
+            drive.housekeeping()
+            parent.cancel(children=True)
+            parent._write(transitioned_at=START - timedelta(days=31))
+            assert drive.housekeeping()["workflows_cleaned_up"] == 1
+        assert Workflow.select().where(Workflow.parent.is_null(False)).count() == 0
+        assert len(sent) > 30
+        for sql, params in sent.items():
+            lines = plan(db, sql, params)
+            # Sorted may be: the children of one parent, the executions of one workflow, the processes at work.
+            waste = [SCANS, SORTS][: 1 if re.search(r".parent_id. (= |IN)|.workflow_id. = |DISTINCT", sql) else 2]
+            wasteful = [line for of_kind in waste for line in lines if re.search(of_kind[kind], line)]
+            assert not wasteful, f"{sql[:200]} … {sql[-1000:]}: {lines}"
 
 
 # ==== Consumers: real processes =======================================================================================
@@ -14316,6 +15410,15 @@ EXAMPLES = {
         "desk: paused",
         "lamp: canceled",
     ],
+    "fan_out.py": [
+        "The first issue: 4 letters\nThe first issue: 4 letters",  # of which the first were taken back
+        "ada@example.com: sent",
+        "The first issue: 3 sent, 1 late",
+        "letter to ada@example.com: finished",
+        "letter to bob@example.com: finished",
+        "letter to cyd: canceled",
+        "letter to dan@example.com: finished",
+    ],
     "resumable.py": [
         "send: recovered at 300",
         "send: recovered at 750",
@@ -14951,6 +16054,48 @@ for _ in range(2):
 TestHelpers().speedrun_workflow(workflow)
 """
 
+# A shop whose second parcel gets lost.
+TRY_THE_ORDER = """
+from pathlib import Path
+Path("shop.py").write_text('''
+from peewee import ForeignKeyField, Model, SqliteDatabase
+
+db = SqliteDatabase(":memory:")
+
+class Order(Model):
+    class Meta:
+        database = db
+
+    def close(self, lost):
+        print("closed, lost:", lost)
+
+class Parcel(Model):
+    order = ForeignKeyField(Order)
+    class Meta:
+        database = db
+
+    def ship(self):
+        if self.id == 2:
+            raise ConnectionError("it fell off the lorry")
+''')
+from shop import *
+from geneva_drive import GenevaDrive, TestHelpers
+from order import OrderWorkflow
+
+drive = GenevaDrive(db)
+db.create_tables([Order, Parcel])
+drive.create_tables()
+order = Order.create()
+for _ in range(3):
+    Parcel.create(order=order)
+workflow = OrderWorkflow.create(hero=order)
+helpers = TestHelpers()
+helpers.speedrun_workflow(workflow)
+for parcel in workflow.children:
+    helpers.speedrun_workflow(parcel, raise_errors=False)
+helpers.speedrun_workflow(workflow)
+"""
+
 # The bank of the README's month end, in which each step is interrupted once.
 TRY_THE_MONTH_END = """
 from pathlib import Path
@@ -15030,6 +16175,7 @@ README_PROGRAMS = {
         "did you know, ada@example.com\nMarch 09\nMarch 20\nyour trial is over, ada@example.com\n",
     ),
     "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+    "Parents and children": ("order.py", ["-c", TRY_THE_ORDER], "closed, lost: 1\n"),
     "Resumable steps": (
         "month_end.py",
         ["-c", TRY_THE_MONTH_END],
