@@ -100,7 +100,7 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = [
     "AlreadyOngoingError", "ChildrenTimeoutError", "ConfigurationError", "ExceptionPolicy",
-    "FlowControlInTransactionError", "GenevaDrive", "GenevaDriveError", "InvalidStateError", "Metric",
+    "FlowControlInTransactionError", "GenevaDrive", "GenevaDriveError", "InvalidStateError", "Metric", "PausedGroup",
     "SignalTimeoutError", "StepConfigurationError", "StepDefinition", "StepExecution", "StepNotDefinedError",
     "TestHelpers", "TransactionLeftOpenError", "UndefinedStep", "UnknownQueueError", "UnknownSignalError",
     "UnsupportedDatabaseError", "Workflow", "WorkflowNotDefinedError", "WorkflowSignal", "cancel_if", "on_exception",
@@ -130,6 +130,7 @@ ONGOING, OVER = (READY, PERFORMING, PAUSED), (FINISHED, CANCELED)
 WORKFLOW_STATES = (*ONGOING, *OVER)
 TO_CLAIM = (SCHEDULED, WAITING)
 ACTIVE = (*TO_CLAIM, IN_PROGRESS)
+FAILURES = ("failed", "recovered")  # the outcomes that are no decision of the application's
 
 # Why an attempt ended and what was decided, against: the execution's state, its outcome, what the workflow does next.
 EFFECTS = {
@@ -185,6 +186,8 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(sign
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 SCHEMA_PATIENCE_SECONDS = 600  # how long a change of the schema waits for the ends of transactions on its table
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.2  # seconds between two looks into an empty queue
+MAX_COUNTED, MAX_SHOWN = 100_000, 20  # workflows that match, groups of paused ones: for people to read
+MAX_GROUPED, GROUPED_CHARS = 10_000, 40  # paused workflows, the newest; and of their reasons
 MAX_KNOWN_PRIORITIES = 20  # that are asked for though there is nothing of them at present
 STOP_SECONDS = 0.2  # until a worker that waits to be told sees that its consumer stops
 
@@ -2283,6 +2286,11 @@ def _ongoing_rows() -> Any:
     return SQL(f"state in {ONGOING} and not allow_multiple")
 
 
+def _is_in(*states: str) -> Any:
+    """The condition for workflows in one of these states: literals, for the same reason; `in` would hide them."""
+    return functools.reduce(operator.or_, [Workflow.state == SQL(f"'{state}'") for state in states])
+
+
 def _count_ongoing(query: Any, *columns: Any) -> list[Any]:
     """What columns hold in the rows about ongoing workflows, and of how many: sorted tuples, without nulls."""
     query = query.select(*columns, peewee.fn.COUNT(Workflow.id.distinct())).where(Workflow.state.in_(ONGOING))
@@ -2876,6 +2884,10 @@ class StepExecution(_Record):
         execution = cls._made(values, cls._insert_row(values))
         _drive()._dispatch.send([execution])
         return cast(StepExecution, execution)
+
+
+#: What joins a workflow with its newest execution, by an index.
+IS_NEWEST: Any = (StepExecution.workflow == Workflow.id) & (StepExecution.number == Workflow.execution_count)
 
 
 def _due(values: Mapping[str, Any]) -> datetime | None:
@@ -4096,6 +4108,15 @@ class GenevaDrive:
             many attempts, of the workflows that are kept, ended with their process.
         """
         return self._access.repeat(self._reports.metrics)
+
+    def paused_groups(self) -> list[PausedGroup]:
+        """The paused workflows by class, step and what paused them: where to look first when much has failed.
+
+        Reads the newest 10,000 of them, by an index.
+
+        :returns: the largest group first.
+        """
+        return self._access.repeat(self._reports.paused_groups)
 
     def _now(self) -> datetime:
         return self.clock()
@@ -5447,6 +5468,20 @@ class _Reports:
         add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
         return sorted(metrics, key=lambda metric: metric.name)
 
+    def paused_groups(self) -> list[PausedGroup]:
+        """See :meth:`GenevaDrive.paused_groups`."""
+        kind = Workflow.type, Workflow.current_step_name, Workflow.reason
+        columns = *kind, StepExecution.error_class_name, StepExecution.outcome, Workflow.id
+        query = Workflow.select(*columns).join(StepExecution, on=IS_NEWEST)
+        query = query.where(_is_in(PAUSED)).order_by(Workflow.id.desc()).limit(MAX_GROUPED)
+        groups: dict[tuple[str, str, str], PausedGroup] = {}
+        for name, step_name, reason, error, outcome, workflow_id in query.tuples():
+            # Of a reason, words with digits in them are left out: ids, amounts, dates, by which each would be its own.
+            beginning = re.sub(r"\S*\d\S*", "…", reason or "")[:GROUPED_CHARS]
+            why = error.rpartition(".")[2] if error else _why("" if outcome in FAILURES else A_PERSON, beginning)
+            groups.setdefault((name, step_name, why), PausedGroup(name, step_name, why, [])).ids.append(workflow_id)
+        return sorted(groups.values(), key=lambda each: (-len(each.ids), each))
+
     def _count_waiting(self) -> dict[tuple[str, str | None], int]:
         """How many executions wait, by the type of their workflow and the name of the signal, None for children."""
         kinds = (Workflow.type, StepExecution.waiting_for)
@@ -5535,6 +5570,18 @@ class _Stranded(NamedTuple):
     def of(cls, kind: str, type_name: str, name: str, number: int, verb: str, problem: str) -> _Stranded:
         who = f"{number} ongoing workflow{'s' * (number > 1)} of {type_name} {verb}{'s' * (number == 1)}"
         return cls(kind, type_name, name, number, f"{who} {problem}")
+
+
+class PausedGroup(NamedTuple):
+    """Paused workflows that are alike; see :meth:`GenevaDrive.paused_groups`."""
+
+    type: str
+    step_name: str
+    #: The class of the error that paused them, without its module; else how the reason begins, behind "a person" where
+    #: :meth:`Workflow.pause` was called.
+    why: str
+    #: Theirs, the newest first.
+    ids: list[int]
 
 
 class Metric(NamedTuple):
@@ -6531,6 +6578,13 @@ def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
     return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
 
 
+A_PERSON = "a person"  # whom a workflow waits for that :meth:`Workflow.pause` has paused
+
+
+def _why(cause: str, reason: str | None) -> str:
+    return ": ".join(filter(None, (cause, reason)))
+
+
 #: Of durations, the largest first, in milliseconds.
 UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
 
@@ -6776,6 +6830,23 @@ def _of_hero(hero: str) -> Any:
     return (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
 
 
+def _of_error(text: str) -> Any:
+    named = peewee.fn.LOWER(StepExecution.error_class_name).contains(text.lower())  # which MySQL tells apart by case
+    return named | StepExecution.error_message.contains(text)
+
+
+def _of_wait(signal_name: str) -> Any:
+    # Among the active ones, which an index holds, of all that there are.
+    waits = SQL(f"state in {ACTIVE} and state = '{WAITING}'"), StepExecution.waiting_for == signal_name
+    return Workflow.id.in_(StepExecution.select(StepExecution.workflow).where(*waits))
+
+
+def _of_age(age: timedelta) -> Any:
+    begun = StepExecution.started_at, StepExecution.waits_since, StepExecution.created_at
+    moment = peewee.Value(_drive()._now() - age, converter=Workflow.created_at.db_value)
+    return peewee.fn.COALESCE(Workflow.transitioned_at, *begun) <= moment
+
+
 def _duration_of(text: str) -> timedelta:
     if not re.fullmatch(r"(\s*\d+\s*(d|h|min|s|ms))+\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 2d, 90min or 1h30min")
@@ -6797,13 +6868,20 @@ def _class_of(name: str) -> type[Workflow]:
     return _workflow_classes[name]
 
 
-# What selects workflows: arguments, and the condition for a value of each.
-_SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[str], Any]]] = {
-    "--state": ({"choices": WORKFLOW_STATES, "help": "those in this state"}, lambda state: Workflow.state == state),
+# What selects workflows: arguments, and the condition, on a workflow and its newest execution, for a value of each.
+_SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    "--state": ({"choices": WORKFLOW_STATES, "help": "those in this state"}, _is_in),
     "--type": ({"metavar": "CLASS", "help": "those of this class and its subclasses"}, _of_type),
     "--hero": ({"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"}, _of_hero),
     "--step": ({"metavar": "NAME", "help": "those at this step"}, lambda name: Workflow.current_step_name == name),
+    "--error": ({"metavar": "TEXT", "help": "those that failed last with this class or message"}, _of_error),
+    "--why": ({"metavar": "TEXT", "help": "those with this in their reason"}, Workflow.reason.contains),
+    "--waiting-for": ({"metavar": "SIGNAL", "help": "those that wait for this signal"}, _of_wait),
+    "--older-than": ({"type": _duration_of, "metavar": "2h", "help": "those that stand so for longer"}, _of_age),
+    "--parent": ({"type": int, "metavar": "ID", "help": "its children"}, lambda parent: Workflow.parent == parent),
 }
+# What is asked of a newest execution.
+_OF_NEWEST = ("id", "state", "outcome", "waiting_for", "scheduled_for", "times_out_at", "started_at", "reattempts")
 # The calls on many workflows, each with the arguments that it alone takes.
 _CALLS: dict[str, tuple[str, ...]] = {
     "resume": ("--at STEP", "--reason"),
@@ -6818,7 +6896,7 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     **{call: (f"{call} workflows, by id or selected", (*_MANY, *own)) for call, own in _CALLS.items()},
     "signal": ("send a workflow a signal", ("id", "signal", "--payload", "--key", "--json")),
     "housekeeping": ("delete what is over, recover what died, queue again what is overdue", ("--json",)),
-    "stats": ("count workflows by class and state, and overdue steps", ("--json",)),
+    "stats": ("count workflows by class and state, the paused ones by step and reason, and overdue steps", ("--json",)),
     "doctor": ("check over the tables what must always hold", ("--deploy", "--json")),
     "graph": ("print a class as a Mermaid flowchart", ("name",)),
 }
@@ -6950,26 +7028,29 @@ class _CommandLine:
         self.drive.run(workers, queues, shutdown_timeout=self.options.shutdown_timeout)
 
     def _list(self) -> None:
-        query = self._selected()
-        workflows, total = list(query.order_by(Workflow.id.desc()).limit(self.options.limit)), query.count()
-        rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE, OR DUE"]]
+        query, limit = self._selected(), self.options.limit
+        workflows, total = list(query.order_by(Workflow.id.desc()).limit(limit)), query.limit(MAX_COUNTED).count()
+        since = self._relative if 0 < self.columns < 120 else self._moment
+        rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE/DUE", "WHY"]]
         for each in workflows:
-            hero = _hero_label(each.hero_type, each.hero_id)
-            rows.append([each.id, each.type, hero, each.state, each.current_step_name or "", self._since(each)])
+            hero, why = _hero_label(each.hero_type, each.hero_id), _why(self._waits_for(each), each.reason)
+            step_name, moment = each.current_step_name or "", since(self._since(each))
+            rows.append([each.id, each.type, hero, each.state, step_name, moment, why[: self.columns or None]])
         lines = self._table(rows) if total else ["no workflow matches"]
         if total > len(workflows):
-            lines.append(f"{len(workflows)} of {total}: use --limit {total}, or {', '.join(_SELECTIONS)}")
-        self._answer([each.__data__ for each in workflows], lines)
+            of = f"{total}{'+' * (total == MAX_COUNTED)}"
+            lines.append(f"{len(workflows)} of {of}: use --limit {total}, or narrow it down, see list --help")
+        self._answer([each.__data__ | {"waits_for": self._waits_for(each)} for each in workflows], lines)
 
     def _show(self) -> None:
         workflow = self._find(self.options.id)
         history = list(workflow.execution_history)
         facts = {
             "created": self._moment(workflow.created_at),
-            workflow.state: self._since(workflow),
+            workflow.state: self._moment(self._since(workflow)),
             "reason": workflow.reason,
             "occurs at": workflow.occurs_at and self._moment(workflow.occurs_at),
-            "waits for the signal": next((each.waiting_for for each in history if each.state == WAITING), None),
+            "waits for": self._waits_for(workflow),
             "ongoing children": workflow.ongoing_children,
             "parent": workflow.parent_id,
             "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
@@ -6978,7 +7059,8 @@ class _CommandLine:
         lines += [line for key, text in facts.items() if text for line in self._wrapped(f"{key}: {text}")]
         lines += ["", *self._timeline(history), ""] if history else []
         lines += self._advice(workflow)
-        self._answer({**workflow.__data__, "executions": [each.__data__ for each in history]}, lines)
+        more = {"waits_for": facts["waits for"], "executions": [each.__data__ for each in history]}
+        self._answer(workflow.__data__ | more, lines)
 
     def _advice(self, workflow: Workflow) -> Iterator[str]:
         """Why the workflow cannot go on, if it cannot, and the calls that its state allows."""
@@ -6989,7 +7071,7 @@ class _CommandLine:
             calls = ["resume --at STEP", "cancel"] if state == PAUSED else ["pause", "cancel"]
         yield from self._wrapped(problem or "", "")
         if calls:
-            lead = "Mend the cause, then" if state == PAUSED else "You may"
+            lead = "Mend the cause, then" if state == PAUSED and not self._waits_for(workflow) else "You may"
             yield f"{lead}: {self.call} {calls[0]} {workflow.id}  (or {', '.join(calls[1:])})"
 
     def _timeline(self, history: list[Any]) -> Iterator[str]:
@@ -7014,11 +7096,32 @@ class _CommandLine:
         yield title
         for each, line in zip(history, lines):
             yield line
-            error = each.error_class_name and f"{each.error_class_name}: {each.error_message}"
-            begun = each.begun_reason and f"resumed: {each.begun_reason}"
-            for text in filter(None, (begun, error or each.reason)):
+            for text in filter(None, self._told(each)):
                 yield from self._wrapped(text, "    ")
         yield "· waited   █ performed   ! failed or died"
+
+    def _told(self, execution: Any) -> Iterator[str]:
+        """Why an attempt began, and what ended it and by whom, where that is more than its outcome says."""
+        yield execution.begun_reason and f"resumed: {execution.begun_reason}"
+        error = execution.error_class_name and f"{execution.error_class_name}: {execution.error_message}"
+        yield error
+        whom = "" if error or execution.outcome in (None, "success", "recovered") else "by a call from outside"
+        if whom and execution.started_at:
+            whom = "by the workflow itself" if execution.cursor is None else "at a checkpoint"
+        is_told = execution.reason and execution.reason in " ".join((error or "").split())
+        yield _why(whom, "" if is_told else execution.reason)
+
+    def _waits_for(self, workflow: Any) -> str:
+        """What has to come for a workflow to go on; empty if it was an error that paused it, or it does not wait."""
+        newest = workflow.newest
+        if newest is None or workflow.state not in (READY, PAUSED):
+            return ""
+        if workflow.state == PAUSED:
+            return "" if newest.outcome in FAILURES else A_PERSON
+        if newest.state == WAITING:
+            return f"the signal {newest.waiting_for}" if newest.waiting_for else "its children"
+        again = f", to try again after {newest.reattempts} of its errors" if newest.reattempts else ""
+        return f"{'its time' if newest.scheduled_for > self.now else 'a worker'}{again}"
 
     def _control(self) -> bool:
         reports, call = [], self._call()
@@ -7026,8 +7129,10 @@ class _CommandLine:
             reports.append(self._controlled(workflow_id, call))
             if not self.options.json:  # each at once, for there may be many
                 self._say(_clean(reports[-1]["done"] or f"{workflow_id}: {reports[-1]['error']}"))
-        self._answer(reports, [] if reports else ["no workflow matches"])
-        return any(report["error"] for report in reports)
+        done = sum(not report["error"] for report in reports)
+        total = f"{done} of {len(reports)}" + "; the same without --dry-run does it" * self.options.dry_run
+        self._answer(reports, [] if self.options.ids else [total if reports else "no workflow matches"])
+        return done < len(reports)
 
     def _chosen(self) -> list[int]:
         """The ids that are given; or of what is selected those that allow the call, unless a state is selected too."""
@@ -7035,8 +7140,8 @@ class _CommandLine:
         if bool(ids) == bool(query._where):
             raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
         if not self.options.state:
-            query = query.where(Workflow.state.in_(ALLOWED_FROM[call]))
-        return ids or [each.id for each in query.order_by(Workflow.id)]
+            query = query.where(_is_in(*ALLOWED_FROM[call]))
+        return ids or [each.id for each in query.select(Workflow.id).order_by(Workflow.id)]
 
     def _call(self) -> Callable[[Workflow], object]:
         """The call that the arguments make of a workflow."""
@@ -7094,7 +7199,13 @@ class _CommandLine:
         waiting = [(each.labels, each.value) for each in metrics if "signal" in each.labels]
         told = "{type}: {0} wait for the signal {signal}", "{type}: {0} wait for children"
         lines = [_clean(told[not on["signal"]].format(number, **on)) for on, number in waiting]
-        self._answer([each._asdict() for each in metrics], [*self._table(rows), *lines, overdue])
+        if groups := self.drive.paused_groups():
+            paused = [[len(each.ids), *each[:3]] for each in groups[:MAX_SHOWN]]
+            more = f"{len(groups) - MAX_SHOWN} more: use --json; " * (len(groups) > MAX_SHOWN)
+            look = f"{more}see {self.call} list --state paused --error TEXT (or --why TEXT)"
+            lines = ["", *self._table([["PAUSED", "TYPE", "STEP", "WHY"], *paused]), look, "", *lines]
+        found: list[Any] = [*metrics, *groups]
+        self._answer([each._asdict() for each in found], [*self._table(rows), *lines, overdue])
 
     def _doctor(self) -> bool:
         if self.options.deploy:
@@ -7110,18 +7221,20 @@ class _CommandLine:
         self._say(_class_of(self.options.name).graph())
 
     def _selected(self) -> Any:
-        """A query for the workflows that the arguments select."""
-        query = Workflow.select()
+        """A query for the workflows that the arguments select; each with its newest execution, in part, as `newest`."""
+        query = Workflow.select(*Workflow._meta.sorted_fields, *(getattr(StepExecution, name) for name in _OF_NEWEST))
+        query = query.join(StepExecution, peewee.JOIN.LEFT_OUTER, on=IS_NEWEST, attr="newest")
         for name, (_, condition) in _SELECTIONS.items():
-            value = getattr(self.options, name[2:].replace("-", "_"))
+            value = getattr(self.options, name[2:].replace("-", "_"), None)
             if value is not None:
                 query = query.where(condition(value))
         return query
 
     def _find(self, workflow_id: int) -> Workflow:
-        workflow = Workflow.get_or_none(Workflow.id == workflow_id)
-        if workflow is None:
-            raise GenevaDriveError(f"there is no workflow {workflow_id}: see {self.call} list")
+        workflow = self._selected().where(Workflow.id == workflow_id).get_or_none()
+        if workflow is None:  # or it has changed since it was selected, and is to be left alone
+            selected = " that is selected any more" if getattr(self.options, "ids", None) == [] else ""
+            raise GenevaDriveError(f"there is no workflow {workflow_id}{selected}: see {self.call} list")
         return cast(Workflow, workflow)
 
     def _title(self, workflow: Workflow) -> str:
@@ -7129,11 +7242,10 @@ class _CommandLine:
         suffix = ", to pause when this step ends" if workflow.pause_requested else ""
         return f"{workflow._label} of {hero}: {workflow.state}{f' at {step_name}' if step_name else ''}{suffix}"
 
-    def _since(self, workflow: Workflow) -> str:
+    def _since(self, workflow: Any) -> datetime:
         """When it came to stand still or, where it goes on, since when it performs its step, or when that is due."""
-        active = workflow.execution_history.where(StepExecution.state.in_(ACTIVE)).get_or_none()
-        moment = workflow.transitioned_at or (active and (active.started_at or active._due or active.scheduled_for))
-        return self._moment(moment or workflow.created_at)
+        moment = (newest := workflow.newest) and (newest.started_at or newest._due or newest.scheduled_for)
+        return cast(datetime, workflow.transitioned_at or moment or workflow.created_at)
 
     def _moment(self, moment: datetime) -> str:
         return f"{self._relative(moment)}, {moment:%Y-%m-%d %H:%M:%SZ}"
@@ -7156,12 +7268,12 @@ class _CommandLine:
         return textwrap.wrap(text, initial_indent=indent, subsequent_indent=indent, **limits)  # type: ignore[arg-type]
 
     def _table(self, rows: list[list[Any]]) -> list[str]:
-        """Aligned columns, numbers to the right. Names are cut where the terminal is too narrow."""
+        """Aligned columns, numbers to the right. Names are cut where the terminal is too narrow, WHY less."""
         widths = [max(_width(_clean(cell)) for cell in column) for column in zip(*rows)]
-        names = [place for place, title in enumerate(rows[0]) if title in ("TYPE", "HERO", "STEP")]
+        names = [place for place, title in enumerate(rows[0]) if title in ("TYPE", "HERO", "STEP", "WHY")]
         room = (self.columns or math.inf) - 2 * (len(widths) - 1)
         while sum(widths) > room and names and max(widths[place] for place in names) > 6:
-            widths[max(names, key=widths.__getitem__)] -= 1
+            widths[max(names, key=lambda place: widths[place] / (1 + (rows[0][place] == "WHY")))] -= 1
         lines = ["  ".join(map(_cell, row, widths)).rstrip() for row in rows]
         if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
             return lines

@@ -68,6 +68,9 @@ create index geneva_drive_over on geneva_drive_workflows (type, transitioned_at,
 create index geneva_drive_children on geneva_drive_workflows (parent_id, state) where parent_id is not null;
 create index geneva_drive_parents on geneva_drive_workflows (ongoing_children) where ongoing_children > 0;
 
+-- What operators look for: the paused ones, the newest first. On MySQL and MariaDB, geneva_drive_over has them.
+create index geneva_drive_paused on geneva_drive_workflows (id) where state = 'paused';
+
 
 -- section: sqlite
 
