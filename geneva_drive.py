@@ -6843,7 +6843,7 @@ def _of_wait(signal_name: str) -> Any:
 
 def _of_age(age: timedelta) -> Any:
     begun = StepExecution.started_at, StepExecution.waits_since, StepExecution.created_at
-    moment = peewee.Value(_drive()._now() - age, converter=Workflow.created_at.db_value)
+    moment = Workflow.created_at.db_value(_drive()._now() - age)
     return peewee.fn.COALESCE(Workflow.transitioned_at, *begun) <= moment
 
 
@@ -7038,8 +7038,8 @@ class _CommandLine:
             rows.append([each.id, each.type, hero, each.state, step_name, moment, why[: self.columns or None]])
         lines = self._table(rows) if total else ["no workflow matches"]
         if total > len(workflows):
-            of = f"{total}{'+' * (total == MAX_COUNTED)}"
-            lines.append(f"{len(workflows)} of {of}: use --limit {total}, or narrow it down, see list --help")
+            more = "+" * (total == MAX_COUNTED)
+            lines.append(f"{len(workflows)} of {total}{more}: use --limit {total}, or select less (see list --help)")
         self._answer([each.__data__ | {"waits_for": self._waits_for(each)} for each in workflows], lines)
 
     def _show(self) -> None:
@@ -7051,7 +7051,7 @@ class _CommandLine:
             "reason": workflow.reason,
             "occurs at": workflow.occurs_at and self._moment(workflow.occurs_at),
             "waits for": self._waits_for(workflow),
-            "ongoing children": workflow.ongoing_children,
+            "ongoing children": (count := workflow.ongoing_children) and f"{count}, see list --parent {workflow.id}",
             "parent": workflow.parent_id,
             "context": workflow.context and json.dumps(workflow.context, ensure_ascii=False),
         }
@@ -7226,6 +7226,8 @@ class _CommandLine:
         query = query.join(StepExecution, peewee.JOIN.LEFT_OUTER, on=IS_NEWEST, attr="newest")
         for name, (_, condition) in _SELECTIONS.items():
             value = getattr(self.options, name[2:].replace("-", "_"), None)
+            if value == "":  # of a variable that is not set, most likely, and all that has an error would have it
+                raise ConfigurationError(f"{name}: it must not be empty; leave it out to select whatever it is")
             if value is not None:
                 query = query.where(condition(value))
         return query

@@ -15048,7 +15048,7 @@ def test_a_night_is_mended_from_the_terminal_and_nothing_else_is_touched(command
     assert "shop:drive list --state paused --error TEXT (or --why TEXT)" in lines[at + 5]
     status, output, _ = command_line("list", "--state", "paused", "--why", "refused")  # understood
     assert (status, output.count("4 h ago    ConnectionRefusedError: [")) == (0, 50)
-    assert output.endswith("\n50 of 300: use --limit 300, or narrow it down, see list --help\n")
+    assert output.endswith("\n50 of 300: use --limit 300, or select less (see list --help)\n")
     shown = command_line("show", refused[7])[1]
     assert "    ConnectionRefusedError: [Errno 111] Connection refused\n" in shown
     assert "waits for" not in shown
@@ -15401,6 +15401,7 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (["list", "--type", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
         (["graph", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
         (["cancel"], "shop", "cancel: give either ids or some of --state, --type, --hero, --step"),
+        (["cancel", "--why", ""], "shop", "--why: it must not be empty; leave it out to select whatever it is"),
         (["list", "--older-than", "soon"], "shop", "'soon' is no duration such as 2d"),
         (["list", "--parent", "mine"], "shop", "argument --parent: invalid int value: 'mine'"),
         (["reschedule", "7"], "shop", "reschedule: give one of --in, --at and --as-declared"),
