@@ -5174,7 +5174,9 @@ class _Recovery:
         bereft = SQL(f"ongoing_children > 0 and {_has_no_ongoing('parent_id = t1.id')}")
 
         def recover(workflow_id: int) -> None:
-            if row := Workflow._lock((Workflow.id == workflow_id) & bereft):
+            row = Workflow._lock(Workflow.id == workflow_id)
+            # Asked behind the lock, by a statement that sees who was created before it.
+            if row and Workflow.select().where((Workflow.id == workflow_id) & bereft).exists():
                 _count_children(self.drive, row, -row.ongoing_children)
 
         for row in self.access.repeat(functools.partial(list[Any], Workflow.select(Workflow.id).where(bereft))):

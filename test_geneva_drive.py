@@ -9365,6 +9365,28 @@ def test_of_two_children_that_end_at_the_same_instant_one_wakes_the_parent(db, d
     assert (ongoing_children(parent), history(parent)[-1]) == (0, ("gather", "scheduled", None))
 
 
+@pytest.mark.parametrize(("database", "level"), LEVELS, indirect=["database"])
+def test_a_child_that_is_created_as_housekeeping_mends_the_count_of_others_is_counted(database, db, drive, level):
+    parent, (gone,) = household()
+    gone.delete_instance()
+
+    def sweep_beside():
+        with isolated(db, level):
+            drive._recovery._recover_parents()
+
+    with isolated(db, level), ThreadPoolExecutor(1) as threads:
+        with drive._access.begin():
+            chores(parent)
+            sweep = threads.submit(sweep_beside)
+            if not isinstance(db, SqliteDatabase):
+                with open_database(database.url) as beside:  # in a transaction PostgreSQL shows the same sessions on
+                    until(lambda: waits_for_a_lock(beside))
+        sweep.result(timeout=60)
+    drive._recovery._recover_parents()
+    assert (reload(parent).ongoing_children, violations(drive)) == (2, [])  # healed once there is none
+    assert history(parent)[-1] == ("gather", "waiting", None)
+
+
 def waits_for_a_lock(db):
     """Whether a session of the server waits for another one's lock on a row."""
     if isinstance(db, peewee.PostgresqlDatabase):
