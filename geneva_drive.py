@@ -6838,9 +6838,8 @@ def _of_error(text: str) -> Any:
 
 
 def _of_wait(signal_name: str) -> Any:
-    # Among the active ones, which an index holds, of all that there are.
-    waits = SQL(f"state in {ACTIVE} and state = '{WAITING}'"), StepExecution.waiting_for == signal_name
-    return Workflow.id.in_(StepExecution.select(StepExecution.workflow).where(*waits))
+    # Among the active ones: literals, or SQLite would not see that an index holds them.
+    return SQL(f"t2.state in {ACTIVE} and t2.state = '{WAITING}'") & (StepExecution.waiting_for == signal_name)
 
 
 def _of_age(age: timedelta) -> Any:
@@ -7030,7 +7029,7 @@ class _CommandLine:
         self.drive.run(workers, queues, shutdown_timeout=self.options.shutdown_timeout)
 
     def _list(self) -> None:
-        query, limit = self._selected(), self.options.limit
+        query, limit = self._selected, self.options.limit
         workflows, total = list(query.order_by(Workflow.id.desc()).limit(limit)), query.limit(MAX_COUNTED).count()
         since = self._relative if 0 < self.columns < 120 else self._moment
         rows: list[list[Any]] = [["ID", "TYPE", "HERO", "STATE", "STEP", "SINCE/DUE", "WHY"]]
@@ -7138,7 +7137,7 @@ class _CommandLine:
 
     def _chosen(self) -> list[int]:
         """The ids that are given; or of what is selected those that allow the call, unless a state is selected too."""
-        call, ids, query = self.options.command, self.options.ids, self._selected()
+        call, ids, query = self.options.command, self.options.ids, self._selected
         if bool(ids) == bool(query._where):
             raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
         if not self.options.state:
@@ -7222,6 +7221,7 @@ class _CommandLine:
     def _graph(self) -> None:
         self._say(_class_of(self.options.name).graph())
 
+    @functools.cached_property
     def _selected(self) -> Any:
         """A query for the workflows that the arguments select; each with its newest execution, in part, as `newest`."""
         query = Workflow.select(*Workflow._meta.sorted_fields, *(getattr(StepExecution, name) for name in _OF_NEWEST))
@@ -7235,7 +7235,7 @@ class _CommandLine:
         return query
 
     def _find(self, workflow_id: int) -> Workflow:
-        workflow = self._selected().where(Workflow.id == workflow_id).get_or_none()
+        workflow = self._selected.where(Workflow.id == workflow_id).get_or_none()
         if workflow is None:  # or it has changed since it was selected, and is to be left alone
             selected = " that is selected any more" if getattr(self.options, "ids", None) == [] else ""
             raise GenevaDriveError(f"there is no workflow {workflow_id}{selected}: see {self.call} list")
