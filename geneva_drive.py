@@ -1833,7 +1833,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     # -- flow control -----------------------------------------------------------------------------------------------
 
-    def cancel(self, children: bool = False, *, reason: str | None = None) -> None:
+    def cancel(self, *, children: bool = False, reason: str | None = None) -> None:
         """End the workflow for good. Inside a step this ends its body at once.
 
         From outside, a resumable step that is being performed ends at its next checkpoint, another one as it does.
@@ -5334,7 +5334,7 @@ class _Recurrence:
         """Whether the class is to have a workflow for this moment, and has none yet."""
         of_class = Workflow.type == cls.workflow_type
         # At it, or later: the clock of a host may be ahead. One that is ahead by more counts for nothing.
-        at_or_after = Workflow.occurs_at.between(moment, moment + A_DAY)
+        at_or_after = Workflow.occurs_at.between(moment, moment + 2 * _catch_up(cls))
         if Workflow.select().where(of_class & at_or_after).exists():
             return False
         if cls.recurrences_overlap:
@@ -5364,8 +5364,8 @@ def _newest_moment(cls: Any, now: datetime) -> datetime | None:
     zone, minute = _zone(cls.recurrence_timezone), now.astimezone(timezone.utc).replace(second=0, microsecond=0)
     while minute > now - _catch_up(cls):
         # By the clock as it is, and as it was a day ago: no change takes longer than that.
-        for moment in (minute, minute - A_DAY):
-            local = (minute + cast(timedelta, moment.astimezone(zone).utcoffset())).replace(tzinfo=None)
+        for offset in {each.astimezone(zone).utcoffset() for each in (minute, minute - A_DAY)}:
+            local = (minute + cast(timedelta, offset)).replace(tzinfo=None)
             if local.replace(tzinfo=zone).astimezone(timezone.utc) == minute and cls.recurs(local):
                 return minute
         minute -= A_MINUTE

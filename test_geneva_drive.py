@@ -9052,6 +9052,13 @@ def test_a_parent_is_canceled_with_its_children_and_theirs(drive, monkeypatch):
     assert effects() == ["begin"] * 2 + ["gather"] * 2  # of those below the child that was over before
 
 
+def test_a_reason_is_not_taken_for_the_word_to_cancel_the_children(drive):
+    parent, (child,) = household()
+    with pytest.raises(TypeError):
+        parent.cancel("sold out")
+    assert (reload(parent).state, reload(child).state) == ("ready", "ready")
+
+
 def test_without_being_told_so_a_parent_leaves_its_children(drive):
     parent, (child,) = household()
     parent.cancel()
@@ -12128,6 +12135,14 @@ def test_a_host_whose_clock_is_behind_creates_nothing_older(drive, clock, recurr
     assert moments(Often) == ["02 03:01"]
     look(drive, "2 03:02:10")
     assert moments(Often) == ["02 03:01", "02 03:02"]
+
+
+def test_a_clock_that_was_wrong_by_hours_ends_no_recurrence(drive, clock, recurring):
+    Hourly = recurring(recurs=crontab(minute="0"), recurrences_overlap=True)
+    look(drive, "2 08:00:10")
+    for hour in range(3, 10):
+        look(drive, f"2 {hour:02}:00:10")
+    assert moments(Hourly) == [f"02 {hour:02}:00" for hour in range(3, 10)]
 
 
 def test_a_clock_that_was_wrong_by_years_ends_no_recurrence(drive, clock, recurring):
