@@ -3340,7 +3340,8 @@ class _Attempt:
     def _end_wait(self) -> None:
         """Keep that the wait is over: once the body has begun, no later attempt is to ask again."""
         over, mine = {"asks_wait": None}, {"id": self.execution.id, "state": IN_PROGRESS}
-        self.drive._access.transact(lambda: StepExecution._update_row(over, **mine))
+        if not self.drive._access.transact(lambda: StepExecution._update_row(over, **mine)):
+            raise _ClaimLost(_Verdict("step", "return"))  # another one may be at the body by now
         self.execution.__data__.update(over)
 
     # -- judging ----------------------------------------------------------------------------------------------------

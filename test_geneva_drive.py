@@ -4242,6 +4242,32 @@ def test_a_crash_in_a_wait_has_it_asked_again_and_one_in_the_body_has_not(drive,
 def test_the_order_of_an_attempt_with_a_computed_wait(drive, clock, hero):
     class Ordered(Workflow):
         @cancel_if
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_claim_that_was_recovered_while_its_wait_was_asked_is_not_performed(
+    drive, clock, hero, caplog, transactional
+):
+    class Lingers(Workflow):
+        asked = 0
+
+        @step(wait="at_length", transactional=transactional)
+        def one(self):
+            did("one")
+
+        def at_length(self):
+            Lingers.asked += 1
+            if Lingers.asked == 1:
+                clock.forward(minutes=10)
+                assert housekeeping_elsewhere(drive)["stuck_in_progress_recovered"] == 1
+
+    workflow = Lingers.create(hero=hero)
+    drive._perform(scheduled(workflow).id)
+    assert effects() == []
+    assert "claim was lost" in caplog.text
+    work_off(drive)
+    assert effects() == ["one"]
+    assert [each.outcome for each in workflow.execution_history] == ["recovered", "success"]
+
+
         def condition(self):
             did("cancel_if")
 
