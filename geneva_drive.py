@@ -2433,9 +2433,9 @@ def _alone(values: Mapping[str, Any], begin: Callable[[], T]) -> T:
 
 def _controlled(workflow: Workflow, call: str, change: Any, reason: str | None) -> Workflow:
     """Make a change under the workflow's row lock, where its state allows the call; returns the row."""
-    drive = _drive()
+    drive, found = _drive(), dict[str, Any]()
 
-    def locked_change() -> Workflow:
+    def locked_change(charset: str) -> Workflow:
         parent_id = workflow.parent_id if "parent" in workflow.__data__ else _parent_id_of(workflow.id)
         row, active = _lock_with_active(workflow.id, parent_id)
         if row is None:
@@ -2443,17 +2443,15 @@ def _controlled(workflow: Workflow, call: str, change: Any, reason: str | None) 
         if row.state not in ALLOWED_FROM[call] or (row.pause_requested and call == "pause"):
             raise InvalidStateError(row, call)
         before = row.state
-        change(drive, row, active, reason)
+        found.update(row.__data__)  # the instance may have been read in part
+        change(drive, row, active, reason and _storable(reason, charset))
         drive._announce(row, before, row.state)
         return cast(Workflow, row)
 
-    try:
-        return _alone(workflow.__data__, lambda: drive._access.transact(locked_change))
-    except (UnicodeError, peewee.DataError, peewee.OperationalError):
-        if not reason or reason.isascii():
-            raise
-    # Not each connection and database takes each character.
-    return _controlled(workflow, call, change, _storable(reason, "ascii"))
+    return drive._access.escaping(
+        lambda charset: _alone(found, lambda: drive._access.transact(lambda: locked_change(charset))),
+        lambda: reason or "",
+    )
 
 
 def _lock_with_active(workflow_id: int, parent_id: int | None = None) -> tuple[Any, Any]:
@@ -3375,14 +3373,10 @@ class _Attempt:
         run_on, access = not verdict.surfaces and may_run_on(), self.drive._access
         access.open()  # where autoconnect is off, the body may have closed it
         try:
-            try:
-                following = _Recording(self, run_on).end(verdict)
-            except (UnicodeError, peewee.PeeweeException) as error:
-                # The text of an error, which may be anything: not each connection and database takes each character.
-                is_of_text = not access.is_transient(error) and not access.is_lost(error)
-                if not is_of_text or "".join([verdict.reason or "", *_error_columns(verdict.error).values()]).isascii():
-                    raise
-                following = _Recording(self, run_on, "ascii").end(verdict)
+            following = access.escaping(
+                lambda charset: _Recording(self, run_on, charset).end(verdict),
+                lambda: "".join([verdict.reason or "", *_error_columns(verdict.error).values()]),
+            )
         except _ClaimLost:
             raise _ClaimLost(verdict) from None
         self.patience_ends = math.inf
@@ -4915,6 +4909,18 @@ class _Access:
                 if is_gone:  # which a driver may not tell of its connection
                     self._close(self.database)
             _give_way(tries)
+    def escaping(self, work: Callable[[str], T], text: Callable[[], str]) -> T:
+        """Do work by which a text is written: not each connection and database takes each of its characters.
+
+        :param work: is given the character set beyond which it is to escape.
+        """
+        try:
+            return work("utf-8")
+        except (UnicodeError, peewee.PeeweeException) as error:
+            if self.is_transient(error) or self.is_lost(error) or text().isascii():
+                raise
+            return work("ascii")
+
 
     def _schema_problem(self) -> str | None:
         with contextlib.suppress(peewee.PeeweeException):  # in a transaction that PostgreSQL has given up

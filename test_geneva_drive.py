@@ -5068,6 +5068,8 @@ def test_a_canceled_workflow_whose_last_attempt_is_in_progress_does_not_go_on(dr
     workflow.resume_at("two")
     assert history(workflow) == [("one", "completed", "success"), ("two", "scheduled", None)]
 
+        with pytest.raises(gd.AlreadyOngoingError, match=f"workflow {other.id}"):
+            Plain.select(Plain.id).where(Plain.id == workflow.id).get().resume_at("two")
 
 def _resume_over(number, url, ids, barrier, results):
     GenevaDrive(open_database(url))
@@ -5325,6 +5327,24 @@ class Stamp(Model):
 @pytest.fixture
 def table(db):
     """Makes tables for a test: `table(Parcel)`."""
+def test_a_database_that_is_busy_does_not_have_a_reason_escaped(drive, hero, monkeypatch):
+    workflow = Plain.create(hero=hero)
+    lock, failures = gd._lock_with_active, [peewee.OperationalError("database is locked")] * gd.TRANSACTION_TRIES
+
+    def fails(*arguments):
+        if failures:
+            raise failures.pop()
+        return lock(*arguments)
+
+    monkeypatch.setattr(gd, "_lock_with_active", fails)
+    monkeypatch.setattr(gd, "_give_way", lambda tries: None)
+    monkeypatch.setattr(drive._access, "is_transient", lambda error: "locked" in str(error))
+    with pytest.raises(peewee.OperationalError, match="locked"):
+        workflow.pause(reason="vergaß es")
+    workflow.pause(reason="vergaß es")
+    assert reload(workflow).reason == "vergaß es"
+
+
     made = []
 
     def make(*models):
