@@ -2654,12 +2654,10 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
             drive._dispatch.put_in_queue(workflow, active)
     else:
         newest = StepExecution._newest(workflow)
-        carried = {"reached_at": newest.reached_at, "asks_wait": newest.asks_wait, "begun_reason": reason}
-        if newest.cursor is not None and newest.step_name == definition.name:
-            # What goes on at its cursor does not wait for its signal anew.
-            names = ("cursor", "waits_since", "times_out_at")
-            carried.update({name: newest.__data__[name] for name in names})
-        _enter(workflow, definition.name, drive._now(), **carried)
+        # What goes on at its cursor does not wait for its signal anew.
+        of_cursor = () if newest.cursor is None else ("cursor", "waits_since", "times_out_at")
+        carried = {name: newest.__data__[name] for name in ("reached_at", "asks_wait", *of_cursor)}
+        _enter(workflow, definition.name, drive._now(), **carried, begun_reason=reason)
 
 
 def _moved(
@@ -2693,13 +2691,13 @@ def _rescheduled(
 def _as_declared(definition: StepDefinition, active: StepExecution, now: datetime) -> dict[str, Any]:
     """The time of an execution, and its limit, as its step has them by now."""
     first = definition._first(active.reached_at or active.created_at)
-    due = max(first["due"], now)
-    if active.state != WAITING:
-        return {"scheduled_for": due, "asks_wait": first.get("asks_wait")}
-    since = active.waits_since or active.scheduled_for
+    due, asks_wait, since = max(first["due"], now), first.get("asks_wait"), active.waits_since or active.scheduled_for
+    if active.state != WAITING or (asks_wait and since > now):  # that was a plain wait, and is not over
+        limit = {"waits_since": None, "times_out_at": None} if asks_wait else {}  # it counts from the wait's end
+        return {"state": SCHEDULED, "scheduled_for": due, "asks_wait": asks_wait, **limit}
     since = since if since <= now else due  # its wait is not over
-    limit = None if definition.timeout is None else max(since + definition.timeout, now)
-    return {"scheduled_for": since, "waits_since": since, "times_out_at": limit}
+    times_out_at = None if definition.timeout is None else max(since + definition.timeout, now)
+    return {"scheduled_for": since, "waits_since": since, "times_out_at": times_out_at}
 
 
 def _drop(drive: GenevaDrive, active: StepExecution | None, reason: str | None = None) -> None:
@@ -3489,9 +3487,8 @@ class _Recording:
             return {"step_name": definition.name, **definition._first(self.now)} if definition else None
         if then == "repeat":
             cursor = progress.cursor() if progress.has_checkpoint else execution.cursor
-            asks_wait = {"asks_wait": True} if execution.asks_wait else {}
             return {
-                **asks_wait,
+                "asks_wait": execution.asks_wait,
                 "reached_at": execution.reached_at,
                 "waits_since": execution.waits_since,
                 "step_name": execution.step_name,

@@ -4958,6 +4958,31 @@ def test_reschedule_asks_a_computed_wait_again_unless_it_is_given_a_time(drive, 
 def test_where_nothing_is_scheduled_reschedule_names_resume(drive, hero, helpers):
     class Fails(Workflow):
         @step
+def test_reschedule_asks_the_wait_that_a_deploy_computes_where_the_plain_one_of_a_signal_is_not_over(
+    drive, clock, hero
+):
+    def deploy(wait):
+        class Deployed(Workflow):
+            @step(wait=wait, wait_for="go", timeout=timedelta(days=1))
+            def one(self):
+                did("one")
+
+        return Deployed
+
+    workflow = deploy(timedelta(days=7)).create(hero=hero)
+    assert waiting(workflow).times_out_at == START + timedelta(days=8)
+    deploy(lambda self: timedelta(days=2))
+    reload(workflow).reschedule()
+    work_off(drive)
+    assert scheduled(workflow).scheduled_for == START + timedelta(days=2)
+    clock.forward(days=2)
+    work_off(drive)
+    assert waiting(workflow).times_out_at == START + timedelta(days=3)
+    reload(workflow).reschedule()  # its wait is over, and not asked again
+    assert waiting(workflow).times_out_at == START + timedelta(days=3)
+    assert drive.doctor() == []
+
+
         def one(self):
             raise OddError
 
