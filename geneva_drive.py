@@ -438,7 +438,9 @@ def _duration(value: object, what: str, kind: type[Exception] = ValueError) -> t
 def _moment(value: Any, start: datetime, what: str) -> datetime:
     """An aware datetime as it is, a duration from `start` on; else a TypeError or a ValueError says what is wrong."""
     if isinstance(value, datetime) and value.utcoffset() is not None:
-        return value.astimezone(timezone.utc)  # beyond the calendar's end this fails, and not its storing
+        with contextlib.suppress(OverflowError):
+            return value.astimezone(timezone.utc)
+        raise ValueError(f"{what} must be within the calendar of UTC, not {value!r}")
     if not isinstance(value, timedelta) and not _is_number(value):
         raise TypeError(f"{what} must be a timedelta, a number of seconds or an aware datetime, not {value!r}")
     return start + _duration(value, what)
@@ -4906,6 +4908,7 @@ class _Access:
                 if is_gone:  # which a driver may not tell of its connection
                     self._close(self.database)
             _give_way(tries)
+
     def escaping(self, work: Callable[[str], T], text: Callable[[], str]) -> T:
         """Do work by which a text is written: not each connection and database takes each of its characters.
 
@@ -4917,7 +4920,6 @@ class _Access:
             if self.is_transient(error) or self.is_lost(error) or text().isascii():
                 raise
             return work("ascii")
-
 
     def _schema_problem(self) -> str | None:
         with contextlib.suppress(peewee.PeeweeException):  # in a transaction that PostgreSQL has given up
@@ -6856,7 +6858,8 @@ def _duration_of(text: str) -> timedelta:
     if not re.fullmatch(r"(\s*\d+\s*(d|h|min|s|ms))+\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 2d, 90min or 1h30min")
     parts = re.findall(r"(\d+)\s*([a-z]+)", text)
-    return timedelta(milliseconds=sum(int(number) * UNITS[unit] for number, unit in parts))
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts) / 1000
+    return _duration(seconds, "it", argparse.ArgumentTypeError)
 
 
 def _moment_of(text: str) -> datetime:
@@ -7146,6 +7149,8 @@ class _CommandLine:
             raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
         if not self.options.state:
             query = query.where(_is_in(*ALLOWED_FROM[call]))
+        if call == "reschedule":  # what an error paused has nothing that is scheduled
+            query = query.where(StepExecution.state.in_(TO_CLAIM))
         return ids or [each.id for each in query.select(Workflow.id).order_by(Workflow.id)]
 
     def _call(self) -> Callable[[Workflow], object]:

@@ -4171,7 +4171,10 @@ def test_the_furthest_moment_of_the_calendar_is_waited_for_and_one_beyond_it_is_
     work_off(drive)
     assert scheduled(workflow).scheduled_for == datetime.max.replace(tzinfo=timezone.utc)
     Computes.zone = timezone(timedelta(hours=-1))
-    with pytest.raises(OverflowError):
+    beyond, within = datetime.max.replace(tzinfo=Computes.zone), r"must be within the calendar of UTC, not datetime"
+    with pytest.raises(ValueError, match=rf"^reschedule\(\): when {within}"):
+        workflow.reschedule(beyond)
+    with pytest.raises(ValueError, match=rf"^Computes\.one: what its wait returns, .* {within}"):
         scheduled(workflow).execute()
     assert (reload(workflow).state, effects()) == ("paused", [])
 
@@ -4239,9 +4242,6 @@ def test_a_crash_in_a_wait_has_it_asked_again_and_one_in_the_body_has_not(drive,
     assert effects() == [f"one {transactional}"] * (1 if transactional or where == "wait" else 2)
 
 
-def test_the_order_of_an_attempt_with_a_computed_wait(drive, clock, hero):
-    class Ordered(Workflow):
-        @cancel_if
 @pytest.mark.parametrize("transactional", [False, True])
 def test_a_claim_that_was_recovered_while_its_wait_was_asked_is_not_performed(
     drive, clock, hero, caplog, transactional
@@ -4268,6 +4268,9 @@ def test_a_claim_that_was_recovered_while_its_wait_was_asked_is_not_performed(
     assert [each.outcome for each in workflow.execution_history] == ["recovered", "success"]
 
 
+def test_the_order_of_an_attempt_with_a_computed_wait(drive, clock, hero):
+    class Ordered(Workflow):
+        @cancel_if
         def condition(self):
             did("cancel_if")
 
@@ -4955,9 +4958,6 @@ def test_reschedule_asks_a_computed_wait_again_unless_it_is_given_a_time(drive, 
     assert effects() == ["begin", "bill None"]
 
 
-def test_where_nothing_is_scheduled_reschedule_names_resume(drive, hero, helpers):
-    class Fails(Workflow):
-        @step
 def test_reschedule_asks_the_wait_that_a_deploy_computes_where_the_plain_one_of_a_signal_is_not_over(
     drive, clock, hero
 ):
@@ -4983,6 +4983,9 @@ def test_reschedule_asks_the_wait_that_a_deploy_computes_where_the_plain_one_of_
     assert drive.doctor() == []
 
 
+def test_where_nothing_is_scheduled_reschedule_names_resume(drive, hero, helpers):
+    class Fails(Workflow):
+        @step
         def one(self):
             raise OddError
 
@@ -5065,6 +5068,8 @@ def test_what_is_over_stays_so_where_its_hero_has_another_ongoing_one(db, drive,
         with pytest.raises(gd.AlreadyOngoingError) as caught:
             workflow.resume_at("two")
         did("after")  # the caller's transaction is usable
+        with pytest.raises(gd.AlreadyOngoingError, match=f"workflow {other.id}"):
+            Plain.select(Plain.id).where(Plain.id == workflow.id).get().resume_at("two")
     assert caught.value.workflow_id == other.id
     assert (contents(drive), effects()[-1]) == (before, "after")
     Plain.create(hero=workflow.hero, allow_multiple=True)  # which neither counts nor is counted
@@ -5093,8 +5098,6 @@ def test_a_canceled_workflow_whose_last_attempt_is_in_progress_does_not_go_on(dr
     workflow.resume_at("two")
     assert history(workflow) == [("one", "completed", "success"), ("two", "scheduled", None)]
 
-        with pytest.raises(gd.AlreadyOngoingError, match=f"workflow {other.id}"):
-            Plain.select(Plain.id).where(Plain.id == workflow.id).get().resume_at("two")
 
 def _resume_over(number, url, ids, barrier, results):
     GenevaDrive(open_database(url))
@@ -5324,6 +5327,24 @@ def test_a_reason_is_kept_on_one_line_cut_and_escaped(drive, hero):
     assert reload(workflow).reason is None
 
 
+def test_a_database_that_is_busy_does_not_have_a_reason_escaped(drive, hero, monkeypatch):
+    workflow = Plain.create(hero=hero)
+    lock, failures = gd._lock_with_active, [peewee.OperationalError("database is locked")] * gd.TRANSACTION_TRIES
+
+    def fails(*arguments):
+        if failures:
+            raise failures.pop()
+        return lock(*arguments)
+
+    monkeypatch.setattr(gd, "_lock_with_active", fails)
+    monkeypatch.setattr(gd, "_give_way", lambda tries: None)
+    monkeypatch.setattr(drive._access, "is_transient", lambda error: "locked" in str(error))
+    with pytest.raises(peewee.OperationalError, match="locked"):
+        workflow.pause(reason="vergaß es")
+    workflow.pause(reason="vergaß es")
+    assert reload(workflow).reason == "vergaß es"
+
+
 def test_the_log_tells_the_reason_of_an_outcome(drive, caplog):
     caplog.set_level(logging.INFO, "geneva_drive")
     workflow = Reasoned.create(hero=User.create(name="withdrawn"))
@@ -5352,24 +5373,6 @@ class Stamp(Model):
 @pytest.fixture
 def table(db):
     """Makes tables for a test: `table(Parcel)`."""
-def test_a_database_that_is_busy_does_not_have_a_reason_escaped(drive, hero, monkeypatch):
-    workflow = Plain.create(hero=hero)
-    lock, failures = gd._lock_with_active, [peewee.OperationalError("database is locked")] * gd.TRANSACTION_TRIES
-
-    def fails(*arguments):
-        if failures:
-            raise failures.pop()
-        return lock(*arguments)
-
-    monkeypatch.setattr(gd, "_lock_with_active", fails)
-    monkeypatch.setattr(gd, "_give_way", lambda tries: None)
-    monkeypatch.setattr(drive._access, "is_transient", lambda error: "locked" in str(error))
-    with pytest.raises(peewee.OperationalError, match="locked"):
-        workflow.pause(reason="vergaß es")
-    workflow.pause(reason="vergaß es")
-    assert reload(workflow).reason == "vergaß es"
-
-
     made = []
 
     def make(*models):
@@ -15441,7 +15444,7 @@ def test_after_a_deploy_that_shortened_a_wait_one_command_brings_all_to_what_is_
 
             @step(wait=timedelta(days=days))
             def second(self):
-                pass
+                assert self.hero.name != "broken"
 
         return Deployed
 
@@ -15451,6 +15454,9 @@ def test_after_a_deploy_that_shortened_a_wait_one_command_brings_all_to_what_is_
     for each in there[:4]:
         each.skip()
     there[3].pause()
+    broken = cls.create(hero=User.create(name="broken"))  # has nothing that is scheduled
+    gd.TestHelpers().speedrun_workflow(broken, raise_errors=False)
+    assert (broken.state, broken.current_step_name) == ("paused", "second")
     other = Tomorrow.create(hero=User.create())
     before = scheduled(other).scheduled_for
     clock.forward(hours=1)
@@ -15464,6 +15470,8 @@ def test_after_a_deploy_that_shortened_a_wait_one_command_brings_all_to_what_is_
     assert [reload(each).state for each in there[:4]] == ["ready"] * 3 + ["paused"]
     assert scheduled(there[4]).step_name == "first"
     assert scheduled(other).scheduled_for == before
+    status, _, problem = command_line("reschedule", other.id, "--in", "9" * 20 + "d")
+    assert (status, "argument --in: it must be neither negative nor over a hundred years" in problem) == (2, True)
     assert command_line("reschedule", other.id, "--in", "1d 2h30min")[0] == 0
     assert scheduled(other).scheduled_for == START + timedelta(days=1, hours=3, minutes=30)
     assert command_line("reschedule", other.id, "--at", "2026-04-01T12:00Z")[0] == 0
