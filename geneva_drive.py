@@ -7149,8 +7149,8 @@ class _CommandLine:
             raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
         if not self.options.state:
             query = query.where(_is_in(*ALLOWED_FROM[call]))
-        if call == "reschedule":  # what an error paused has nothing that is scheduled
-            query = query.where(StepExecution.state.in_(TO_CLAIM))
+            if call == "reschedule":  # what an error paused has nothing that is scheduled
+                query = query.where(StepExecution.state.in_(TO_CLAIM))
         return ids or [each.id for each in query.select(Workflow.id).order_by(Workflow.id)]
 
     def _call(self) -> Callable[[Workflow], object]:
