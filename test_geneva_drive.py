@@ -15,10 +15,10 @@ import fcntl
 import functools
 import gc
 import gzip
-import html
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -58,12 +58,14 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal, getcontext
 from email.utils import parseaddr
 from html.parser import HTMLParser
+from http.cookies import SimpleCookie
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import Empty
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
+from wsgiref.util import setup_testing_defaults
 
 import peewee
 import pytest
@@ -16240,7 +16242,7 @@ def test_the_benchmark_example_says_at_once_that_matplotlib_is_missing():
     assert process.returncode == 2
 
 
-# ==== The report among the examples ===================================================================================
+# ==== The console among the examples ==================================================================================
 
 # What may come from users: markup, quotes, an override of the direction, a language from right to left, characters that
 # no page may hold. And what of it is shown.
@@ -16248,159 +16250,435 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"
 UNPRINTABLE = HOSTILE + "\u202egnp.exe\x1b[31m\x85"
 SHOWN = HOSTILE + r"\u202egnp.exe\x1b[31m\x85"
 
-REPORTED = f"""
-from peewee import CharField, Model, SqliteDatabase
-from geneva_drive import GenevaDrive, TestHelpers, Workflow, step
-
-db = SqliteDatabase("app.db")
-drive = GenevaDrive(db)
-
-class Thing(Model):
-    id = CharField(primary_key=True)
-
-    class Meta:
-        database = db
-
-class Job(Workflow):
-    workflow_type = {HOSTILE!r}
-
-    @step(name={HOSTILE!r})
-    def one(self):
-        self.context[{UNPRINTABLE!r}] = {UNPRINTABLE + chr(0xD800)!r}
-
-    @step(on_exception="reattempt", max_reattempts=60)
-    def two(self):
-        raise type({HOSTILE!r}, (ValueError,), {{}})({UNPRINTABLE!r} + "long" * 20_000)
-
-if __name__ == "__main__":
-    db.create_tables([Thing])
-    drive.create_tables()
-    for key in ({UNPRINTABLE!r}, "W" * 255, "waits"):
-        job = Job.create(hero=Thing.create(id=key))
-        if key != "waits":
-            TestHelpers().speedrun_workflow(job, raise_errors=False)
-"""
-
 
 class Page(HTMLParser):
-    """The elements and the text of a page that is well-formed, and holds nothing that loads or runs anything."""
+    """A page that is well-formed, and holds nothing that runs anything, or loads it from elsewhere."""
 
-    ATTRIBUTES = {"class", "dir", "datetime", "scope", "value", "x", "y", "width", "height", "role", "aria-label"}
-    ATTRIBUTES |= {"viewbox", "preserveaspectratio", "lang", "charset", "http-equiv", "content", "name"}
+    WORDS = re.compile("[^ ]+").findall
+    ELEMENTS = set(
+        WORDS("html head meta title style body main nav h1 h2 p a b bdi span time table thead tbody tr th td")
+    )
+    ELEMENTS |= set(WORDS("section div form label input select option button details summary pre ol li svg rect"))
+    ATTRIBUTES = set(WORDS("class dir datetime scope value x y width height role aria-label data-head lang charset"))
+    ATTRIBUTES |= set(WORDS("content name href rel action formaction method type placeholder autocomplete"))
+    ATTRIBUTES |= {"selected", "disabled", "hidden"}
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open, self.text = Counter(), [], ""
+        self.elements, self.open, self.text, self.links, self.forms = Counter(), [], "", {}, []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        assert tag not in {"script", "img", "link", "base", "iframe", "object", "embed", "form", "a", "image", "use"}
-        assert {name for name, _ in attributes} <= self.ATTRIBUTES
+        given = dict(attributes)
+        assert tag in self.ELEMENTS
+        assert given.keys() <= self.ATTRIBUTES
         self.elements[tag] += 1
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self.open.append(tag)
+        for name in given.keys() & {"href", "action", "formaction"}:
+            assert re.match("/(?!/)", given[name]), "a place elsewhere"
+        if tag == "a":
+            self.links[given["href"]] = ""
+        if tag == "form":
+            self.forms.append({})
+        if tag in ("input", "button", "select") and "name" in given:
+            self.forms[-1][given["name"]] = given.get("value", "")
+        if tag == "button" and "formaction" in given:
+            self.forms[-1].setdefault("calls", []).append(given["formaction"].rpartition("/")[2])
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
+        if self.open[-1:] == ["a"]:
+            self.links[list(self.links)[-1]] += data
         if self.open[-1:] == ["style"]:
             assert not re.search(r"url\(|@import|//", data)
 
 
-# Opens what is folded in a page, and tells the page around it how it has fared.
-PROBE = """<script>
-document.querySelectorAll('details').forEach(each => each.open = true);
-const root = document.documentElement, style = getComputedStyle(document.body);
-parent.postMessage({title: document.title, width: innerWidth, needed: root.scrollWidth,
-    scripts: document.scripts.length, page: style.backgroundColor, text: style.color}, '*');
-</script>"""
-# Shows a page in frames as wide as a telephone and a screen, for no window of Chromium is narrower than 500 pixels, and
-# then holds what the probes told.
-FRAMES = """<!doctype html><meta name="color-scheme" content="light dark"><script>
-const told = [];
-onmessage = message => { told.push(message.data); document.documentElement.dataset.told = JSON.stringify(told); };
-</script><iframe src="probed.html" width="400"></iframe><iframe src="probed.html" width="1280"></iframe>"""
-SCHEMES = {
-    "dark": {"page": "rgb(17, 20, 24)", "text": "rgb(230, 233, 237)"},
-    "light": {"page": "rgb(244, 245, 247)", "text": "rgb(27, 31, 36)"},
-}
+class Operator:
+    """Somebody who uses a console, without a browser: with its cookies, and the forms that it shows."""
+
+    def __init__(self, app, host="localhost:8080", script=""):
+        self.app, self.host, self.script, self.cookies, self.headers = app, host, script, SimpleCookie(), {}
+
+    def get(self, path, status=200, **query):
+        return self.ask("GET", path + "?" * bool(query) + urlencode(query), status)
+
+    def post(self, path, status=200, headers=(), **form):
+        return self.ask("POST", path, status, urlencode(form).encode(), dict(headers))
+
+    def call(self, workflow, call, status=303, **form):
+        """Fill in the form of a call, as its page shows it, and send it."""
+        (shown,) = [each for each in self.get(f"/workflows/{workflow.id}").forms if call in each.get("calls", ())]
+        return self.post(f"/workflows/{workflow.id}/{call}", status, **{**shown, **form, "calls": ""})
+
+    def ask(self, method, path, status, body=b"", headers=()):
+        path, _, query = path.partition("?")
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "HTTP_HOST": self.host}
+        environ |= {"SCRIPT_NAME": self.script, "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+        environ |= {
+            "HTTP_COOKIE": "; ".join(f"{each.key}={each.value}" for each in self.cookies.values()),
+            **dict(headers),
+        }
+        setup_testing_defaults(environ)
+        answers = []
+        text = b"".join(self.app(environ, lambda *answer: answers.append(answer))).decode()
+        (line, headers, *_) = answers[0]
+        self.headers = dict(headers)
+        self.cookies.load(self.headers.get("Set-Cookie", ""))
+        assert int(line[:3]) == status, (text[text.find("<main") :], environ["wsgi.errors"].getvalue())
+        assert self.headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+        return Page(text) if text else None
 
 
-def browse(chromium, page, scheme="light"):
-    """A process that opens a page in a real browser, and prints what has become of it."""
-    profile = page.with_name(f"profile-{page.stem}-{scheme}")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--dump-dom"]
-    options += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=2000"]
-    options += [f"--blink-settings=preferredColorScheme={list(SCHEMES).index(scheme)}"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([chromium, *options, page.as_uri()], **streams)
+@pytest.fixture(scope="session")
+def console():
+    require_package("bottle")
+    spec = importlib.util.spec_from_file_location("console", HERE / "examples" / "console.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def browsed(process):
-    try:
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors.decode()
-    assert b"CONSOLE" not in errors  # where a page's errors, and what its policy forbade, are told
-    return output.decode()
+@pytest.fixture
+def operator(console, drive):
+    return Operator(console.make_app(drive))
 
 
-def test_the_report_example_makes_one_safe_page_of_an_applications_tables(tmp_path, chromium):
-    (tmp_path / "app.py").write_text(REPORTED, encoding="utf-8")
-    report = tmp_path / "report.html"
-    assert "drive.create_tables() makes them" in example(tmp_path, "report.py", "app:drive", status=1)
-    assert "app:Job is no GenevaDrive" in example(tmp_path, "report.py", "app:Job", status=2)
-    assert not report.exists()
-    example(tmp_path, tmp_path / "app.py")
-    example(tmp_path, "report.py", "app:drive")
-    text = report.read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(text) < 200_000  # of 60 errors of 80,000 characters
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
-    assert (page.elements["article"], page.elements["h1"], page.elements["title"] > 100) == (3, 1, True)
-    assert page.elements["li"] == 50 + 50 + 1
-    assert f"{HOSTILE} 1 paused" in page.text
-    assert f"Thing {SHOWN} at two, since 2" in page.text
-    assert f"Thing {'W' * 255} at two" in page.text
-    assert "two: failed, reattempted; began 2" in page.text
-    assert f"__main__.{HOSTILE}: {SHOWN}long" in page.text
-    assert "In words, the last 50 of 62" in page.text
-    assert "Traceback" in page.text
-    assert r"gnp.exe\u001b[31m\x85\ud800" in page.text  # in the context, as JSON
-    assert doctor_of(tmp_path / "app.db") == []
-    # Without its policy, for the probe: no other script may run even so.
-    probed = re.sub("<meta http-equiv=.*>", "", text).replace("</body>", PROBE + "</body>")
-    (tmp_path / "probed.html").write_text(probed, encoding="utf-8")
-    frames = tmp_path / "frames.html"
-    frames.write_text(FRAMES)
-    processes = [browse(chromium, report), *(browse(chromium, frames, scheme) for scheme in SCHEMES)]
-    untouched, *doms = map(browsed, processes)
-    for colours, dom in zip(SCHEMES.values(), doms, strict=True):
-        told = json.loads(html.unescape(re.search('data-told="(.*?)"', dom)[1]))
-        expected = {"title": "Workflows of app:drive", "scripts": 1, **colours}
-        assert sorted(told, key=lambda each: each["width"]) == [
-            {"width": width, "needed": width, **expected} for width in (400, 1280)
-        ]
-    assert Page(untouched).elements == page.elements + Counter()
+class Mailing(Workflow):
+    """Fails at its first step, or waits for a signal before the second one."""
+
+    @step
+    def send(self):
+        if not self.hero.active:
+            raise ConnectionError(f"no {self.hero.name}")
+
+    @step(wait_for="opened", timeout=timedelta(days=3))
+    def thank(self):
+        did(self.signal_payload)
 
 
-def test_the_report_example_shows_a_demonstration_and_empty_tables(tmp_path):
-    example(tmp_path, "report.py")
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.elements["article"] > 20
-    for word in ("ConnectionError: 451 greylisted", "Payment", "Signup", "In figures", "is paused"):
-        assert word in page.text
-    (tmp_path / "app.py").write_text(REPORTED, encoding="utf-8")
-    assert completed("-c", "import app; app.drive.create_tables()", cwd=tmp_path)[0] == 0
-    example(tmp_path, "report.py", "app:drive", "-o", "empty.html")
-    page = Page((tmp_path / "empty.html").read_text(encoding="utf-8"))
-    assert page.elements["article"] == 0
-    assert page.text.count("None.") == 3
+def mailings(helpers, *activities):
+    """Workflows that wait for their signal, or are paused by an error."""
+    made = [Mailing.create(hero=User.create(active=active)) for active in activities]
+    for each in made:
+        helpers.perform_next_step(each, raise_errors=False)
+    return [reload(each) for each in made]
+
+
+def states_of(workflows):
+    return [reload(each).state for each in workflows]
+
+
+def test_the_console_counts_workflows_and_groups_the_paused(operator, helpers, console, monkeypatch):
+    *_failed, waiting, by_hand = mailings(helpers, False, False, False, True, True)
+    by_hand.pause(reason="ask Grace")
+    waiting.cancel()
+    done = Plain.create(hero=User.create())
+    page = operator.get("/")
+    links = dict(reversed(each) for each in page.links.items())
+    assert "3 Mailing at send: ConnectionError" in links
+    assert links["1 Mailing at thank: no error"].startswith("/workflows?state=paused&type=Mailing&step=thank")
+    assert (
+        page.links["/workflows?type=Mailing&state=paused"],
+        page.links["/workflows?type=Mailing&state=canceled"],
+    ) == ("4", "1")
+    assert page.links["/workflows?type=Plain&state=ready"] == "1"
+    assert operator.headers["Refresh"] == "30"
+    monkeypatch.setattr(console, "COUNTED", 1)
+    monkeypatch.setattr(console, "NEWEST", 3)
+    page = operator.get("/")
+    assert page.links["/workflows?type=Mailing&state=paused"] == "3+"
+    assert page.links["/workflows?type=Plain&state=ready"] == "1+"
+    assert "2 Mailing at send: ConnectionError" in page.links.values()
+    done.cancel()
+
+
+def preview(operator, call, step_name="send", error="ConnectionError"):
+    page = operator.get("/group", type="Mailing", step=step_name, error=error, call=call)
+    return page, page.forms[0] if page.forms else None
+
+
+@pytest.mark.parametrize("call", ["resume", "skip", "cancel"])
+def test_the_console_calls_a_group_after_its_preview(operator, helpers, call):
+    group = mailings(helpers, False, False)
+    others = mailings(helpers, True)
+    page, form = preview(operator, call)
+    assert f"{call} these 2" in page.text
+    assert states_of(group) == ["paused"] * 2
+    answer = operator.post("/group", **form | {"reason": "the server is back"})
+    assert f"{call}: 2 done, 0 left as they are" in answer.text
+    assert states_of(group) == [{"cancel": "canceled"}.get(call, "ready")] * 2
+    assert states_of(others) == ["ready"]
+    for each in map(reload, group):
+        said = [each.reason, *((row.reason, row.begun_reason) for row in each.execution_history)]
+        assert "the server is back" in str(said)
+
+
+def test_the_console_acts_on_a_group_as_far_as_it_stands_as_it_was_shown(operator, helpers, drive):
+    drive.clock = lambda: START
+    stays, resumed, again, skipped, over = group = mailings(helpers, *[False] * 5)
+    _, form = preview(operator, "cancel")
+    drive.clock = lambda: START + timedelta(seconds=1)
+    resumed.resume()
+    again.resume()
+    helpers.perform_next_step(again, raise_errors=False)
+    skipped.skip()
+    skipped.pause()
+    over.cancel()
+    (late,) = mailings(helpers, False)
+    answer = operator.post("/group", **form)
+    assert "cancel: 1 done, 4 left as they are" in answer.text
+    assert f"Mailing {again.id} is not as it was shown" in answer.text
+    assert states_of([*group, late]) == ["canceled", "ready", "paused", "paused", "canceled", "paused"]
+    assert reload(stays).transitioned_at == START + timedelta(seconds=1)
+
+
+def test_the_console_waits_for_whoever_changes_a_row_and_then_leaves_it(operator, helpers, database):
+    (workflow,) = mailings(helpers, False)
+    _, form = preview(operator, "skip")
+    answers = []
+    with database.peewee.atomic():
+        workflow.resume()
+        thread = threading.Thread(target=lambda: answers.append(operator.post("/group", **form)))
+        thread.start()
+        thread.join(0.3)
+        assert answers == []
+    thread.join(20)
+    assert "skip: 0 done, 1 left as they are" in answers[0].text
+    assert reload(workflow).current_step_name == "send"
+
+
+def test_the_console_offers_the_calls_that_a_state_allows(operator, helpers, console):
+    assert {name: tuple(gd.ALLOWED_FROM[name]) for name in console.CALLS} == console.CALLS
+    assert console.STATES == gd.WORKFLOW_STATES
+    ready, paused, over = mailings(helpers, True, False, True)
+    over.cancel()
+    for workflow in (ready, paused, over):
+        page = operator.get(f"/workflows/{workflow.id}")
+        offered = {call for form in page.forms for call in form["calls"]}
+        assert offered == {name for name, states in console.CALLS.items() if reload(workflow).state in states}
+        assert all("token" in form and "shown" in form for form in page.forms)
+
+
+def test_the_console_makes_every_call(operator, helpers, drive):
+    drive.clock = lambda: START
+    (workflow,) = mailings(helpers, False)
+    operator.call(workflow, "resume", reason="mended")
+    assert reload(workflow).execution_history.order_by(StepExecution.number.desc()).get().begun_reason == "mended"
+    operator.call(workflow, "reschedule", when="2h")
+    assert reload(workflow).execution_history.where(
+        StepExecution.state == "scheduled"
+    ).get().scheduled_for == START + timedelta(hours=2)
+    operator.call(workflow, "reschedule", when="2026-03-09T12:00")
+    assert reload(workflow).execution_history.where(
+        StepExecution.state == "scheduled"
+    ).get().scheduled_for == START + timedelta(days=8)
+    operator.call(workflow, "pause", reason="by hand")
+    assert (reload(workflow).state, reload(workflow).reason) == ("paused", "by hand")
+    operator.call(workflow, "skip", reason="not needed")
+    assert reload(workflow).current_step_name == "thank"
+    operator.call(workflow, "signal", signal="opened", payload='{"at": 7}', key="a")
+    assert gd.WorkflowSignal.get().payload == {"at": 7}
+    helpers.perform_next_step(workflow)
+    assert reload(workflow).state == "finished"
+    operator.call(workflow, "resume_at", step="thank")
+    operator.call(workflow, "cancel", reason="the customer called")
+    assert (reload(workflow).state, reload(workflow).reason) == ("canceled", "the customer called")
+    page = operator.get(f"/workflows/{workflow.id}")
+    for said in (
+        "the customer called",
+        "resumed: mended",
+        "ConnectionError: no ada",
+        "thank",
+        "opened",
+        '{"at": 7}',
+        "Traceback (most recent call last)",
+    ):
+        assert said in page.text
+
+
+def test_the_console_shows_parent_and_children_and_cancels_them_together(operator, hero):
+    parent = Plain.create(hero=hero)
+    children = [Mailing.create(hero=User.create(), parent=parent) for _ in range(2)]
+    page = operator.get(f"/workflows/{parent.id}")
+    assert {f"/workflows/{each.id}" for each in children} < page.links.keys()
+    assert page.forms[0].keys() >= {"children", "reason"}
+    page = operator.get(f"/workflows/{children[0].id}")
+    assert page.links[f"/workflows/{parent.id}"] == str(parent.id)
+    assert "children" not in page.forms[0]
+    ids = [link for link in operator.get("/workflows", parent=parent.id).links if re.search(r"/\d+$", link)]
+    assert ids == [f"/workflows/{each.id}" for each in reversed(children)]
+    operator.call(parent, "cancel", children="too", reason="all of it")
+    assert states_of([parent, *children]) == ["canceled"] * 3
+
+
+def test_the_console_refuses_what_cannot_be(operator, helpers):
+    (workflow,) = mailings(helpers, True)
+    path, page = f"/workflows/{workflow.id}", operator.get(f"/workflows/{workflow.id}")
+    form = page.forms[0] | {"calls": ""}
+    assert "is ready; resume() was refused" in operator.post(f"{path}/resume", 409, **form).text
+    assert "not JSON" in operator.post(f"{path}/signal", 400, **form, signal="opened", payload="{").text
+    assert "no step" in operator.post(f"{path}/signal", 409, **form, signal="closed").text
+    assert "no duration" in operator.post(f"{path}/reschedule", 400, **form, when="soon").text
+    operator.post(f"{path}/reattempt", 404, **form)
+    operator.post("/workflows/999999/cancel", 404, **form)
+    for gone in ("/workflows/999999", "/workflows/99999999999999999999", "/workflows/x", "/nothing"):
+        operator.get(gone, 404)
+    for wrong in ({"parent": "x"}, {"before": "-1"}, {"older_than": "long"}):
+        operator.get("/workflows", 400, **wrong)
+    operator.get("/group", 400, call="delete")
+    helpers.travel(workflow, timedelta(days=3))  # it stands at another step, or no more
+    assert "not as it was shown" in operator.post(f"{path}/skip", 409, **form).text
+    assert states_of([workflow]) == ["paused"]
+
+
+def test_the_console_refuses_forged_requests(operator, helpers, console, drive):
+    (workflow,) = mailings(helpers, False)
+    path, form = f"/workflows/{workflow.id}/cancel", operator.get(f"/workflows/{workflow.id}").forms[0] | {"calls": ""}
+    other = Operator(operator.app)
+    others = other.get(f"/workflows/{workflow.id}").forms[0]["token"]
+    operator.post(path, 403)
+    operator.post(path, 403, **form | {"token": others})
+    operator.post(path, 403, **form | {"token": "\u05e9"})
+    Operator(operator.app).post(path, 403, **form)  # without the cookie
+    for site in ("cross-site", "same-site", "none"):
+        operator.post(path, 403, {"HTTP_SEC_FETCH_SITE": site}, **form)
+    operator.ask("POST", path, 413, b"x" * 1_000_001)
+    operator.ask("PUT", path, 403)
+    operator.get(path, 405)
+    for host in ("evil.example", "localhost.evil.example:8080", "", "127.0.0.1.nip.io"):
+        foreign = Operator(operator.app, host)
+        foreign.cookies = operator.cookies
+        foreign.get("/", 421)
+        foreign.post(path, 421, **form)
+    only_shows = Operator(console.make_app(drive, read_only=True, secret="s"))
+    assert only_shows.get(f"/workflows/{workflow.id}").forms == []
+    only_shows.get("/group", 400, call="cancel", type="Mailing", step="send", error="ConnectionError")
+    only_shows.post(path, 403, **form)
+    assert states_of([workflow]) == ["paused"]
+    assert "HttpOnly" in other.headers["Set-Cookie"]
+    assert "SameSite=strict" in other.headers["Set-Cookie"]
+    operator.post(path, 303, {"HTTP_SEC_FETCH_SITE": "same-origin"}, **form)
+    assert states_of([workflow]) == ["canceled"]
+
+
+def test_gets_change_nothing_in_the_console(operator, helpers, db):
+    workflows = mailings(helpers, False, True)
+    before = [list(model.select().order_by(model.id).dicts()) for model in gd.MODELS]
+    with statements_sent(db) as sent:
+        for path in ("/", "/workflows", *(f"/workflows/{each.id}" for each in workflows)):
+            operator.get(path)
+        for call in ("resume", "skip", "cancel"):
+            preview(operator, call)
+    assert {each.split()[0].upper() for each in sent} <= {"SELECT"}
+    assert [list(model.select().order_by(model.id).dicts()) for model in gd.MODELS] == before
+
+
+def test_processes_of_the_console_share_their_tokens_by_the_secret(console, drive, helpers):
+    (workflow,) = mailings(helpers, False)
+    one, other, stranger = (Operator(console.make_app(drive, secret=secret)) for secret in ("s", b"s", "t"))
+    form = one.get(f"/workflows/{workflow.id}").forms[0] | {"calls": ""}
+    for each, status in ((stranger, 403), (other, 303)):
+        each.cookies = one.cookies
+        each.post(f"/workflows/{workflow.id}/resume", status, **form)
+    assert states_of([workflow]) == ["ready"]
+
+
+def test_the_console_is_mounted_behind_a_login(console, drive, helpers, db):
+    import bottle
+
+    app, (workflow,) = bottle.Bottle(), mailings(helpers, False)
+    app.mount("/ops/", console.make_app(drive, hosts=("Ops.Example.com",)))
+    operator = Operator(app, "ops.example.com")
+    page = operator.get("/ops/workflows")
+    assert f"/ops/workflows/{workflow.id}" in page.links
+    assert "Path=/ops/" in operator.headers["Set-Cookie"]
+    Operator(app, "localhost").get("/ops/", 421)
+    assert not db.is_closed()  # it was open before
+
+
+def test_the_console_selects_as_the_command_line_does(operator, helpers, drive):
+    drive.clock = lambda: START
+    failed, waiting, by_hand = mailings(helpers, False, True, True)
+    by_hand.pause(reason="ask Grace")
+    plain = Plain.create(hero=User.create(name="mary"))
+    drive.clock = lambda: START + timedelta(hours=3)
+    newer = Plain.create(hero=User.create())
+    everything = [newer, plain, by_hand, waiting, failed]
+    for found, selection in (
+        (everything, {}),
+        ([newer, plain, waiting], {"state": "ready"}),
+        ([by_hand, failed], {"state": "paused"}),
+        ([], {"state": "performing"}),
+        ([], {"state": "bogus' or 1=1"}),
+        ([newer, plain], {"type": "Plain"}),
+        ([], {"type": "Nothing"}),
+        ([plain], {"hero": f"User:{plain.hero_id}"}),
+        ([failed], {"step": "send"}),
+        ([failed], {"error": "no ada"}),
+        ([failed], {"error": "nectionErr"}),
+        ([by_hand], {"why": "grace"}),
+        ([by_hand, waiting], {"waiting_for": "opened"}),
+        ([waiting], {"waiting_for": "opened", "state": "ready"}),
+        ([plain, by_hand, waiting, failed], {"older_than": "2h59min"}),
+        ([waiting], {"before": str(by_hand.id), "state": "ready"}),
+    ):
+        links = operator.get("/workflows", **selection).links
+        ids = [int(link.rpartition("/")[2]) for link in links if re.search(r"/workflows/\d+$", link)]
+        assert ids == [each.id for each in found], selection
+
+
+@pytest.mark.parametrize("selection", [{}, {"state": "paused"}, {"state": "ready"}, {"type": "Mailing"}])
+def test_the_console_pages_by_key(operator, helpers, console, monkeypatch, selection):
+    monkeypatch.setattr(console, "PER_PAGE", 2)
+    workflows = mailings(helpers, *[selection != {"state": "paused"}] * 5)
+    found, path, pages = [], "/workflows?" + urlencode(selection), 0
+    while path:
+        page, pages = operator.get(path), pages + 1
+        found += [int(link.rpartition("/")[2]) for link in page.links if re.search(r"/workflows/\d+$", link)]
+        path = next((link for link, text in page.links.items() if text == "older ones"), None)
+    assert (found, pages) == ([each.id for each in reversed(workflows)], 3)
+
+
+def test_the_console_shows_hostile_names_and_errors_as_text(console, drive, db):
+    class Job(Workflow):
+        workflow_type = HOSTILE
+        may_proceed_without_hero = True
+
+        @step(name=HOSTILE)
+        def one(self):
+            self.context[UNPRINTABLE] = UNPRINTABLE
+            raise type(HOSTILE, (ValueError,), {})(UNPRINTABLE + "long" * 20_000)
+
+    job = Job.create()
+    gd.TestHelpers().perform_next_step(job, raise_errors=False)
+    operator, kind = Operator(console.make_app(drive)), f"{__name__}.{HOSTILE}"
+    given = {"type": HOSTILE, "step": HOSTILE, "error": kind}
+    for page in (
+        operator.get("/"),
+        operator.get("/workflows"),
+        operator.get("/workflows", **given),
+        operator.get("/group", **given, call="cancel"),
+        operator.get(f"/workflows/{job.id}"),
+    ):
+        assert HOSTILE in page.text
+        assert page.elements["title"] >= 1
+    assert f"{kind}: {SHOWN}long" in page.text
+    assert r"gnp.exe\u001b[31m\x85" in page.text  # in the context, as JSON
+    assert len(page.text) < 60_000  # of an error of 80,000 characters, and its traceback
+    assert HOSTILE in operator.get("/workflows", type=HOSTILE, step=HOSTILE, why="nothing <b>").text
+
+
+def test_the_console_says_what_to_do_without_tables(console, tmp_path):
+    db = SqliteDatabase(tmp_path / "empty.db")
+    assert "drive.create_tables() makes them" in Operator(console.make_app(GenevaDrive(db))).get("/", 503).text
+    assert db.is_closed()
 
 
 def test_the_readme_lists_every_example_and_the_small_ones_are_small():
