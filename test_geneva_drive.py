@@ -5,6 +5,8 @@ Crashes, races and duplicates come first. The servers are started by conftest.py
 
 import argparse
 import asyncio
+import base64
+import configparser
 import contextlib
 import contextvars
 import copy
@@ -16088,6 +16090,76 @@ def test_the_two_processes_example_shares_its_workflows(servers, tmp_path, queue
         consumer.wait()
 
 
+STEPPED = """
+import time
+from geneva_drive import GenevaDrive, Workflow, step
+from peewee import SqliteDatabase
+
+db = SqliteDatabase("app.db", timeout=10)
+drive = GenevaDrive(db)
+drive.create_tables()
+
+class Slow(Workflow):
+    may_proceed_without_hero = True
+
+    @step
+    def one(self):
+        print("began", flush=True)
+        time.sleep(1)
+        self.context["ended"] = True
+
+    @step
+    def two(self):
+        pass
+"""
+
+
+def deployed(kind):
+    """What a unit file or a Dockerfile says: the command, the signal that stops it, how long it has for that."""
+    folder = HERE / "examples" / "two_processes"
+    if kind == "systemd":
+        unit = configparser.ConfigParser()
+        unit.optionxform = str
+        unit.read(folder / "consumer.service")
+        service = unit["Service"]
+        _, *arguments = service["ExecStart"].split()
+        return arguments, service["KillSignal"], int(service["TimeoutStopSec"])
+    text = (folder / "Dockerfile").read_text()
+    _, _, _, *arguments = json.loads(re.search("^CMD (.+)", text, re.MULTILINE)[1])
+    return (
+        arguments,
+        re.search(r"^STOPSIGNAL (\w+)", text, re.MULTILINE)[1],
+        int(re.search(r"--stop-timeout (\d+)", text)[1]),
+    )
+
+
+@pytest.mark.parametrize("kind", ["systemd", "docker"])
+def test_a_deployed_consumer_drains_in_the_time_that_it_is_given(tmp_path, kind):
+    arguments, stop_signal, timeout = deployed(kind)
+    assert 5 <= timeout - int(arguments[arguments.index("--shutdown-timeout") + 1]) <= 20
+    (tmp_path / "app.py").write_text(STEPPED)
+    assert completed("-c", "import app; app.Slow.create()", cwd=tmp_path)[0] == 0
+    consumer = python("-m", "geneva_drive", *arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert consumer.stdout.readline() == b"began\n"
+    consumer.send_signal(getattr(signal, stop_signal))
+    _, errors = consumer.communicate(timeout=timeout)
+    assert (consumer.returncode, b"draining" in errors) == (0, True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as db:
+        rows = db.execute("select step_name, state from geneva_drive_step_executions order by number").fetchall()
+    assert rows == [("one", "completed"), ("two", "scheduled")]
+    assert doctor_of(tmp_path / "app.db") == []
+
+
+def test_systemd_understands_the_unit_of_the_consumer(tmp_path):
+    if not (systemd := shutil.which("systemd-analyze")):
+        pytest.skip("systemd-analyze is missing: apt-get install systemd")
+    text = (HERE / "examples" / "two_processes" / "consumer.service").read_text()
+    unit = tmp_path / "consumer.service"
+    unit.write_text(re.sub("ExecStart=[^ ]+", f"ExecStart={sys.executable}", text))
+    process = subprocess.run([systemd, "verify", unit], capture_output=True, text=True, timeout=60)
+    assert (process.returncode, [line for line in process.stderr.splitlines() if "consumer.service" in line]) == (0, [])
+
+
 def chaos(url, workflows, **options):
     """examples/chaos.py, begun."""
     words = [f"--{name}={value}" for name, value in options.items()]
@@ -16679,6 +16751,276 @@ def test_the_console_says_what_to_do_without_tables(console, tmp_path):
     db = SqliteDatabase(tmp_path / "empty.db")
     assert "drive.create_tables() makes them" in Operator(console.make_app(GenevaDrive(db))).get("/", 503).text
     assert db.is_closed()
+
+
+@pytest.mark.parametrize("path", ["/", "/workflows?state=paused", "/workflows?state=ready", "/workflows", "/group"])
+def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console, helpers, monkeypatch, tmp_path, path):
+    for name in ("NEWEST", "COUNTED", "PER_PAGE"):
+        monkeypatch.setattr(console, name, 20)
+    db, steps = SqliteDatabase(tmp_path / "many.db"), []
+    with driven(db) as drive:
+        operator = Operator(console.make_app(drive))
+        for number in (300, 3000):
+            Mailing.create_many([User.create() for _ in range(number)])
+            ids = [
+                each.id for each in Workflow.select(Workflow.id).where(Workflow.state == "ready").order_by(-Workflow.id)
+            ]
+            for workflow in Workflow.select().where(Workflow.id.in_(ids[::10])):
+                workflow.pause()
+            counted = itertools.count()
+            db.connection().set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+            for _ in range(2):  # what Peewee looks up once is not counted
+                start = next(counted)
+                operator.get(path + "?call=skip&type=Mailing&step=send" * (path == "/group"))
+                taken = next(counted) - start
+            db.connection().set_progress_handler(None, 10)
+            steps.append(taken)
+    few, many = steps
+    assert 20 < many < few * 1.2
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.exhaustive("sqlite", "postgresql")
+def test_each_page_of_the_console_takes_less_than_100_ms_beside_100_000_workflows(console, servers, kind):
+    db, rows = connect(servers.empty(kind)), 100_000
+    with driven(db) as drive:
+        with db.atomic():
+            for names in peewee.chunked(["ada"] * rows, 5000):
+                User.insert_many(
+                    [(name, True, 0) for name in names], fields=[User.name, User.active, User.visits]
+                ).execute()
+        Mailing.create_many(list(User.select()))
+        spread(drive.clock())
+        db.execute_sql("analyze")
+        operator, took = Operator(console.make_app(drive)), {}
+        paths = ["/", "/workflows", "/workflows?before=50000", "/workflows/55", "/workflows?hero=User:77"]
+        paths += [f"/workflows?state={state}" for state in console.STATES] + ["/workflows?waiting_for=opened"]
+        paths += ["/workflows?older_than=2h", "/workflows?step=nothing", "/workflows?type=Mailing&state=canceled"]
+        paths += ["/group?call=resume&type=Mailing&step=send&error=ValueError"]
+        for path in paths:
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                operator.get(path)
+                times.append(time.perf_counter() - start)
+            took[path] = round(1000 * min(times))
+        print(took)  # milliseconds
+        assert max(took.values()) < 100, took
+
+
+def spread(now):
+    """Most workflows are finished, a hundredth is paused by an error, another waits for a signal, a few perform."""
+
+    def end(state, found, step_state, **values):
+        of = StepExecution.workflow.in_(Workflow.select(Workflow.id).where(found))
+        StepExecution.update(state=step_state, queue=None, **values).where(of).execute()
+        ended = {"transitioned_at": None if state in ("ready", "performing") else now}
+        ended |= {"current_step_name": None} if state in ("finished", "canceled") else {}
+        Workflow.update(state=state, **ended).where(found).execute()
+
+    hundredth, over = peewee.fn.MOD(Workflow.id, 100), {"finished_at": now}
+    failed = {"error_class_name": "ValueError", "error_message": "no", "error_backtrace": "x" * 5000}
+    end("finished", hundredth < 60, "completed", outcome="success", started_at=now, **over)
+    end("paused", hundredth == 60, "failed", outcome="failed", started_at=now, **over, **failed)
+    end("ready", hundredth == 61, "waiting", waiting_for="opened")
+    end("performing", Workflow.id << [62, 162], "in_progress", started_at=now, heartbeat_at=now)
+    end("canceled", Workflow.id << [63, 163], "canceled", outcome="canceled", **over)
+
+
+class Browser:
+    """A real Chromium, driven by the DevTools protocol through two pipes."""
+
+    IS_LOADED = {"expression": "document.readyState == 'complete' && !window.isLeft"}
+
+    def __init__(self, chromium, profile):
+        (theirs_in, self.commands), (self.answers, theirs_out) = os.pipe(), os.pipe()
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+        # Its ends of the pipes are to be 3 and 4.
+        script = f'exec 5<&{theirs_in} 6>&{theirs_out}; exec 3<&5 4>&6; exec "$@"'
+        command = ["bash", "-c", script, "browser", str(chromium), *options, "--remote-debugging-pipe"]
+        self.process = subprocess.Popen(
+            [*command, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.read, self.number, self.session, self.console = b"", 0, {}, []
+        until(lambda: self.targets())
+        attached = self.send("Target.attachToTarget", targetId=self.targets()[0], flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def targets(self):
+        found = self.send("Target.getTargets")["targetInfos"]
+        return [each["targetId"] for each in found if each["type"] == "page"]
+
+    def send(self, method, **parameters):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters, **self.session}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def receive(self):
+        while b"\0" not in self.read:
+            read = os.read(self.answers, 65536)
+            assert read, "the browser is gone"
+            self.read += read
+        message, _, self.read = self.read.partition(b"\0")
+        event = json.loads(message)
+        if event.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
+            self.console.append(event["params"])  # where it tells what a policy forbade
+        return event
+
+    def loaded(self, leave):
+        """Do what opens another page, and wait until that is there."""
+        self.look("window.isLeft = true")
+        leave()
+        until(lambda: self.send("Runtime.evaluate", **self.IS_LOADED)["result"].get("value"))
+
+    def open(self, url):
+        self.loaded(lambda: self.send("Page.navigate", url=url))
+
+    def look(self, script):
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def type(self, **values):
+        """Write into the fields of the form that has all these names."""
+        self.look(
+            f"""{{ const values = {json.dumps(values)};
+            const form = [...document.forms].find(each => Object.keys(values).every(name => each.elements[name]));
+            for (const name in values) form.elements[name].value = values[name]; }}"""
+        )
+
+    def click(self, text):
+        """Click on the first link or button with this text, and wait for the page that it opens."""
+        place = self.look(
+            f"""{{ const found = [...document.querySelectorAll('a, button')].find(
+                each => each.textContent.trim() == {json.dumps(text)});
+            found.scrollIntoView({{block: 'center'}});
+            const [box] = found.getClientRects(); [box.x + box.width / 2, box.y + box.height / 2] }}"""
+        )
+        mouse = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
+        self.send("Input.dispatchMouseEvent", type="mousePressed", **mouse)
+        self.loaded(lambda: self.send("Input.dispatchMouseEvent", type="mouseReleased", **mouse))
+
+    def text(self):
+        return self.look("document.body.innerText")
+
+    def show_at(self, width, scheme):
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+@pytest.fixture
+def browser(chromium, tmp_path):
+    browser = Browser(chromium, tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+CONSOLED = f"""
+import smtplib
+from peewee import CharField, Model, SqliteDatabase
+from geneva_drive import GenevaDrive, TestHelpers, Workflow, step
+
+db = SqliteDatabase("app.db", pragmas={{"journal_mode": "wal"}}, timeout=10)
+drive = GenevaDrive(db)
+
+class User(Model):
+    id = CharField(primary_key=True)
+
+    class Meta:
+        database = db
+
+class Signup(Workflow):
+    @step(on_exception="reattempt", max_reattempts=60)
+    def send_reminder(self):
+        raise smtplib.SMTPServerDisconnected({UNPRINTABLE!r} + "long" * 20_000)
+
+    @step(name={HOSTILE!r}, wait_for="opened")
+    def thank(self):
+        pass
+
+if __name__ == "__main__":
+    db.create_tables([User])
+    drive.create_tables()
+    for key in ({UNPRINTABLE!r}, "W" * 255, "third"):
+        TestHelpers().speedrun_workflow(Signup.create(hero=User.create(id=key)), raise_errors=False)
+"""
+SCHEMES = {
+    "dark": ["rgb(17, 20, 24)", "rgb(230, 233, 237)"],
+    "light": ["rgb(244, 245, 247)", "rgb(27, 31, 36)"],
+}
+
+
+def test_the_console_is_used_in_a_browser(console, browser, tmp_path):
+    (tmp_path / "app.py").write_text(CONSOLED, encoding="utf-8")
+    example(tmp_path, tmp_path / "app.py")
+    assert "app:User is no GenevaDrive" in example(tmp_path, "console.py", "app:User", status=2)
+    assert "no attribute" in example(tmp_path, "console.py", "app:nothing", status=2)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = python(HERE / "examples" / "console.py", "app:drive", "--port=0", cwd=tmp_path, **streams)
+    try:
+        browser.open(process.stdout.readline().decode().strip())
+        use(browser)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert b"Traceback" not in errors
+    assert browser.console == []
+    assert doctor_of(tmp_path / "app.db") == []
+
+
+def use(browser):
+    group = "Signup at send_reminder: smtplib.SMTPServerDisconnected"
+    assert f"3 {group}" in browser.text()
+    browser.click(f"3 {group}")  # which filters
+    assert browser.look("document.forms[0].elements.state.value") == "paused"
+    browser.type(hero="User:third")
+    browser.click("show")
+    browser.click("Signup 3")
+    assert "SMTPServerDisconnected" in browser.text()
+    browser.type(reason="the customer <b>called</b>")
+    browser.click("cancel")
+    assert "the customer <b>called</b>" in browser.text()
+    for width, scheme in itertools.product((400, 1280), SCHEMES):
+        browser.show_at(width, scheme)
+        for path in ("/", "/workflows", "/workflows/1", "/workflows/2", "/group"):
+            query = "?call=skip&type=Signup&step=send_reminder&error=smtplib.SMTPServerDisconnected"
+            browser.open(browser.look("location.origin") + path + query * (path == "/group"))
+            colours = "getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color"
+            assert browser.look(f"[{colours}]") == SCHEMES[scheme]
+            browser.look("document.querySelectorAll('details').forEach(each => each.open = true)")
+            assert browser.look("document.documentElement.scrollWidth") <= width, path
+            assert browser.look("document.scripts.length") == 0
+            if folder := os.environ.get("GENEVA_DRIVE_SCREENSHOTS"):
+                shot = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
+                Path(folder, f"{path.replace('/', '_')}-{width}-{scheme}.png").write_bytes(shot)
+    browser.click("skip these 2")  # the preview, as it was opened last
+    assert "skip: 2 done, 0 left as they are" in browser.text()
+    browser.click("Overview")
+    assert "None." in browser.text()
+    browser.open(browser.look("location.origin") + "/workflows/2")
+    assert "waits for the signal opened" in browser.text()
+    browser.type(signal="opened", payload='{"at": "noon"}')
+    browser.click("signal")
+    assert '{"at": "noon"}' in browser.text()
+    assert "due for" in browser.text()
+    assert browser.look("document.title") == "Signup 2"
 
 
 def test_the_readme_lists_every_example_and_the_small_ones_are_small():

@@ -49,13 +49,13 @@ CALLS = {  # and the states that allow each
 WHATEVER_STEP = ("pause", "cancel", "signal")  # the others are about the step that was shown, and no other one
 SELECTIONS = {
     "state": "",
-    "type": "a class, with its subclasses",
+    "type": "",
     "hero": "User:7",
     "step": "that it stands at",
-    "error": "text in the newest one",
+    "error": "text in the last",
     "why": "text in the reason",
     "waiting_for": "a signal",
-    "older_than": "2h: since it stands still, or was created",
+    "older_than": "2h",
     "parent": "the id of one",
 }
 GROUP_CALLS = ("resume", "skip", "cancel")
@@ -65,9 +65,10 @@ FORMS = {  # calls, and what they are given
     ("reschedule",): ("when",),
     ("signal",): ("signal", "payload", "key"),
 }
-WHY = "for those who look at it later"
+WHY = "why, for others"
 MOMENT = "%Y-%m-%d %H:%M:%S"
-NEWEST, COUNTED, PER_PAGE, MAX_ATTEMPTS, MAX_MESSAGE, MAX_TEXT = 10_000, 2000, 50, 50, 400, 8000
+NEWEST, COUNTED, PER_PAGE, MAX_ATTEMPTS = 10_000, 2000, 50, 50
+MAX_CELL, MAX_MESSAGE, MAX_TEXT = 160, 400, 8000  # in characters
 COOKIE, MAX_FORM_BYTES = "geneva_drive_console", 1_000_000
 
 # Written as the indexes have it, with literals: SQLite would not see that they apply.
@@ -263,7 +264,7 @@ def facts(workflow):
     hero, parent = (workflow.hero_type, workflow.hero_id), workflow.parent_id
     at = (" at ", tag("bdi", workflow.current_step_name)) if workflow.current_step_name else ()
     yield tag("p", badge(workflow.state), *at, ", to pause when this step ends" * workflow.pause_requested)
-    yield tag("p", *reasons([workflow]).values(), class_=workflow.state, dir="auto")
+    yield tag("p", *map(cut, reasons([workflow]).values()), class_=workflow.state, dir="auto")
     about = tag("a", " ".join(hero), href=url("/workflows", hero=":".join(hero))) if all(hero) else "no hero"
     of = (", child of ", tag("a", parent, href=url(f"/workflows/{parent}"))) if parent else ()
     yield tag("p", about, *of, ", created ", moment(workflow.created_at), class_="note")
@@ -274,7 +275,7 @@ def forms(workflow, children):
     steps = type(workflow).steps
     choices = {"step": [each.name for each in steps], "signal": sorted({each.wait_for for each in steps} - {None})}
     values = {"step": workflow.current_step_name, "payload": "null"}
-    hints = {"when": "2h, or 2026-03-01T12:00; nothing: as declared", "reason": WHY, "key": "idempotency key"}
+    hints = {"when": "2h, a moment, or nothing: as declared", "reason": WHY, "key": "idempotency key"}
     made, stands = [], hidden(shown=stamp_of(workflow))
     for calls, names in FORMS.items():
         allowed = [call for call in calls if workflow.state in CALLS[call]]
@@ -562,9 +563,9 @@ def workflows_table(caption, workflows):
     why, rows = reasons(workflows), []
     for each in workflows:
         link = tag("a", f"{each.type} {each.id}", href=url(f"/workflows/{each.id}"))
-        hero = f"{each.hero_type} {each.hero_id}" if each.hero_type else ""
+        hero = cut(f"{each.hero_type} {each.hero_id}", MAX_CELL) if each.hero_type else ""
         since = moment(each.transitioned_at or each.created_at)
-        rows.append([link, badge(each.state), each.current_step_name or "", hero, cut(why[each.id]), since])
+        rows.append([link, badge(each.state), each.current_step_name or "", hero, cut(why[each.id], MAX_CELL), since])
     return table(caption, ["workflow", "state", "step", "hero", "why", "since, or created"], rows)
 
 
@@ -635,11 +636,11 @@ def span(duration):
 def in_cell(value):
     if value is None or isinstance(value, datetime):
         return moment(value)
-    return cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), MAX_CELL)
 
 
-def cut(words):
-    return words if len(words) <= MAX_MESSAGE else words[:MAX_MESSAGE] + "…"
+def cut(words, limit=MAX_MESSAGE):
+    return words if len(words) <= limit else words[:limit] + "…"
 
 
 def in_text(call):
@@ -705,13 +706,13 @@ body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.4 sy
 main { max-width: 76rem; margin: auto; padding: 0.8rem clamp(0.7rem, 3vw, 2rem) 4rem; overflow-wrap: anywhere }
 nav, .row, .forms { display: flex; flex-wrap: wrap; gap: 0.5rem 0.8rem; align-items: baseline }
 .fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.5rem 0.8rem }
-.fields .row { align-self: end }
+.fields .row { align-self: end } form[method=post] .row { grid-column: 1 / -1 }
 nav .note { margin-left: auto }
 h1 { font-size: 1.4rem; margin: 0.8rem 0 } h2 { font-size: 1rem; margin: 0 0 0.5rem } p { margin: 0 0 0.5rem }
 a { color: var(--going); text-decoration: none } a:hover { text-decoration: underline }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem 1rem }
 .card { margin-bottom: 0.8rem; min-width: 0 }
-.forms { align-items: stretch } .forms form { flex: 1 1 22rem }
+.forms { align-items: stretch; margin-bottom: 0.8rem } .forms form { flex: 1 1 22rem; margin: 0 }
 .note, thead th, .ends, summary, label span { color: var(--note); font-size: 0.85rem; font-weight: normal }
 time { white-space: nowrap } label { min-width: 0 } label span { display: block }
 .badge { border: 1px solid; border-radius: 1em; padding: 0 0.6em; font-size: 0.85rem; white-space: nowrap }
@@ -722,7 +723,7 @@ button { cursor: pointer; white-space: nowrap } button:hover { border-color: var
 
 table { width: 100%; border-spacing: 0; font-variant-numeric: tabular-nums }
 th, td { padding: 0.35rem 0.7rem 0.35rem 0; vertical-align: top; text-align: left }
-td { border-top: 1px solid var(--line); min-width: 5.5rem }
+td { border-top: 1px solid var(--line); min-width: 7.5rem }
 
 .lane { display: grid; grid-template-columns: 13rem 1fr; gap: 0 1rem; align-items: center; min-height: 1.7rem }
 .lane svg { width: 100%; height: 18px }
