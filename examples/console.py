@@ -723,7 +723,7 @@ button { cursor: pointer; white-space: nowrap } button:hover { border-color: var
 
 table { width: 100%; border-spacing: 0; font-variant-numeric: tabular-nums }
 th, td { padding: 0.35rem 0.7rem 0.35rem 0; vertical-align: top; text-align: left }
-td { border-top: 1px solid var(--line); min-width: 7.5rem }
+td { border-top: 1px solid var(--line); min-width: 8.3rem }
 
 .lane { display: grid; grid-template-columns: 13rem 1fr; gap: 0 1rem; align-items: center; min-height: 1.7rem }
 .lane svg { width: 100%; height: 18px }
