@@ -16422,7 +16422,7 @@ def operator(console, drive):
     return Operator(console.make_app(drive))
 
 
-class Mailing(Workflow):
+class Mailout(Workflow):
     """Fails at its first step, or waits for a signal before the second one."""
 
     @step
@@ -16437,7 +16437,7 @@ class Mailing(Workflow):
 
 def mailings(helpers, *activities):
     """Workflows that wait for their signal, or are paused by an error."""
-    made = [Mailing.create(hero=User.create(active=active)) for active in activities]
+    made = [Mailout.create(hero=User.create(active=active)) for active in activities]
     for each in made:
         helpers.perform_next_step(each, raise_errors=False)
     return [reload(each) for each in made]
@@ -16454,25 +16454,25 @@ def test_the_console_counts_workflows_and_groups_the_paused(operator, helpers, c
     done = Plain.create(hero=User.create())
     page = operator.get("/")
     links = dict(reversed(each) for each in page.links.items())
-    assert "3 Mailing at send: ConnectionError" in links
-    assert links["1 Mailing at thank: no error"].startswith("/workflows?state=paused&type=Mailing&step=thank")
+    assert "3 Mailout at send: ConnectionError" in links
+    assert links["1 Mailout at thank: no error"].startswith("/workflows?state=paused&type=Mailout&step=thank")
     assert (
-        page.links["/workflows?type=Mailing&state=paused"],
-        page.links["/workflows?type=Mailing&state=canceled"],
+        page.links["/workflows?type=Mailout&state=paused"],
+        page.links["/workflows?type=Mailout&state=canceled"],
     ) == ("4", "1")
     assert page.links["/workflows?type=Plain&state=ready"] == "1"
     assert operator.headers["Refresh"] == "30"
     monkeypatch.setattr(console, "COUNTED", 1)
     monkeypatch.setattr(console, "NEWEST", 3)
     page = operator.get("/")
-    assert page.links["/workflows?type=Mailing&state=paused"] == "3+"
+    assert page.links["/workflows?type=Mailout&state=paused"] == "3+"
     assert page.links["/workflows?type=Plain&state=ready"] == "1+"
-    assert "2 Mailing at send: ConnectionError" in page.links.values()
+    assert "2 Mailout at send: ConnectionError" in page.links.values()
     done.cancel()
 
 
 def preview(operator, call, step_name="send", error="ConnectionError"):
-    page = operator.get("/group", type="Mailing", step=step_name, error=error, call=call)
+    page = operator.get("/group", type="Mailout", step=step_name, error=error, call=call)
     return page, page.forms[0] if page.forms else None
 
 
@@ -16506,7 +16506,7 @@ def test_the_console_acts_on_a_group_as_far_as_it_stands_as_it_was_shown(operato
     (late,) = mailings(helpers, False)
     answer = operator.post("/group", **form)
     assert "cancel: 1 done, 4 left as they are" in answer.text
-    assert f"Mailing {again.id} is not as it was shown" in answer.text
+    assert f"Mailout {again.id} is not as it was shown" in answer.text
     assert states_of([*group, late]) == ["canceled", "ready", "paused", "paused", "canceled", "paused"]
     assert reload(stays).transitioned_at == START + timedelta(seconds=1)
 
@@ -16577,7 +16577,7 @@ def test_the_console_makes_every_call(operator, helpers, drive):
 
 def test_the_console_shows_parent_and_children_and_cancels_them_together(operator, hero):
     parent = Plain.create(hero=hero)
-    children = [Mailing.create(hero=User.create(), parent=parent) for _ in range(2)]
+    children = [Mailout.create(hero=User.create(), parent=parent) for _ in range(2)]
     page = operator.get(f"/workflows/{parent.id}")
     assert {f"/workflows/{each.id}" for each in children} < page.links.keys()
     assert page.forms[0].keys() >= {"children", "reason"}
@@ -16631,7 +16631,7 @@ def test_the_console_refuses_forged_requests(operator, helpers, console, drive):
         foreign.post(path, 421, **form)
     only_shows = Operator(console.make_app(drive, read_only=True, secret="s"))
     assert only_shows.get(f"/workflows/{workflow.id}").forms == []
-    only_shows.get("/group", 400, call="cancel", type="Mailing", step="send", error="ConnectionError")
+    only_shows.get("/group", 400, call="cancel", type="Mailout", step="send", error="ConnectionError")
     only_shows.post(path, 403, **form)
     assert states_of([workflow]) == ["paused"]
     assert "HttpOnly" in other.headers["Set-Cookie"]
@@ -16706,7 +16706,7 @@ def test_the_console_selects_as_the_command_line_does(operator, helpers, drive):
         assert ids == [each.id for each in found], selection
 
 
-@pytest.mark.parametrize("selection", [{}, {"state": "paused"}, {"state": "ready"}, {"type": "Mailing"}])
+@pytest.mark.parametrize("selection", [{}, {"state": "paused"}, {"state": "ready"}, {"type": "Mailout"}])
 def test_the_console_pages_by_key(operator, helpers, console, monkeypatch, selection):
     monkeypatch.setattr(console, "PER_PAGE", 2)
     workflows = mailings(helpers, *[selection != {"state": "paused"}] * 5)
@@ -16761,7 +16761,7 @@ def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console,
     with driven(db) as drive:
         operator = Operator(console.make_app(drive))
         for number in (300, 3000):
-            Mailing.create_many([User.create() for _ in range(number)])
+            Mailout.create_many([User.create() for _ in range(number)])
             ids = [
                 each.id for each in Workflow.select(Workflow.id).where(Workflow.state == "ready").order_by(-Workflow.id)
             ]
@@ -16771,7 +16771,7 @@ def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console,
             db.connection().set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
             for _ in range(2):  # what Peewee looks up once is not counted
                 start = next(counted)
-                operator.get(path + "?call=skip&type=Mailing&step=send" * (path == "/group"))
+                operator.get(path + "?call=skip&type=Mailout&step=send" * (path == "/group"))
                 taken = next(counted) - start
             db.connection().set_progress_handler(None, 10)
             steps.append(taken)
@@ -16789,14 +16789,14 @@ def test_each_page_of_the_console_takes_less_than_100_ms_beside_100_000_workflow
                 User.insert_many(
                     [(name, True, 0) for name in names], fields=[User.name, User.active, User.visits]
                 ).execute()
-        Mailing.create_many(list(User.select()))
+        Mailout.create_many(list(User.select()))
         spread(drive.clock())
         db.execute_sql("analyze")
         operator, took = Operator(console.make_app(drive)), {}
         paths = ["/", "/workflows", "/workflows?before=50000", "/workflows/55", "/workflows?hero=User:77"]
         paths += [f"/workflows?state={state}" for state in console.STATES] + ["/workflows?waiting_for=opened"]
-        paths += ["/workflows?older_than=2h", "/workflows?step=nothing", "/workflows?type=Mailing&state=canceled"]
-        paths += ["/group?call=resume&type=Mailing&step=send&error=ValueError"]
+        paths += ["/workflows?older_than=2h", "/workflows?step=nothing", "/workflows?type=Mailout&state=canceled"]
+        paths += ["/group?call=resume&type=Mailout&step=send&error=ValueError"]
         for path in paths:
             times = []
             for _ in range(7):
