@@ -6566,7 +6566,11 @@ def _schema_statements(section: str) -> list[str]:
 
 def _add_column(model: Any, column: peewee.Field) -> str:
     ctx = model._schema._create_context()
-    return cast(str, ctx.literal("alter table ").sql(model).literal(" add column ").sql(column.ddl(ctx)).query()[0])
+    ctx.literal("alter table ").sql(model).literal(" add column ").sql(column.ddl(ctx))
+    # SQLite has a trigger; MySQL would lock all who write until it has copied the table.
+    if isinstance(column, peewee.ForeignKeyField) and isinstance(_unproxied(model._meta.database), PostgresqlDatabase):
+        ctx.literal(", add ").sql(column.foreign_key_constraint())
+    return cast(str, ctx.query()[0])
 
 
 # ==== Words for people: logs, labels, charts ==========================================================================

@@ -11245,7 +11245,8 @@ def earlier(request, servers):
         on = " on {}" if request.param == "mysql" else ""
         for index, table in (("one_ongoing_workflow", ENGINE_TABLES[0]), ("queue", ENGINE_TABLES[1])):
             db.execute_sql(f"drop index geneva_drive_{index}{on.format(table)}")
-        for table, column in [(ENGINE_TABLES[1], "cursor")] + [(ENGINE_TABLES[0], "ongoing")] * bool(on):
+        of_workflows = {"postgresql": ["parent_id"], "mysql": ["ongoing"]}.get(request.param, [])
+        for table, column in [(ENGINE_TABLES[1], "cursor"), *((ENGINE_TABLES[0], each) for each in of_workflows)]:
             db.execute_sql(f"alter table {table} drop column {column.join(db.quote)}")
         if request.param == "sqlite":
             db.execute_sql("drop trigger geneva_drive_delete_executions")
