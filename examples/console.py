@@ -76,7 +76,6 @@ OF, ACTIVE = StepExecution.workflow, StepExecution.state.in_(SQL("('scheduled', 
 # What a list shows; a context may be large.
 LISTED = [getattr(Workflow, name) for name in ("id", "type", "hero_type", "hero_id", "state", "current_step_name")]
 LISTED += [Workflow.reason, Workflow.created_at, Workflow.transitioned_at]
-SINCE = fn.COALESCE(Workflow.transitioned_at, Workflow.created_at)
 KIND = Case(None, [(StepExecution.state == "failed", "failed"), (StepExecution.outcome == "success", "done")], "other")
 KINDS = {"wait thin": "waits", "done": "succeeded", "failed": "failed", "paused thin": "is paused"}
 KINDS["other"] = "skipped, canceled, to run again, or under way"
@@ -425,6 +424,12 @@ def of_hero(hero_type, _, hero_id):
     return (Workflow.hero_type == hero_type) & (Workflow.hero_id == hero_id)
 
 
+def stands_since(moment, last):
+    since = fn.COALESCE(Workflow.transitioned_at, last.started_at, last.waits_since, last.created_at)
+    # What is younger is told without its executions.
+    return (Workflow.created_at <= moment) & (since <= Workflow.created_at.db_value(moment))
+
+
 def last_of(executions):
     return (executions.workflow == Workflow.id) & (executions.number == Workflow.execution_count)
 
@@ -438,15 +443,17 @@ def selected(given):
         "type": lambda kind: Workflow.type.in_(sorted(under | {kind})),
         "hero": lambda hero: of_hero(*hero.partition(":")),
         "step": lambda step: Workflow.current_step_name == step,
-        "error": lambda found: last.error_class_name.contains(found) | last.error_message.contains(found),
+        "error": lambda found: (
+            fn.LOWER(last.error_class_name).contains(found.lower()) | last.error_message.contains(found)
+        ),
         "why": Workflow.reason.contains,
         "waiting_for": lambda name: (StepExecution.state == "waiting") & (StepExecution.waiting_for == name),
-        "older_than": lambda age: request.now - duration(age) > SINCE,
+        "older_than": lambda age: stands_since(request.now - duration(age), last),
         "parent": lambda number: Workflow.parent == whole(number),
     }
     if given.get("state") in ("ready", "performing") or "waiting_for" in given:  # an index of what is active has them
         query, key = query.join(StepExecution, on=(Workflow.id == OF) & ACTIVE), OF
-    if "error" in given:
+    if given.keys() & {"error", "older_than"}:
         query = query.switch(Workflow).join(last, on=last_of(last))
     for name in given.keys() & conditions.keys():
         query = query.where(conditions[name](given[name]))
