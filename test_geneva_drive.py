@@ -27,12 +27,12 @@ import logging
 import mailbox
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import pydoc
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -13290,7 +13290,7 @@ def test_a_script_run_as_main_and_a_consumer_that_imports_it_share_their_workflo
     assert consumer.wait(timeout=30) == 0
 
 
-def test_with_the_logging_that_the_readme_advises_a_huey_consumer_prints_each_line_once(servers, tmp_path):
+def test_with_the_logging_that_the_manual_advises_a_huey_consumer_prints_each_line_once(servers, tmp_path):
     basic = "logging.basicConfig(level=logging.INFO)\n"
     advised = APP.replace(basic, f'{basic}logging.getLogger("huey").propagate = False\n')
     app = App(tmp_path, servers.empty("sqlite"), source=advised)
@@ -15738,7 +15738,7 @@ def test_the_command_line_sends_a_signal(command_line, drive, hero):
     assert (status, "is finished; signal() was refused" in errors) == (1, True)
 
 
-# ==== Examples and README =============================================================================================
+# ==== Examples and manual =============================================================================================
 
 
 def test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once(tmp_path):
@@ -16179,7 +16179,11 @@ def test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept(serve
     assert (lines["finished"], lines["lost"], lines["effects of transactional steps wrong"]) == ("60", "0", "0")
     assert int(lines["kills (SIGKILL)"]) > 0
     assert int(lines["times that the file was locked" if kind == "sqlite" else "connections dropped"]) > 0
-    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("GenevaDrive", "text"))
+    (shown,) = (
+        text
+        for heading, language, text in blocks("transactions.md")
+        if (heading, language) == ("See it survive", "text")
+    )
     assert [line[:44].rstrip() for line in shown.splitlines()] == [
         name.replace("times that the file was locked", "connections dropped") for name in lines
     ]
@@ -16261,11 +16265,13 @@ def test_the_benchmark_example_measures_all_contenders_and_leaves_the_database_e
 
 
 @pytest.mark.exhaustive
-def test_the_benchmark_example_prints_the_tables_that_the_readme_shows(tmp_path):
+def test_the_benchmark_example_prints_the_tables_that_the_manual_shows(tmp_path):
     plot = tmp_path / "steps.png"
     is_drawn = importlib.util.find_spec("matplotlib") is not None
     output = benchmark("--workers=1", *([f"--plot={plot}"] if is_drawn else []))  # on a SQLite file of its own
-    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("Speed", "text"))
+    (shown,) = (
+        text for heading, language, text in blocks("performance.md") if (heading, language) == ("Speed", "text")
+    )
     names = [line[:36].rstrip() for line in output.splitlines()[2:]]
     assert {*STEPPING, *CREATING} < {*names}
     assert {*names} <= {line[:36].rstrip() for line in shown.splitlines()}
@@ -16290,7 +16296,9 @@ def test_the_benchmark_example_prints_what_a_crowd_costs():
     output = benchmark("--crowd=1000,2000")
     assert re.search(r"^create\(\) +\d+\.\d\d +\d+\.\d\d +\(\d+\.\d\d\) +\d+\.\d\d", output, re.MULTILINE)
     assert "200 of them are deleted in" in output
-    (shown,) = (text for heading, language, text in readme_blocks() if (heading, language) == ("In a crowd", "text"))
+    (shown,) = (
+        text for heading, language, text in blocks("performance.md") if (heading, language) == ("In a crowd", "text")
+    )
     beginnings = [{re.sub(r"[\d,.]+", "#", line)[:24] for line in text.splitlines()[1:]} for text in (output, shown)]
     assert beginnings[0] == beginnings[1]
     assert "numbers of at least 1000" in benchmark("--crowd=10", status=2)
@@ -17032,7 +17040,7 @@ def test_the_readme_lists_every_example_and_the_small_ones_are_small():
         assert len((HERE / name).read_text().splitlines()) < 80, name
 
 
-# A hero for the README's payments, and a run of them.
+# A hero for the manual's payments, and a run of them.
 TRY_THE_PAYMENTS = """
 from peewee import BooleanField, IntegerField, Model, SqliteDatabase
 from geneva_drive import GenevaDrive, TestHelpers
@@ -17116,52 +17124,24 @@ for _ in range(2):
 TestHelpers().speedrun_workflow(workflow)
 """
 
-# A shop whose second parcel gets lost.
+# One of the three parcels gets lost.
 TRY_THE_ORDER = """
-from pathlib import Path
-Path("shop.py").write_text('''
-from peewee import ForeignKeyField, Model, SqliteDatabase
+from geneva_drive import TestHelpers
+from orders import OrderWorkflow
+from shop import Order, Parcel
 
-db = SqliteDatabase(":memory:")
-
-class Order(Model):
-    class Meta:
-        database = db
-
-    def close(self, lost):
-        print("closed, lost:", lost)
-
-class Parcel(Model):
-    order = ForeignKeyField(Order)
-    class Meta:
-        database = db
-
-    def ship(self):
-        if self.id == 2:
-            raise ConnectionError("it fell off the lorry")
-''')
-from shop import *
-from geneva_drive import GenevaDrive, TestHelpers
-from order import OrderWorkflow
-
-drive = GenevaDrive(db)
-db.create_tables([Order, Parcel])
-drive.create_tables()
-order = Order.create()
+order, helpers = Order.create(), TestHelpers()
 for _ in range(3):
     Parcel.create(order=order)
 workflow = OrderWorkflow.create(hero=order)
-helpers = TestHelpers()
 helpers.speedrun_workflow(workflow)
 for parcel in workflow.children:
     helpers.speedrun_workflow(parcel, raise_errors=False)
 helpers.speedrun_workflow(workflow)
 """
 
-# The bank of the README's month end, in which each step is interrupted once.
-TRY_THE_MONTH_END = """
-from pathlib import Path
-Path("bank.py").write_text('''
+# The bank of the manual's month end, in which each step is interrupted once.
+BANK = """
 from peewee import BooleanField, IntegerField, Model, SqliteDatabase
 
 db = SqliteDatabase(":memory:")
@@ -17189,7 +17169,9 @@ class Month(Model):
         database = db
 
 statements, payments = [], []
-''')
+"""
+
+TRY_THE_MONTH_END = """
 from bank import *
 from geneva_drive import GenevaDrive, TestHelpers
 from month_end import MonthEndWorkflow
@@ -17207,7 +17189,7 @@ print(len(statements), len(set(statements)), {account.balance for account in Acc
 print([(each.outcome, each.cursor) for each in workflow.execution_history])
 """
 
-# Two looks for what recurs, as the README's report does, and its steps.
+# Two looks for what recurs, as the manual's report does, and its steps.
 TRY_THE_NIGHT = """
 from datetime import datetime, timezone
 from peewee import SqliteDatabase
@@ -17222,84 +17204,137 @@ for report in NightlyReport.ready():
     TestHelpers().speedrun_workflow(report)
 """
 
-# How the README's Python runs. The blocks below one heading are one file; all files share a folder, in the README's
-# order. By heading: the file, the arguments that Python is run with, the output.
-README_PROGRAMS = {
-    "A complete program": ("app.py", ["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n"),
-    "Steps": (
-        "steps.py",
-        ["-c", TRY_THE_PAYMENTS],
-        "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
-    ),
-    "Waits": (
-        "waits.py",
-        ["-c", TRY_THE_WAITS],
-        "did you know, ada@example.com\nMarch 09\nMarch 20\nyour trial is over, ada@example.com\n",
-    ),
-    "Signals": ("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
-    "Parents and children": ("order.py", ["-c", TRY_THE_ORDER], "closed, lost: 1\n"),
-    "Resumable steps": (
-        "month_end.py",
-        ["-c", TRY_THE_MONTH_END],
-        "270 245 {1005} 320\n[('failed', 205), ('success', 250), ('failed', 100), ('success', 250)]\n",
-    ),
-    "Recurring workflows": ("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
-    "Changing workflows that are under way": (
-        "next_app.py",
-        ["-c", "import next_app; print(*(each.name for each in next_app.SignupWorkflow.steps))"],
-        "send_welcome_email survey\n",
-    ),
-    "Tests with it": (
-        "test_app.py",
-        ["-m", "unittest", "-q", "test_app"],
-        "welcome, ada@example.com\nstill there, ada@example.com\n",
-    ),
-}
+# The models that the manual's programs are about: an application of the reader's.
+SHOP_OF_THE_MANUAL = """
+from pathlib import Path
+from peewee import CharField, ForeignKeyField, IntegerField, Model, SqliteDatabase
+from geneva_drive import GenevaDrive
 
-# What runs the README's commands, those that install aside.
-README_COMMANDS = {
-    ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
-    ".venv/bin/python -m pytest -n 3 --dist worksteal": pytest.main,  # this run
-    ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
-    ".venv/bin/python examples/benchmark.py": test_the_benchmark_example_prints_the_tables_that_the_readme_shows,
-}
+Path("shop.db").unlink(missing_ok=True)
+db = SqliteDatabase("shop.db", timeout=10)
+drive = GenevaDrive(db)
+
+class Base(Model):
+    class Meta:
+        database = db
+
+class User(Base):
+    email = CharField()
+
+class Account(Base):
+    balance = IntegerField()
+
+class Payment(Base):
+    amount = IntegerField()
+
+class Order(Base):
+    total = IntegerField(default=30)
+    calls = []
+
+    def reserve(self):
+        self.calls.append("reserve")
+        if len(self.calls) == 1:
+            raise KeyError("no shelf")
+
+    def tell_the_warehouse(self):
+        raise ValueError("no such article")
+
+    def charge(self, idempotency_key):
+        raise LookupError("no such card")
+
+    def close(self, lost):
+        print("closed, lost:", lost)
+
+class Parcel(Base):
+    order = ForeignKeyField(Order)
+
+    def ship(self):
+        if self.id == 2:
+            raise ConnectionError("it fell off the lorry")
+
+drive.create_tables([User, Account, Payment, Order, Parcel])
+"""
+
+TRY_MATCHING = """
+from shop import Order
+from geneva_drive import TestHelpers
+from invoices import InvoiceWorkflow
+
+workflow = InvoiceWorkflow.create(hero=Order.create(total=30))
+for amount in (10, 40):
+    workflow.signal("paid", {"amount": amount})
+TestHelpers().speedrun_workflow(workflow)
+"""
+
+TRY_MONTHLY = """
+from shop import User
+from geneva_drive import TestHelpers
+from monthly import InvoiceWorkflow, MonthlyInvoices
+
+User.create(email="ada@example.com")
+TestHelpers().speedrun_workflow(MonthlyInvoices.create())
+for workflow in InvoiceWorkflow.ready():
+    TestHelpers().speedrun_workflow(workflow)
+"""
+
+TRY_FLASK = """
+from flask_app import app
+from signups import SignupWorkflow, User, db, drive
+
+drive.create_tables([User])
+db.close()
+client = app.test_client()
+for _ in range(2):
+    print(client.post("/signups", data={"email": "ada@example.com"}).status_code)
+print(client.get("/signups/1").json, client.get("/signups/2").status_code)
+User.delete().execute()
+SignupWorkflow.delete().execute()
+"""
+
+# FastAPI's own client needs one more package.
+TRY_FASTAPI = """
+import asyncio
+from fastapi_app import app
+from signups import SignupWorkflow, User, drive
+
+async def post(path, query):
+    sent, scope = [], {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "headers": []}
+    async def receive():
+        return {"type": "http.request", "body": b""}
+    async def send(message):
+        sent.append(message)
+    await app({**scope, "query_string": query, "scheme": "http", "server": ("test", 80)}, receive, send)
+    print(sent[0]["status"], sent[1]["body"].decode())
+
+drive.create_tables([User])
+asyncio.run(post("/signups", b"email=ada@example.com"))
+User.delete().execute()
+SignupWorkflow.delete().execute()
+"""
+
+TRY_DJANGO = """
+import django
+from django.conf import settings
+from django.core.management import call_command
+
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}
+apps = ["django.contrib.contenttypes", "django.contrib.auth"]
+settings.configure(DATABASES={"default": database}, INSTALLED_APPS=apps)
+django.setup()
+call_command("migrate", verbosity=0)
+from django.contrib.auth.models import User
+from django.db import transaction
+from beside_django import begin_signup, drive
+
+drive.create_tables()
+with transaction.atomic():
+    user = User.objects.create(username="ada", email="ada@example.com")
+    transaction.on_commit(lambda: begin_signup(user.id))
+drive.run(until=drive.is_idle)
+"""
 
 
-def readme_blocks():
-    """The README's fenced blocks: the heading above each, its language and its text."""
-    heading = None
-    pattern = r"^#+ (?P<heading>.*)$|^ *```(?P<language>.*)\n(?P<text>(?:.*\n)*?) *```$"
-    for found in re.finditer(pattern, (HERE / "README.md").read_text(), re.MULTILINE):
-        heading = found["heading"] or heading
-        if not found["heading"]:
-            yield heading, found["language"], textwrap.dedent(found["text"])
-
-
-def test_every_block_of_python_in_the_readme_runs(tmp_path):
-    programs = {}
-    for heading, language, text in readme_blocks():
-        if language == "python":
-            programs[heading] = programs.get(heading, "") + text
-    assert list(programs) == list(README_PROGRAMS)  # whoever adds one says how it runs
-    for heading, (file, arguments, expected) in README_PROGRAMS.items():
-        (tmp_path / file).write_text(programs[heading])
-        process = python("-W", "error", *arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert output == expected
-
-
-def test_every_command_in_the_readme_is_run_by_a_test():
-    texts = [text for _, language, text in readme_blocks() if language == "sh"]
-    commands = [command for text in texts for line in text.splitlines() for command in line.split(" && ")]
-    installs = re.compile(r"python3 -m venv |\S*pip install ")
-    assert {command for command in commands if not installs.match(command)} == README_COMMANDS.keys()
-    for text, end in zip(texts, ("examples/signup.py\n", "worksteal\n")):  # the first two are for a fresh clone
-        assert text.startswith("python3 -m venv .venv && ")
-        assert text.endswith(end)
-
-
-# The application of the README's session at the command line, on the morning after the mail server was down.
+# The application of the session at the command line, on the morning after the mail server was down.
 MORNING = """
 from datetime import datetime, timedelta, timezone
 from smtplib import SMTPServerDisconnected
@@ -17350,23 +17385,307 @@ def setup():
 """
 
 
-def test_the_session_at_the_command_line_is_as_the_readme_shows_it(tmp_path):
-    (tmp_path / "app.py").write_text(MORNING)
-    assert completed("-c", "import app; app.setup()", cwd=tmp_path)[0] == 0
-    ((_, _, session),) = [block for block in readme_blocks() if block[1] == "console"]
-    printed = ""
-    for line in re.findall(r"^\$ geneva-drive (.*)$", session, re.MULTILINE):
-        call, pipe, _ = line.partition(" | tail -n 1")
-        status, output, _ = command(tmp_path, *shlex.split(call), env={"COLUMNS": "80"})
-        assert status == 0
-        printed += f"$ geneva-drive {line}\n{output.splitlines(keepends=True)[-1] if pipe else output}"
-    assert printed.replace("python -m geneva_drive", "geneva-drive") == session
+class Program(typing.NamedTuple):
+    """How the Python below one heading is tried: the file that it is, and what it prints when Python is run so.
+
+    Without arguments, it is the commands shown below it that run it. `text` is the file where the manual shows none.
+    """
+
+    file: str
+    arguments: SequenceType[str] = ()
+    output: str = ""
+    needs: str | None = None  # a package
+    text: str = ""
 
 
-def test_every_block_in_the_readme_is_of_a_language_that_a_test_runs():
-    blocks = list(readme_blocks())
-    assert {language for _, language, _ in blocks} == {"console", "python", "sh", "text"}  # text: what examples printed
-    assert 2 * len(blocks) == (HERE / "README.md").read_text().count("```")
+README, MANUAL = HERE / "README.md", HERE / "docs"
+DOCUMENTS = {path.name: path for path in (README, *sorted(MANUAL.glob("*.md")))}
+
+
+def blocks(document):
+    """A document's fenced blocks: the heading above each, its language and its text."""
+    heading = None
+    pattern = r"^#+ (?P<heading>.*)$|^ *```(?P<language>.*)\n(?P<text>(?:.*\n)*?) *```$"
+    for found in re.finditer(pattern, DOCUMENTS[document].read_text(encoding="utf-8"), re.MULTILINE):
+        heading = found["heading"] or heading
+        if not found["heading"]:
+            yield heading, found["language"], textwrap.dedent(found["text"])
+
+
+def python_below(document, heading):
+    return "".join(text for *place, text in blocks(document) if place == [heading, "python"])
+
+
+# What each document's folder holds from the start: the application that it is about.
+SURROUNDINGS = {
+    "shop.py": SHOP_OF_THE_MANUAL,
+    "bank.py": BANK,
+    "app.py": python_below("README.md", "A complete program"),
+}
+
+# By document and heading, in their order. The files of a document share a folder.
+PROGRAMS = {
+    "README.md": {
+        "A complete program": Program("app.py", ["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n")
+    },
+    "children.md": {"Start them, and wait": Program("orders.py", ["-c", TRY_THE_ORDER], "closed, lost: 1\n")},
+    "databases.md": {
+        each: Program("app.py", ["app.py"], "default\n") for each in ("PostgreSQL", "MySQL and MariaDB", "SQLite")
+    },
+    "deploys.md": {
+        "Remove, rename, add": Program(
+            "next_app.py",
+            ["-c", "import next_app; print(*(each.name for each in next_app.SignupWorkflow.steps))"],
+            "send_welcome_email survey\n",
+        )
+    },
+    "errors.md": {
+        "Retry a step": Program("charging.py", ["charging.py"]),
+        "What is recorded": Program(
+            "recorded.py",
+            ["recorded.py"],
+            "reserve reattempted KeyError 'no shelf'\n"
+            "reserve success None None\n"
+            "tell_the_warehouse skipped ValueError no such article\n"
+            "charge failed LookupError no such card\n"
+            "paused at charge - LookupError: no such card\n",
+        ),
+    },
+    "heroes.md": {
+        "One ongoing workflow for each hero": Program(
+            "signups.py",
+            ["signups.py"],
+            "ongoing already: workflow 1\n1 False\n1 created\nwelcome, ada@example.com\nwelcome, bob@example.com\n",
+        )
+    },
+    "loops.md": {
+        "Two ways": Program(
+            "month_end.py",
+            ["-c", TRY_THE_MONTH_END],
+            "270 245 {1005} 320\n[('failed', 205), ('success', 250), ('failed', 100), ('success', 250)]\n",
+        )
+    },
+    "operating.md": {
+        "A morning after the mail server was down": Program("app.py", ["-c", "import app; app.setup()"], text=MORNING)
+    },
+    "recipes.md": {
+        "An application to build on": Program("signups.py", ["signups.py"]),
+        "Flask": Program("flask_app.py", ["-c", TRY_FLASK], "201\n200\n{'state': 'ready'} 404\n", needs="flask"),
+        "FastAPI": Program(
+            "fastapi_app.py",
+            ["-c", TRY_FASTAPI],
+            '200 {"id":1,"state":"ready","is_new":true}\n',
+            needs="fastapi",
+        ),
+        "Django beside it": Program(
+            "beside_django.py", ["-c", TRY_DJANGO], "welcome, ada@example.com\n", needs="django"
+        ),
+        "Jupyter": Program("notebook.py", ["notebook.py"], "welcome, ada@example.com\n[('send_welcome', 'success')]\n"),
+        "Scripts and cron": Program(
+            "script.py", ["script.py"], "welcome, bob@example.com\nwelcome, cleo@example.com\n"
+        ),
+        "asyncio": Program("in_threads.py", ["in_threads.py"], "ready\nready\nready\n"),
+    },
+    "recurring.md": {
+        "A report each night": Program("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
+        "For each hero, each month": Program("monthly.py", ["-c", TRY_MONTHLY], "an invoice for ada@example.com\n"),
+    },
+    "running.md": {
+        "Start a consumer": Program("logs.py", ["logs.py"]),
+        "Several queues, and priorities": Program("queues.py", ["queues.py"], "news for ada@example.com\ncounted\n"),
+    },
+    "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n")},
+    "signals.md": {
+        "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+        "Only some of the signals": Program("invoices.py", ["-c", TRY_MATCHING], "closed with 40\n"),
+    },
+    "states.md": {
+        "Find workflows": Program(
+            "find.py", ["find.py"], "1 send_welcome she asked for a moment\n0\nready\ncanceled\n"
+        ),
+        "Events": Program(
+            "events.py",
+            ["events.py"],
+            "None -> ready\nready -> performing\nperforming -> finished\ngreet success\n",
+        ),
+    },
+    "steps.md": {
+        "A class with everything": Program(
+            "steps.py",
+            ["-c", TRY_THE_PAYMENTS],
+            "booked: receipt 7\nhow was it?\nfinished ['reattempted', 'success', 'success', 'success']\n",
+        ),
+        "Waits": Program(
+            "waits.py",
+            ["-c", TRY_THE_WAITS],
+            "did you know, ada@example.com\nMarch 09\nMarch 20\nyour trial is over, ada@example.com\n",
+        ),
+        "Several steps from one body": Program(
+            "polling.py", ["polling.py"], "polling_1 polling_2 polling_3 polling_4 polling_5 polling_6\n"
+        ),
+    },
+    "testing.md": {
+        "With unittest": Program(
+            "test_app.py",
+            ["-m", "unittest", "-q", "test_app"],
+            "welcome, ada@example.com\nstill there, ada@example.com\n",
+        ),
+        "With pytest": Program("conftest.py"),
+        "A test that uses it": Program(
+            "test_with_pytest.py", ["-m", "pytest", "-p", "no:terminal", "test_with_pytest.py"]
+        ),
+    },
+    "transactions.md": {
+        "Writes to your own database: `transactional`": Program(
+            "booking.py", ["booking.py"], "booked 100\nfinished 900 False\npaused 900 False\n"
+        )
+    },
+    "tutorial.md": {
+        "The database": Program("models.py"),
+        "A mail server that can fail": Program("mail.py"),
+        **dict.fromkeys(
+            ("The first step", "A wait", "A wait for each hero", "A signal", "Conditions and retries"),
+            Program("app.py"),
+        ),
+        "Tests": Program(
+            "test_app.py",
+            ["-m", "unittest", "-q"],
+            "to tina@example.com: welcome, please confirm\nto tina@example.com: please pay\n",
+        ),
+        "A deploy": Program(
+            "app.py", text=python_below("tutorial.md", "Conditions and retries").replace("begin_trial", "start_trial")
+        ),
+        "Keep the name in the tables": Program("app.py"),
+    },
+}
+
+# What runs the manual's commands, those that install aside.
+COMMANDS = {
+    ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
+    ".venv/bin/python -m pytest -n 3 --dist worksteal": pytest.main,  # this run
+    ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
+    ".venv/bin/python examples/benchmark.py": test_the_benchmark_example_prints_the_tables_that_the_manual_shows,
+    "geneva-drive app:drive worker --workers 4": test_a_worker_on_the_command_line_drains_on_sigterm,
+    "huey_consumer app.huey -w 4": test_the_web_example_answers_while_its_consumer_works,
+    "geneva-drive app:drive doctor --deploy": test_the_steps_in_flight_that_a_deploy_would_strand_are_counted,
+    "geneva-drive app:drive reschedule --type TrialWorkflow --step send_tips --as-declared": (
+        test_after_a_deploy_that_shortened_a_wait_one_command_brings_all_to_what_is_declared
+    ),
+}
+
+
+def typed(line, folder):
+    """What a command prints that is typed in a folder, in a terminal of 100 columns."""
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(HERE), "COLUMNS": "100"}
+    command = f'set -o pipefail; geneva-drive() {{ python -m geneva_drive "$@"; }}; {line}'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("python -m geneva_drive", "geneva-drive")
+
+
+def without_times(text):
+    """The tutorial is run at any time."""
+    return re.sub(r"(in )?\d+ \w+( ago)?, \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", "soon", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_program_and_session_of_the_manual_prints_what_it_says(tmp_path, document):
+    programs = PROGRAMS.get(document, {})
+    shown = dict.fromkeys(heading for heading, language, _ in blocks(document) if language == "python")
+    assert list(shown) == [heading for heading, program in programs.items() if not program.text]
+    for file, text in SURROUNDINGS.items():
+        (tmp_path / file).write_text(text)
+    missing = {each.needs for each in programs.values() if each.needs and not importlib.util.find_spec(each.needs)}
+    for heading, below in itertools.groupby(blocks(document), operator.itemgetter(0)):
+        if program := programs.get(heading):
+            (tmp_path / program.file).write_text(program.text or python_below(document, heading))
+            if program.arguments and program.needs not in missing:
+                process = python("-W", "error", *program.arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+                output, _ = process.communicate(timeout=60)
+                assert (process.returncode, output) == (0, program.output), heading
+        for session in (text for _, language, text in below if language == "console"):
+            lines = re.findall(r"^\$ (.*)$", session, re.MULTILINE)
+            printed = "".join(f"$ {line}\n{typed(line, tmp_path)}" for line in lines)
+            same = without_times if document == "tutorial.md" else str
+            assert same(printed) == same(session), heading
+    for package in missing:  # the others have been tried
+        require_package(package)
+
+
+def test_every_command_in_the_manual_is_run_by_a_test():
+    texts = {document: [text for _, language, text in blocks(document) if language == "sh"] for document in DOCUMENTS}
+    lines = [line for each in texts.values() for text in each for line in text.splitlines()]
+    commands = {command for line in lines for command in line.split(" && ")}
+    prepares = re.compile(r"python3 -m venv |\S*pip install |\. \.venv/bin/activate|mkdir |cd ")
+    assert {command for command in commands if not prepares.match(command)} == COMMANDS.keys()
+    for text, end in zip(texts["README.md"], ("examples/signup.py\n", "worksteal\n")):  # the first two: a fresh clone
+        assert text.startswith("python3 -m venv .venv && ")
+        assert text.endswith(end)
+
+
+def test_every_query_of_the_manual_is_understood_by_every_database(drive, hero):
+    Plain.create(hero=hero)
+    queries = [text for _, language, text in blocks("schema.md") if language == "sql"]
+    assert [len(drive.database.execute_sql(query).fetchall()) for query in queries] == [1, 0, 0, 0]
+
+
+def test_every_block_of_the_manual_is_of_a_language_that_a_test_runs_or_that_is_no_code():
+    for document, path in DOCUMENTS.items():
+        found = list(blocks(document))
+        # text: what examples printed; ini and dockerfile: how consumers are kept running
+        languages = {
+            "console",
+            "dockerfile",
+            "ini",
+            "python",
+            "sh",
+            "text",
+            *(["sql"] if document == "schema.md" else []),
+        }
+        assert {language for _, language, _ in found} <= languages
+        assert 2 * len(found) == path.read_text(encoding="utf-8").count("```")
+
+
+def prose_of(path):
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path):
+    """What the headings of a document may be linked by, as MkDocs and others make it."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_of_the_manual_leads_somewhere(document):
+    path = DOCUMENTS[document]
+    for link in re.findall(r"\]\(([^()\s]+)\)", prose_of(path)):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert link.startswith("https://") or (target.exists() and (not anchor or anchor in anchors(target))), link
+
+
+def test_the_manual_says_what_each_public_name_setting_option_column_command_and_metric_is(drive):
+    named = {document: set(re.findall(r"`+([^`]+)`+", path.read_text("utf-8"))) for document, path in DOCUMENTS.items()}
+    reference = DOCUMENTS["reference.md"].read_text(encoding="utf-8")
+    events = {name for name, value in vars(gd).items() if isinstance(value, gd._Event)}
+    assert set(re.findall(r"^::: geneva_drive\.(\w+)$", reference, re.MULTILINE)) | events == set(gd.__all__)
+    assert named["reference.md"] >= events
+    assert named["running.md"] >= gd.SETTINGS.keys()
+    assert named["steps.md"] >= gd.STEP_OPTIONS.keys()
+    assert {each.split()[0] for each in named["operating.md"]} >= gd._COMMANDS.keys()
+    assert named["operating.md"] >= {metric.name for metric in drive.stats()}
+    schema = DOCUMENTS["schema.md"].read_text(encoding="utf-8")
+    for model in gd.MODELS:
+        _, section = schema.split(f"## `{model._meta.table_name}`\n")
+        cells = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", "".join(cells))) == {each.column_name for each in model._meta.sorted_fields}
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
 
 
 # ==== Packaging: the schema file is found beside the module, however the library was installed ========================
@@ -17599,7 +17918,7 @@ def test_the_wheel_brings_type_hints_that_keep_the_class_of_each_workflow(built,
     untyped.mkdir()
     (untyped / "__init__.py").touch()
     shutil.copy(HERE / "examples" / "payment.py", untyped)
-    (untyped / "app.py").write_text(next(text for _, language, text in readme_blocks() if language == "python"))
+    (untyped / "app.py").write_text(python_below("README.md", "A complete program"))
     (tmp_path / "typed.py").write_text(TYPED)
     (tmp_path / "rules.ini").write_text(TYPE_RULES)
     mypy = (sys.executable, "-m", "mypy", "--config-file", "rules.ini", "--python-executable", fresh_python)
@@ -17611,7 +17930,8 @@ def test_the_sdist_brings_what_the_tests_need(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     examples = {str(path.relative_to(HERE)) for path in (HERE / "examples").rglob("*.py")}
-    needed = {"conftest.py", "test_geneva_drive.py", "pyproject.toml", "setup.py", "README.md", "LICENSE", *examples}
+    manual = {"README.md", "mkdocs.yml", *(f"docs/{path.name}" for path in MANUAL.iterdir())}
+    needed = {"conftest.py", "test_geneva_drive.py", "pyproject.toml", "setup.py", "LICENSE", *manual, *examples}
     assert needed <= names
 
 
