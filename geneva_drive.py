@@ -404,7 +404,7 @@ class _Event(Signal, Generic[_Receiver]):
 
 
 step_started: _Event[_OnAttempt] = _Event(
-    "`receiver(cls, workflow, execution=execution)`: an attempt at a step, a :class:`StepExecution`, begins."
+    "`receiver(cls, workflow, execution=execution)`: an attempt at a step, a `StepExecution`, begins."
 )
 step_finished: _Event[_OnAttempt] = _Event(
     "`receiver(cls, workflow, execution=execution)`: it ended; its `state`, `outcome` and error are committed."
@@ -452,7 +452,7 @@ def _one_line(text: str) -> str | None:
 
 
 def _as_given(value: Any) -> str:
-    """A value for a message; Python shows a second less than nothing as a day less, and 86,399 seconds."""
+    """A value for a message. Python shows minus one second as minus one day and 86,399 seconds."""
     return f"-{-value!r}" if isinstance(value, timedelta) and value < NO_WAIT else repr(value)
 
 
@@ -637,7 +637,7 @@ class StepDefinition:
 
 
 class UndefinedStep(NamedTuple):
-    """A step that so many ongoing workflows of a type stand at, and that no class defines in this process."""
+    """A step that no class defines in this process, and how many ongoing workflows of the type stand at it."""
 
     type: str
     step_name: str
@@ -763,10 +763,10 @@ def step(body: Any = None, /, **options: Any) -> Any:
     """Declare a method as a step: `@step`, `@step(wait=...)`; or one more step with another's body: `step("body")`.
 
     :param wait: how long after the previous step it runs: a timedelta or seconds; or a callable of the workflow, or a
-        method's name, that returns one of these, an aware datetime, or None for no wait. That is asked when the step is
-        reached, and again at the time that it said, until that has come. An error of it is one of the step.
+        method's name, that returns one of these, an aware datetime, or None for no wait. It is called when the step is
+        reached, and again at the time that it returned, as long as that is in the future. Its error is the step's.
     :param skip_if: a callable of the workflow, a method's name or a bool: true skips the step.
-    :param on_exception: "pause" (the default), "cancel", "skip", "reattempt", an :class:`ExceptionPolicy`, or a
+    :param on_exception: "pause" (the default), "cancel", "skip", "reattempt", an `ExceptionPolicy`, or a
         callable of the workflow and the error that calls a flow control method; or a list of policies and callables, of
         which the first that matches decides, and the class's if none does.
     :param max_reattempts: with "reattempt": how many; 100 by default, None never stops.
@@ -778,7 +778,7 @@ def step(body: Any = None, /, **options: Any) -> Any:
         on.
     :param options: `{"queue": ..., "priority": ...}` for Huey.
     :param name: the step's name, if it is not the method's.
-    :param wait_for: the name of a signal: the step runs once :meth:`Workflow.signal` sent it, and the body finds it in
+    :param wait_for: the name of a signal: the step runs once `Workflow.signal()` sent it, and the body finds it in
         `self.signal_payload`. With `wait`, not before that.
     :param wait_for_children: let the step run once no workflow that was created with `parent=self` is ongoing; with
         `wait`, not before that. The body finds in `self.children` how each fared.
@@ -1685,7 +1685,7 @@ def _in_state(state: str, doc: str) -> _StateQuery:
 
 
 class Workflow(_Record, metaclass=_WorkflowType):
-    """A durable sequence of steps about a hero. Subclass it and declare the steps with :func:`step`.
+    """A durable sequence of steps about a hero. Subclass it and declare the steps with `step`.
 
     Class attributes to set: `may_proceed_without_hero`, `step_options`, `exception_policies`, `workflow_type`;
     `delete_completed_after`, and those about what recurs. Instances are rows; their state is changed by the methods
@@ -1773,7 +1773,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
         :returns: the workflow, an instance of this class.
         :raises AlreadyOngoingError: if the hero has an ongoing workflow of this class.
         :raises InvalidStateError: if the parent is finished or canceled.
-        :raises TypeError, ValueError: if the hero, the context or the parent is not acceptable; nothing is written.
+        :raises TypeError: if the hero, the context or the parent is of a wrong type. Nothing is written then.
+        :raises ValueError: if the hero is not saved, its id or the context is too long, or the context holds NaN.
         :raises StepConfigurationError: if the class has no steps or the options are wrong.
         :raises UnknownQueueError: if a step asks for a queue that the drive does not have.
         """
@@ -1789,7 +1790,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def get_or_create(cls, hero: Model | None = None, **kwargs: Any) -> tuple[Self, bool]:
         """The hero's ongoing workflow of this class, or a new one; safe when several processes ask at once.
 
-        :param kwargs: as for :meth:`create`, for a new one; the other keeps what it has, its parent too.
+        :param kwargs: as for `create()`, for a new one; the other keeps what it has, its parent too.
         :returns: the workflow, and whether it was created.
         """
         key = dict(zip(("hero_type", "hero_id"), (None, None) if hero is None else _hero_key(hero), strict=True))
@@ -1810,7 +1811,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Start a workflow for each hero: all or nothing, and set-based, for tens of thousands of them.
 
         :param on_conflict: "raise", or "ignore" to leave out the heroes that have an ongoing workflow of this class.
-        :param parent: the workflow that they are children of; see :meth:`create`.
+        :param parent: the workflow that they are children of; see `create()`.
         :returns: how many were created.
         :raises AlreadyOngoingError: if a hero has one, or is there twice, and conflicts are not ignored.
         :raises InvalidStateError: if the parent is finished or canceled.
@@ -1850,12 +1851,12 @@ class Workflow(_Record, metaclass=_WorkflowType):
         self._control("cancel", functools.partial(_canceled, children=children), reason, children=children)
 
     def pause(self, *, reason: str | None = None) -> None:
-        """Halt the workflow until :meth:`resume`. Inside a step this ends its body at once, to run again then.
+        """Halt the workflow until `resume()`. Inside a step this ends its body at once, to run again then.
 
         From outside, a step that is being performed ends and is recorded first; a resumable one ends at its next
         checkpoint.
 
-        :param reason: as for :meth:`cancel`; an error that pauses the workflow first is the reason instead.
+        :param reason: as for `cancel()`; an error that pauses the workflow first is the reason instead.
         :raises InvalidStateError: from outside, if the workflow is paused or over.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
@@ -1886,7 +1887,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def finish(self, *, reason: str | None = None) -> NoReturn:
         """Inside a step: end its body at once, and the workflow with it, as finished.
 
-        :param reason: as for :meth:`cancel`.
+        :param reason: as for `cancel()`.
         :raises InvalidStateError: from outside.
         :raises FlowControlInTransactionError: inside a step, within a transaction that the step has begun.
         """
@@ -1907,7 +1908,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def resume_at(self, step_name: str, *, reason: str | None = None) -> None:
         """Let a workflow that is paused or over go on with a step, now, and from its start.
 
-        :param reason: as for :meth:`resume`.
+        :param reason: as for `resume()`.
         :raises InvalidStateError: if it is ready or performing, or canceled with its last attempt in progress still.
         :raises AlreadyOngoingError: if it was over, and its hero has another ongoing workflow of this class by now.
         :raises StepNotDefinedError: if there is no such step, or no longer.
@@ -1923,7 +1924,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
             class declares it by now, counted from when the step was reached; a computed wait is asked again.
         :raises InvalidStateError: if it is performing or over, or nothing is scheduled (an error paused it).
         :raises StepNotDefinedError: without a time, if its class does not define the step.
-        :raises TypeError, ValueError: if `when` is something else.
+        :raises TypeError: if `when` is something else.
+        :raises ValueError: if it is a negative duration, or one of over a hundred years.
         """
         moment = None if when is None else _moment(when, _drive()._now(), "reschedule(): when")
         self._control("reschedule", functools.partial(_rescheduled, moment=moment))
@@ -1953,14 +1955,15 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
         Durable once the transaction that surrounds the call, if any, is committed. The signal is kept until the step
         that it was given to has ended, so that each attempt at it finds it; a paused workflow keeps it for
-        :meth:`resume`.
+        `resume()`.
 
         :param payload: any JSON value of up to 128 KiB, for `self.signal_payload`.
         :param idempotency_key: text of 1 to 255 characters; a second signal of the name and key changes nothing.
         :returns: True; False if it was delivered before, to a workflow that is over by now, too.
         :raises InvalidStateError: if the workflow is finished or canceled.
         :raises UnknownSignalError: if no step of its class waits for such a signal.
-        :raises TypeError, ValueError: if the payload or the key is not acceptable; nothing is written.
+        :raises TypeError: if the payload is not JSON, or the key not text. Nothing is written then.
+        :raises ValueError: if the payload or the key is too long, or the payload holds NaN.
         """
         _check_signal(self, name, payload, idempotency_key)
         values = {"workflow": self.id, "name": name, "payload": payload, "idempotency_key": idempotency_key}
@@ -1974,7 +1977,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def signal_hero(cls, hero: Model, name: str, payload: Any = None, idempotency_key: str | None = None) -> bool:
-        """Send a signal to the ongoing workflow of this class about a hero; see :meth:`signal`.
+        """Send a signal to the ongoing workflow of this class about a hero; see `signal()`.
 
         :returns: True; False if a workflow of this class and hero had this name and key before.
         :raises InvalidStateError: if there is none ongoing, but one that is over.
@@ -2001,9 +2004,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @property
     def cursor(self) -> Any:
-        """In a resumable step: what :meth:`checkpoint` kept last, in this attempt or an earlier one; None at the start.
+        """In a resumable step: what `checkpoint()` kept last, in this attempt or an earlier one; None at the start.
 
-        Each reading is a query. From outside, :attr:`execution_history` has the cursor of each attempt.
+        Each reading is a query. From outside, `execution_history` has the cursor of each attempt.
 
         :raises StepConfigurationError: elsewhere.
         """
@@ -2018,13 +2021,14 @@ class Workflow(_Record, metaclass=_WorkflowType):
         it is a part of is rolled back by that, and its part of the work done again.
 
         :param value: any JSON value, up to 128 KiB; it is the `cursor` from now on.
-        :raises StepConfigurationError: elsewhere, and beside :meth:`resume_over`.
-        :raises TypeError, ValueError: if the value is not acceptable.
+        :raises StepConfigurationError: elsewhere, and beside `resume_over()`.
+        :raises TypeError: if the value is not JSON.
+        :raises ValueError: if it is too long, or holds NaN.
         """
         self._progress("checkpoint()").checkpoint(value)
 
     def resume_over(self, items: Iterable[T], key: Any = None, every: int = 100) -> Iterator[T]:
-        """In a resumable step: go over items, with a :meth:`checkpoint` after each `every` of them and at the end.
+        """In a resumable step: go over items, with a `checkpoint()` after each `every` of them and at the end.
 
         What was done since the last checkpoint is done again after a crash or an error: `every` items at most.
 
@@ -2054,9 +2058,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
     def hero(self) -> Any:
         """The row that the workflow is about, read once per instance; None if it is gone or there is none.
 
-        It is read with its model's `select()`. Where that one adds a condition, let it add none in a worker, which has
-        neither a request nor a tenant: a row that it leaves out is gone, and its workflow canceled. If it raises
-        instead, that is the step's error. From outside, whoever may not see the row is told that it is gone.
+        It is read with its model's `select()`. If that adds a condition, such as a tenant or a soft delete, let it add
+        none in a worker, which has no request: a row that it leaves out counts as gone, and its workflow is canceled.
+        An error that it raises is the step's error.
         """
         if "_hero" not in self.__dict__:
             model = self.hero_type and _hero_model(self.hero_type)
@@ -2073,7 +2077,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @property
     def execution_history(self) -> _Query[StepExecution]:
-        """The executions in their order: a query of :class:`StepExecution`."""
+        """The executions in their order: a query of `StepExecution`."""
         return StepExecution.select().where(StepExecution.workflow == self.id).order_by(StepExecution.number)
 
     @classmethod
@@ -2179,7 +2183,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     ready = _in_state(READY, "The workflows whose next step is scheduled.")
     performing = _in_state(PERFORMING, "The workflows that a step of is being performed.")
-    paused = _in_state(PAUSED, "The workflows that wait for :meth:`resume`.")
+    paused = _in_state(PAUSED, "The workflows that wait for `resume()`.")
     finished = _in_state(FINISHED, "The workflows that came to their end.")
     canceled = _in_state(CANCELED, "The workflows that were canceled.")
 
@@ -3949,15 +3953,15 @@ class GenevaDrive:
 
     Settings, each an attribute too, with their defaults; durations are timedeltas or seconds:
 
-    :param delete_completed_workflows_after: (30 d) what is finished or canceled is kept for so long; None keeps all.
-    :param stuck_in_progress_threshold: (2 min) a step without a heartbeat for so long is taken for dead.
-    :param stuck_scheduled_threshold: (1 min) a step that has been due for so long is queued again.
+    :param delete_completed_workflows_after: (30 d) how long finished and canceled workflows are kept; None keeps all.
+    :param stuck_in_progress_threshold: (2 min) how long a step may be without a heartbeat before it is taken for dead.
+    :param stuck_scheduled_threshold: (1 min) how long a step may be due, in a Huey of yours, before it is queued again.
     :param stuck_recovery_action: ("reattempt") what follows when a step's process died; or "cancel".
-    :param max_recoveries: (5) after so many deaths of a step's processes, its workflow is paused.
+    :param max_recoveries: (5) when a step's process died more often than that, its workflow is paused.
     :param housekeeping_batch_size: (1000) how many rows are deleted or recovered at a time.
     :param housekeeping_schedule: (every minute) a Huey crontab.
-    :param undefined_step_grace: (10 min) a step that no code here defines is put off for so long; then it fails.
-    :param run_on: (1 s) for so long a task goes on with the steps that follow at once; 0 turns it off.
+    :param undefined_step_grace: (10 min) how long a step that no code here defines is put off; then it fails.
+    :param run_on: (1 s) how long a task goes on with steps that follow at once; 0 turns it off.
     :param clock: (the host's) a callable that returns an aware datetime.
     """
 
@@ -4070,7 +4074,7 @@ class GenevaDrive:
         self._dispatch.serve(names, workers, until, drain_seconds)
 
     def housekeeping(self) -> dict[str, int]:
-        """Recover what died, queue again what is overdue, create what recurs, delete what is over long since.
+        """Recover what died, queue again what is overdue, create what recurs, delete what ended long ago.
 
         Harmless at any time.
 
@@ -4358,7 +4362,7 @@ class _Dispatch:
     def serve(
         self, names: list[str], workers: int, until: Callable[[], object] | None, drain_seconds: float | None
     ) -> None:
-        """Run consumers of the queues in this process; see :meth:`GenevaDrive.run`."""
+        """Run consumers of the queues in this process; see `GenevaDrive.run()`."""
         quick = {"initial_delay": 0.02, "backoff": 1.2, "max_delay": 0.2, "scheduler_interval": 1}
         consumers = [self.drive.queues[name].create_consumer(workers=workers, **quick) for name in names]
         try:
@@ -5054,13 +5058,13 @@ class _Access:
 
 
 class _Recovery:
-    """Housekeeping: deletes what is over long since, recovers what died, queues again what is overdue."""
+    """Housekeeping: deletes what ended long ago, recovers what died, queues again what is overdue."""
 
     def __init__(self, drive: GenevaDrive) -> None:
         self.drive, self.access = drive, drive._access
 
     def sweep(self) -> dict[str, int]:
-        """See :meth:`GenevaDrive.housekeeping`."""
+        """See `GenevaDrive.housekeeping()`."""
         self.access.connect_worker()
         counts = {"workflows_cleaned_up": 0, "step_executions_cleaned_up": 0}
         counts.update(stuck_in_progress_recovered=0, stuck_scheduled_recovered=0)
@@ -5388,7 +5392,7 @@ class _Reports:
         self.drive, self.access = drive, drive._access
 
     def is_idle(self) -> bool:
-        """See :meth:`GenevaDrive.is_idle`."""
+        """See `GenevaDrive.is_idle()`."""
         # By way of executions that indexes hold: of a million finished or waiting workflows none is looked at. In one
         # statement, or between two of them a workflow might move from what is asked last to what was asked first.
         ((is_busy,),) = self.access.database.execute_sql(
@@ -5399,7 +5403,7 @@ class _Reports:
         return not is_busy
 
     def violations(self) -> list[str]:
-        """See :meth:`GenevaDrive.doctor`."""
+        """See `GenevaDrive.doctor()`."""
         if problem := _Schema(self.drive).problem():
             return [problem]
         found = []
@@ -5450,7 +5454,7 @@ class _Reports:
             yield _Stranded.of(kind, name, signal_name, number, "wait", problem)
 
     def metrics(self) -> list[Metric]:
-        """See :meth:`GenevaDrive.stats`."""
+        """See `GenevaDrive.stats()`."""
         now, count, kinds = self.drive._now(), peewee.fn.COUNT(SQL("*")), (Workflow.type, Workflow.state)
         late = SQL(f"t1.state = '{SCHEDULED}'") & (StepExecution.scheduled_for < now) & (Workflow.state == READY)
         first = peewee.fn.MIN(StepExecution.scheduled_for)
@@ -5566,7 +5570,7 @@ VIOLATIONS = {
 
 
 class _Stranded(NamedTuple):
-    """What so many ongoing workflows of a type need, and what is wrong with it: a sentence that says what to do."""
+    """What ongoing workflows of a type need, how many they are, and what is wrong: a sentence that says what to do."""
 
     kind: str  # "class", "step", "hero", "wait" (for a signal of no step), "changed wait" or "signal"
     type: str
@@ -5593,7 +5597,7 @@ class PausedGroup(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A number of :meth:`GenevaDrive.stats`, called as Prometheus has it."""
+    """A number of `GenevaDrive.stats()`, called as Prometheus has it."""
 
     name: str
     labels: dict[str, str]
@@ -6463,7 +6467,7 @@ class _Schema:
         self.drive, self.db, self.dialect = drive, drive._access.database, drive._access.dialect
 
     def complete(self, models: Sequence[Any]) -> None:
-        """See :meth:`GenevaDrive.create_tables`."""
+        """See `GenevaDrive.create_tables()`."""
         parts: list[Callable[[], list[Any]]] = [functools.partial(self._lacking_model, each) for each in models]
         parts += self.parts()
         # Always looked at, however new the version: an index may have been dropped. The first look takes no lock;
@@ -6602,7 +6606,7 @@ UNITS = {"d": 86_400_000, "h": 3_600_000, "min": 60_000, "s": 1000, "ms": 1}
 
 
 def _span(duration: timedelta, parts: int | None = None) -> str:
-    """A duration for people, "2 d 3 h"; of it, the so many largest parts, or the nearest one."""
+    """A duration for people, "2 d 3 h"; its `parts` largest parts, or the nearest one."""
     left, words = abs(duration) // timedelta(milliseconds=1), []
     if parts == 1:  # two days that have just begun are not one
         size = next((size for size in UNITS.values() if left >= size), 1)
@@ -6676,7 +6680,7 @@ class TestHelpers:
     """Runs workflows in a test, step by step, ignoring waits: a mixin for unittest.TestCase, or an object by itself.
 
     No consumer needs to run. All of it works inside a transaction that the test rolls back, and in an asynchronous
-    test; of both at once, see :meth:`StepExecution.execute`.
+    test; of both at once, see `StepExecution.execute()`.
     """
 
     __test__ = False  # pytest: collect the classes that mix it in, not the mixin
@@ -6688,7 +6692,7 @@ class TestHelpers:
     def speedrun_workflow(self, workflow: Workflow, max_iterations: int = 100, raise_errors: bool = True) -> None:
         """Run the steps until the workflow is finished, canceled or paused, or waits for a signal or children.
 
-        :raises AssertionError: if it is not, after so many steps.
+        :raises AssertionError: if it is none of that after `max_iterations` steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
         self._refresh(workflow)
@@ -6727,7 +6731,7 @@ class TestHelpers:
         unittest it is put back at the end of the test; elsewhere, make a drive or set `drive.clock` in each test.
 
         :param duration: a timedelta or seconds.
-        :raises AssertionError: if a step is due still after so many steps.
+        :raises AssertionError: if a step is still due after `max_iterations` steps.
         :raises Exception: a step's error, if it paused or canceled the workflow and `raise_errors` is true.
         """
         drive, total = _drive(), _duration(duration, "travel(): duration")
@@ -6939,7 +6943,7 @@ _COLORED = re.compile(rf"[!█]|\b(?:{'|'.join(filter(str.isalpha, _COLORS))})\b
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line, `APP COMMAND ...`; see the README.
+    """The command line, `APP COMMAND ...`; see the chapter Operating of the manual.
 
     :param argv: the arguments; None takes the process's.
     :returns: the exit code: 0, 1 (the operation failed) or 2 (usage).

@@ -17684,6 +17684,11 @@ def test_the_manual_says_what_each_public_name_setting_option_column_command_and
         assert set(re.findall(r"`(\w+)`", "".join(cells))) == {each.column_name for each in model._meta.sorted_fields}
 
 
+def test_docstrings_are_markdown_with_one_error_for_each_line_so_that_the_reference_shows_them_whole():
+    source = Path(gd.__file__).read_text(encoding="utf-8")
+    assert re.findall(r":(?:class|meth|func|attr|exc):`[^`]*`|:raises \w+, .*", source) == []
+
+
 def test_the_readme_is_read_in_a_few_minutes():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
 
