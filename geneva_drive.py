@@ -5418,7 +5418,8 @@ class _Reports:
         """What ongoing workflows need and this code does not define; to be asked with new code, before its deploy."""
         for name, step_name, number in Workflow.undefined_steps_in_flight():
             removal = f"{step_name} = removed_step()" if step_name.isidentifier() else f"removed_step({step_name!r})"
-            kind, problem = "step", f"which the class does not define: keep it, or put {removal} in its place"
+            fix = f"keep the name, by @step(name={step_name!r}), or put {removal} in its place"
+            kind, problem = "step", f"which the class does not define: {fix}"
             if name not in _workflow_classes:
                 kind, fix = "class", "import it, or set workflow_type on its successor"
                 problem = f"and no class defines that type: {fix}"

@@ -9948,12 +9948,14 @@ def test_the_steps_in_flight_that_a_deploy_would_strand_are_counted(drive, helpe
     dog_line, cat_line, tour_line = output.splitlines()
     assert status == 1
     assert dog_line.startswith("1 ongoing workflow of Dog stands at the step \"fetch 'it'\", which the class does not ")
-    assert dog_line.endswith("define: keep it, or put removed_step(\"fetch 'it'\") in its place")
+    assert dog_line.endswith(
+        "define: keep the name, by @step(name=\"fetch 'it'\"), or put removed_step(\"fetch 'it'\") in its place"
+    )
     assert cat_line.endswith(" and no class defines that type: import it, or set workflow_type on its successor")
     assert tour_line.startswith(
         "3 ongoing workflows of Tour stand at the step 'two', which the class does not define: "
     )
-    assert tour_line.endswith("keep it, or put two = removed_step() in its place")
+    assert tour_line.endswith("keep the name, by @step(name='two'), or put two = removed_step() in its place")
     status, output, _ = command_line("doctor", "--deploy", "--json")
     kinds = ("step", "class", "step")
     expected = [(kind, *each, line) for kind, each, line in zip(kinds, found, [dog_line, cat_line, tour_line])]
@@ -17266,6 +17268,14 @@ for amount in (10, 40):
 TestHelpers().speedrun_workflow(workflow)
 """
 
+TRY_EARLY = """
+from shop import Order, drive
+from loans import LoanWorkflow, returned
+
+returned(LoanWorkflow.create(hero=Order.create()))
+drive.run(until=drive.is_idle)
+"""
+
 TRY_MONTHLY = """
 from shop import User
 from geneva_drive import TestHelpers
@@ -17497,6 +17507,7 @@ PROGRAMS = {
     "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n")},
     "signals.md": {
         "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+        "What may come first": Program("loans.py", ["-c", TRY_EARLY], "thank you\n"),
         "Only some of the signals": Program("invoices.py", ["-c", TRY_MATCHING], "closed with 40\n"),
     },
     "states.md": {
