@@ -5482,7 +5482,7 @@ class _Reports:
         return sorted(metrics, key=lambda metric: metric.name)
 
     def paused_groups(self) -> list[PausedGroup]:
-        """See :meth:`GenevaDrive.paused_groups`."""
+        """See `GenevaDrive.paused_groups()`."""
         kind = Workflow.type, Workflow.current_step_name, Workflow.reason
         columns = *kind, StepExecution.error_class_name, StepExecution.outcome, Workflow.id
         query = Workflow.select(*columns).join(StepExecution, on=IS_NEWEST)
@@ -5586,12 +5586,12 @@ class _Stranded(NamedTuple):
 
 
 class PausedGroup(NamedTuple):
-    """Paused workflows that are alike; see :meth:`GenevaDrive.paused_groups`."""
+    """Paused workflows that are alike; see `GenevaDrive.paused_groups()`."""
 
     type: str
     step_name: str
     #: The class of the error that paused them, without its module; else how the reason begins, behind "a person" where
-    #: :meth:`Workflow.pause` was called.
+    #: `Workflow.pause()` was called.
     why: str
     #: Theirs, the newest first.
     ids: list[int]
@@ -6595,7 +6595,7 @@ def _hero_label(hero_type: str | None, hero_id: str | None, **_: Any) -> str:
     return f"{hero_type} {hero_id}" if hero_id is not None else "no hero"
 
 
-A_PERSON = "a person"  # whom a workflow waits for that :meth:`Workflow.pause` has paused
+A_PERSON = "a person"  # whom a workflow waits for that `Workflow.pause()` has paused
 
 
 def _why(cause: str, reason: str | None) -> str:
