@@ -17615,7 +17615,7 @@ def test_every_program_and_session_of_the_manual_prints_what_it_says(tmp_path, d
             (tmp_path / program.file).write_text(program.text or python_below(document, heading))
             if program.arguments and program.needs not in missing:
                 process = python("-W", "error", *program.arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-                output, _ = process.communicate(timeout=60)
+                output, _ = process.communicate(timeout=240)
                 assert (process.returncode, output) == (0, program.output), heading
         for session in (text for _, language, text in below if language == "console"):
             lines = re.findall(r"^\$ (.*)$", session, re.MULTILINE)
