@@ -16428,7 +16428,7 @@ def console():
 
 
 @pytest.fixture
-def operator(console, drive):
+def browsing(console, drive):
     return Operator(console.make_app(drive))
 
 
@@ -16457,12 +16457,12 @@ def states_of(workflows):
     return [reload(each).state for each in workflows]
 
 
-def test_the_console_counts_workflows_and_groups_the_paused(operator, helpers, console, monkeypatch):
+def test_the_console_counts_workflows_and_groups_the_paused(browsing, helpers, console, monkeypatch):
     *_failed, waiting, by_hand = newsletters(helpers, False, False, False, True, True)
     by_hand.pause(reason="ask Grace")
     waiting.cancel()
     done = Plain.create(hero=User.create())
-    page = operator.get("/")
+    page = browsing.get("/")
     links = dict(reversed(each) for each in page.links.items())
     assert "3 Newsletter at send: ConnectionError" in links
     assert links["1 Newsletter at thank: no error"].startswith("/workflows?state=paused&type=Newsletter&step=thank")
@@ -16471,29 +16471,29 @@ def test_the_console_counts_workflows_and_groups_the_paused(operator, helpers, c
         page.links["/workflows?type=Newsletter&state=canceled"],
     ) == ("4", "1")
     assert page.links["/workflows?type=Plain&state=ready"] == "1"
-    assert operator.headers["Refresh"] == "30"
+    assert browsing.headers["Refresh"] == "30"
     monkeypatch.setattr(console, "COUNTED", 1)
     monkeypatch.setattr(console, "NEWEST", 3)
-    page = operator.get("/")
+    page = browsing.get("/")
     assert page.links["/workflows?type=Newsletter&state=paused"] == "3+"
     assert page.links["/workflows?type=Plain&state=ready"] == "1+"
     assert "2 Newsletter at send: ConnectionError" in page.links.values()
     done.cancel()
 
 
-def preview(operator, call, step_name="send", error="ConnectionError"):
-    page = operator.get("/group", type="Newsletter", step=step_name, error=error, call=call)
+def preview(browsing, call, step_name="send", error="ConnectionError"):
+    page = browsing.get("/group", type="Newsletter", step=step_name, error=error, call=call)
     return page, page.forms[0] if page.forms else None
 
 
 @pytest.mark.parametrize("call", ["resume", "skip", "cancel"])
-def test_the_console_calls_a_group_after_its_preview(operator, helpers, call):
+def test_the_console_calls_a_group_after_its_preview(browsing, helpers, call):
     group = newsletters(helpers, False, False)
     others = newsletters(helpers, True)
-    page, form = preview(operator, call)
+    page, form = preview(browsing, call)
     assert f"{call} these 2" in page.text
     assert states_of(group) == ["paused"] * 2
-    answer = operator.post("/group", **form | {"reason": "the server is back"})
+    answer = browsing.post("/group", **form | {"reason": "the server is back"})
     assert f"{call}: 2 done, 0 left as they are" in answer.text
     assert states_of(group) == [{"cancel": "canceled"}.get(call, "ready")] * 2
     assert states_of(others) == ["ready"]
@@ -16502,10 +16502,10 @@ def test_the_console_calls_a_group_after_its_preview(operator, helpers, call):
         assert "the server is back" in str(said)
 
 
-def test_the_console_acts_on_a_group_as_far_as_it_stands_as_it_was_shown(operator, helpers, drive):
+def test_the_console_acts_on_a_group_as_far_as_it_stands_as_it_was_shown(browsing, helpers, drive):
     drive.clock = lambda: START
     stays, resumed, again, skipped, over = group = newsletters(helpers, *[False] * 5)
-    _, form = preview(operator, "cancel")
+    _, form = preview(browsing, "cancel")
     drive.clock = lambda: START + timedelta(seconds=1)
     resumed.resume()
     again.resume()
@@ -16514,20 +16514,20 @@ def test_the_console_acts_on_a_group_as_far_as_it_stands_as_it_was_shown(operato
     skipped.pause()
     over.cancel()
     (late,) = newsletters(helpers, False)
-    answer = operator.post("/group", **form)
+    answer = browsing.post("/group", **form)
     assert "cancel: 1 done, 4 left as they are" in answer.text
     assert f"Newsletter {again.id} is not as it was shown" in answer.text
     assert states_of([*group, late]) == ["canceled", "ready", "paused", "paused", "canceled", "paused"]
     assert reload(stays).transitioned_at == START + timedelta(seconds=1)
 
 
-def test_the_console_waits_for_whoever_changes_a_row_and_then_leaves_it(operator, helpers, database):
+def test_the_console_waits_for_whoever_changes_a_row_and_then_leaves_it(browsing, helpers, database):
     (workflow,) = newsletters(helpers, False)
-    _, form = preview(operator, "skip")
+    _, form = preview(browsing, "skip")
     answers = []
     with database.peewee.atomic():
         workflow.resume()
-        thread = threading.Thread(target=lambda: answers.append(operator.post("/group", **form)))
+        thread = threading.Thread(target=lambda: answers.append(browsing.post("/group", **form)))
         thread.start()
         thread.join(0.3)
         assert answers == []
@@ -16536,43 +16536,43 @@ def test_the_console_waits_for_whoever_changes_a_row_and_then_leaves_it(operator
     assert reload(workflow).current_step_name == "send"
 
 
-def test_the_console_offers_the_calls_that_a_state_allows(operator, helpers, console):
+def test_the_console_offers_the_calls_that_a_state_allows(browsing, helpers, console):
     assert {name: tuple(gd.ALLOWED_FROM[name]) for name in console.CALLS} == console.CALLS
     assert console.STATES == gd.WORKFLOW_STATES
     ready, paused, over = newsletters(helpers, True, False, True)
     over.cancel()
     for workflow in (ready, paused, over):
-        page = operator.get(f"/workflows/{workflow.id}")
+        page = browsing.get(f"/workflows/{workflow.id}")
         offered = {call for form in page.forms for call in form["calls"]}
         assert offered == {name for name, states in console.CALLS.items() if reload(workflow).state in states}
         assert all("token" in form and "shown" in form for form in page.forms)
 
 
-def test_the_console_makes_every_call(operator, helpers, drive):
+def test_the_console_makes_every_call(browsing, helpers, drive):
     drive.clock = lambda: START
     (workflow,) = newsletters(helpers, False)
-    operator.call(workflow, "resume", reason="mended")
+    browsing.call(workflow, "resume", reason="mended")
     assert reload(workflow).execution_history.order_by(StepExecution.number.desc()).get().begun_reason == "mended"
-    operator.call(workflow, "reschedule", when="2h")
+    browsing.call(workflow, "reschedule", when="2h")
     assert reload(workflow).execution_history.where(
         StepExecution.state == "scheduled"
     ).get().scheduled_for == START + timedelta(hours=2)
-    operator.call(workflow, "reschedule", when="2026-03-09T12:00")
+    browsing.call(workflow, "reschedule", when="2026-03-09T12:00")
     assert reload(workflow).execution_history.where(
         StepExecution.state == "scheduled"
     ).get().scheduled_for == START + timedelta(days=8)
-    operator.call(workflow, "pause", reason="by hand")
+    browsing.call(workflow, "pause", reason="by hand")
     assert (reload(workflow).state, reload(workflow).reason) == ("paused", "by hand")
-    operator.call(workflow, "skip", reason="not needed")
+    browsing.call(workflow, "skip", reason="not needed")
     assert reload(workflow).current_step_name == "thank"
-    operator.call(workflow, "signal", signal="opened", payload='{"at": 7}', key="a")
+    browsing.call(workflow, "signal", signal="opened", payload='{"at": 7}', key="a")
     assert gd.WorkflowSignal.get().payload == {"at": 7}
     helpers.perform_next_step(workflow)
     assert reload(workflow).state == "finished"
-    operator.call(workflow, "resume_at", step="thank")
-    operator.call(workflow, "cancel", reason="the customer called")
+    browsing.call(workflow, "resume_at", step="thank")
+    browsing.call(workflow, "cancel", reason="the customer called")
     assert (reload(workflow).state, reload(workflow).reason) == ("canceled", "the customer called")
-    page = operator.get(f"/workflows/{workflow.id}")
+    page = browsing.get(f"/workflows/{workflow.id}")
     for said in (
         "the customer called",
         "resumed: mended",
@@ -16585,58 +16585,58 @@ def test_the_console_makes_every_call(operator, helpers, drive):
         assert said in page.text
 
 
-def test_the_console_shows_parent_and_children_and_cancels_them_together(operator, hero):
+def test_the_console_shows_parent_and_children_and_cancels_them_together(browsing, hero):
     parent = Plain.create(hero=hero)
     children = [Newsletter.create(hero=User.create(), parent=parent) for _ in range(2)]
-    page = operator.get(f"/workflows/{parent.id}")
+    page = browsing.get(f"/workflows/{parent.id}")
     assert {f"/workflows/{each.id}" for each in children} < page.links.keys()
     assert page.forms[0].keys() >= {"children", "reason"}
-    page = operator.get(f"/workflows/{children[0].id}")
+    page = browsing.get(f"/workflows/{children[0].id}")
     assert page.links[f"/workflows/{parent.id}"] == str(parent.id)
     assert "children" not in page.forms[0]
-    ids = [link for link in operator.get("/workflows", parent=parent.id).links if re.search(r"/\d+$", link)]
+    ids = [link for link in browsing.get("/workflows", parent=parent.id).links if re.search(r"/\d+$", link)]
     assert ids == [f"/workflows/{each.id}" for each in reversed(children)]
-    operator.call(parent, "cancel", children="too", reason="all of it")
+    browsing.call(parent, "cancel", children="too", reason="all of it")
     assert states_of([parent, *children]) == ["canceled"] * 3
 
 
-def test_the_console_refuses_what_cannot_be(operator, helpers):
+def test_the_console_refuses_what_cannot_be(browsing, helpers):
     (workflow,) = newsletters(helpers, True)
-    path, page = f"/workflows/{workflow.id}", operator.get(f"/workflows/{workflow.id}")
+    path, page = f"/workflows/{workflow.id}", browsing.get(f"/workflows/{workflow.id}")
     form = page.forms[0] | {"calls": ""}
-    assert "is ready; resume() was refused" in operator.post(f"{path}/resume", 409, **form).text
-    assert "not JSON" in operator.post(f"{path}/signal", 400, **form, signal="opened", payload="{").text
-    assert "no step" in operator.post(f"{path}/signal", 409, **form, signal="closed").text
-    assert "no duration" in operator.post(f"{path}/reschedule", 400, **form, when="soon").text
-    operator.post(f"{path}/reattempt", 404, **form)
-    operator.post("/workflows/999999/cancel", 404, **form)
+    assert "is ready; resume() was refused" in browsing.post(f"{path}/resume", 409, **form).text
+    assert "not JSON" in browsing.post(f"{path}/signal", 400, **form, signal="opened", payload="{").text
+    assert "no step" in browsing.post(f"{path}/signal", 409, **form, signal="closed").text
+    assert "no duration" in browsing.post(f"{path}/reschedule", 400, **form, when="soon").text
+    browsing.post(f"{path}/reattempt", 404, **form)
+    browsing.post("/workflows/999999/cancel", 404, **form)
     for gone in ("/workflows/999999", "/workflows/99999999999999999999", "/workflows/x", "/nothing"):
-        operator.get(gone, 404)
+        browsing.get(gone, 404)
     for wrong in ({"parent": "x"}, {"before": "-1"}, {"older_than": "long"}):
-        operator.get("/workflows", 400, **wrong)
-    operator.get("/group", 400, call="delete")
+        browsing.get("/workflows", 400, **wrong)
+    browsing.get("/group", 400, call="delete")
     helpers.travel(workflow, timedelta(days=3))  # it stands at another step, or no more
-    assert "not as it was shown" in operator.post(f"{path}/skip", 409, **form).text
+    assert "not as it was shown" in browsing.post(f"{path}/skip", 409, **form).text
     assert states_of([workflow]) == ["paused"]
 
 
-def test_the_console_refuses_forged_requests(operator, helpers, console, drive):
+def test_the_console_refuses_forged_requests(browsing, helpers, console, drive):
     (workflow,) = newsletters(helpers, False)
-    path, form = f"/workflows/{workflow.id}/cancel", operator.get(f"/workflows/{workflow.id}").forms[0] | {"calls": ""}
-    other = Operator(operator.app)
+    path, form = f"/workflows/{workflow.id}/cancel", browsing.get(f"/workflows/{workflow.id}").forms[0] | {"calls": ""}
+    other = Operator(browsing.app)
     others = other.get(f"/workflows/{workflow.id}").forms[0]["token"]
-    operator.post(path, 403)
-    operator.post(path, 403, **form | {"token": others})
-    operator.post(path, 403, **form | {"token": "\u05e9"})
-    Operator(operator.app).post(path, 403, **form)  # without the cookie
+    browsing.post(path, 403)
+    browsing.post(path, 403, **form | {"token": others})
+    browsing.post(path, 403, **form | {"token": "\u05e9"})
+    Operator(browsing.app).post(path, 403, **form)  # without the cookie
     for site in ("cross-site", "same-site", "none"):
-        operator.post(path, 403, {"HTTP_SEC_FETCH_SITE": site}, **form)
-    operator.ask("POST", path, 413, b"x" * 1_000_001)
-    operator.ask("PUT", path, 403)
-    operator.get(path, 405)
+        browsing.post(path, 403, {"HTTP_SEC_FETCH_SITE": site}, **form)
+    browsing.ask("POST", path, 413, b"x" * 1_000_001)
+    browsing.ask("PUT", path, 403)
+    browsing.get(path, 405)
     for host in ("evil.example", "localhost.evil.example:8080", "", "127.0.0.1.nip.io"):
-        foreign = Operator(operator.app, host)
-        foreign.cookies = operator.cookies
+        foreign = Operator(browsing.app, host)
+        foreign.cookies = browsing.cookies
         foreign.get("/", 421)
         foreign.post(path, 421, **form)
     only_shows = Operator(console.make_app(drive, read_only=True, secret="s"))
@@ -16646,18 +16646,18 @@ def test_the_console_refuses_forged_requests(operator, helpers, console, drive):
     assert states_of([workflow]) == ["paused"]
     assert "HttpOnly" in other.headers["Set-Cookie"]
     assert "SameSite=strict" in other.headers["Set-Cookie"]
-    operator.post(path, 303, {"HTTP_SEC_FETCH_SITE": "same-origin"}, **form)
+    browsing.post(path, 303, {"HTTP_SEC_FETCH_SITE": "same-origin"}, **form)
     assert states_of([workflow]) == ["canceled"]
 
 
-def test_gets_change_nothing_in_the_console(operator, helpers, db):
+def test_gets_change_nothing_in_the_console(browsing, helpers, db):
     workflows = newsletters(helpers, False, True)
     before = [list(model.select().order_by(model.id).dicts()) for model in gd.MODELS]
     with statements_sent(db) as sent:
         for path in ("/", "/workflows", *(f"/workflows/{each.id}" for each in workflows)):
-            operator.get(path)
+            browsing.get(path)
         for call in ("resume", "skip", "cancel"):
-            preview(operator, call)
+            preview(browsing, call)
     assert {each.split()[0].upper() for each in sent} <= {"SELECT"}
     assert [list(model.select().order_by(model.id).dicts()) for model in gd.MODELS] == before
 
@@ -16677,15 +16677,15 @@ def test_the_console_is_mounted_behind_a_login(console, drive, helpers, db):
 
     app, (workflow,) = bottle.Bottle(), newsletters(helpers, False)
     app.mount("/ops/", console.make_app(drive, hosts=("Ops.Example.com",)))
-    operator = Operator(app, "ops.example.com")
-    page = operator.get("/ops/workflows")
+    browsing = Operator(app, "ops.example.com")
+    page = browsing.get("/ops/workflows")
     assert f"/ops/workflows/{workflow.id}" in page.links
-    assert "Path=/ops/" in operator.headers["Set-Cookie"]
+    assert "Path=/ops/" in browsing.headers["Set-Cookie"]
     Operator(app, "localhost").get("/ops/", 421)
     assert not db.is_closed()  # it was open before
 
 
-def test_the_console_selects_as_the_command_line_does(operator, helpers, drive):
+def test_the_console_selects_as_the_command_line_does(browsing, helpers, drive):
     drive.clock = lambda: START
     failed, waiting, by_hand = newsletters(helpers, False, True, True)
     by_hand.pause(reason="ask Grace")
@@ -16711,18 +16711,18 @@ def test_the_console_selects_as_the_command_line_does(operator, helpers, drive):
         ([plain, by_hand, waiting, failed], {"older_than": "2h59min"}),
         ([waiting], {"before": str(by_hand.id), "state": "ready"}),
     ):
-        links = operator.get("/workflows", **selection).links
+        links = browsing.get("/workflows", **selection).links
         ids = [int(link.rpartition("/")[2]) for link in links if re.search(r"/workflows/\d+$", link)]
         assert ids == [each.id for each in found], selection
 
 
 @pytest.mark.parametrize("selection", [{}, {"state": "paused"}, {"state": "ready"}, {"type": "Newsletter"}])
-def test_the_console_pages_by_key(operator, helpers, console, monkeypatch, selection):
+def test_the_console_pages_by_key(browsing, helpers, console, monkeypatch, selection):
     monkeypatch.setattr(console, "PER_PAGE", 2)
     workflows = newsletters(helpers, *[selection != {"state": "paused"}] * 5)
     found, path, pages = [], "/workflows?" + urlencode(selection), 0
     while path:
-        page, pages = operator.get(path), pages + 1
+        page, pages = browsing.get(path), pages + 1
         found += [int(link.rpartition("/")[2]) for link in page.links if re.search(r"/workflows/\d+$", link)]
         path = next((link for link, text in page.links.items() if text == "older ones"), None)
     assert (found, pages) == ([each.id for each in reversed(workflows)], 3)
@@ -16740,21 +16740,21 @@ def test_the_console_shows_hostile_names_and_errors_as_text(console, drive, db):
 
     job = Job.create()
     gd.TestHelpers().perform_next_step(job, raise_errors=False)
-    operator, kind = Operator(console.make_app(drive)), f"{__name__}.{HOSTILE}"
+    browsing, kind = Operator(console.make_app(drive)), f"{__name__}.{HOSTILE}"
     given = {"type": HOSTILE, "step": HOSTILE, "error": kind}
     for page in (
-        operator.get("/"),
-        operator.get("/workflows"),
-        operator.get("/workflows", **given),
-        operator.get("/group", **given, call="cancel"),
-        operator.get(f"/workflows/{job.id}"),
+        browsing.get("/"),
+        browsing.get("/workflows"),
+        browsing.get("/workflows", **given),
+        browsing.get("/group", **given, call="cancel"),
+        browsing.get(f"/workflows/{job.id}"),
     ):
         assert HOSTILE in page.text
         assert page.elements["title"] >= 1
     assert f"{kind}: {SHOWN}long" in page.text
     assert r"gnp.exe\u001b[31m\x85" in page.text  # in the context, as JSON
     assert len(page.text) < 60_000  # of an error of 80,000 characters, and its traceback
-    assert HOSTILE in operator.get("/workflows", type=HOSTILE, step=HOSTILE, why="nothing <b>").text
+    assert HOSTILE in browsing.get("/workflows", type=HOSTILE, step=HOSTILE, why="nothing <b>").text
 
 
 def test_the_console_says_what_to_do_without_tables(console, tmp_path):
@@ -16769,7 +16769,7 @@ def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console,
         monkeypatch.setattr(console, name, 20)
     db, steps = SqliteDatabase(tmp_path / "many.db"), []
     with driven(db) as drive:
-        operator = Operator(console.make_app(drive))
+        browsing = Operator(console.make_app(drive))
         for number in (300, 3000):
             Newsletter.create_many([User.create() for _ in range(number)])
             ids = [
@@ -16781,7 +16781,7 @@ def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console,
             db.connection().set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
             for _ in range(2):  # what Peewee looks up once is not counted
                 start = next(counted)
-                operator.get(path + "?call=skip&type=Newsletter&step=send" * (path == "/group"))
+                browsing.get(path + "?call=skip&type=Newsletter&step=send" * (path == "/group"))
                 taken = next(counted) - start
             db.connection().set_progress_handler(None, 10)
             steps.append(taken)
@@ -16802,7 +16802,7 @@ def test_each_page_of_the_console_takes_less_than_100_ms_beside_100_000_workflow
         Newsletter.create_many(list(User.select()))
         spread(drive.clock())
         db.execute_sql("analyze")
-        operator, took = Operator(console.make_app(drive)), {}
+        browsing, took = Operator(console.make_app(drive)), {}
         paths = ["/", "/workflows", "/workflows?before=50000", "/workflows/55", "/workflows?hero=User:77"]
         paths += [f"/workflows?state={state}" for state in console.STATES] + ["/workflows?waiting_for=opened"]
         paths += ["/workflows?older_than=2h", "/workflows?step=nothing", "/workflows?type=Newsletter&state=canceled"]
@@ -16810,8 +16810,8 @@ def test_each_page_of_the_console_takes_less_than_100_ms_beside_100_000_workflow
         for path in paths:
             times = []
             for _ in range(7):
-                operator.get(path)
-                times.append(operator.took)
+                browsing.get(path)
+                times.append(browsing.took)
             took[path] = round(1000 * min(times))
         print(took)  # milliseconds
         assert max(took.values()) < 100, took
