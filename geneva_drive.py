@@ -581,10 +581,7 @@ class _HandlerPolicy(ExceptionPolicy):
     def _decide(self, workflow: Workflow, error: BaseException, reattempts: int) -> _FlowControl:
         attempt = cast(_Attempt, workflow._attempt)
         try:
-            if isinstance(self.handler, str):
-                attempt.call(getattr(workflow, self.handler), error)
-            else:
-                attempt.call(self.handler, workflow, error)
+            attempt.ask(self.handler, error)
         except BaseException as failure:
             if control := _flow_control_in(failure):
                 return control
@@ -2632,8 +2629,7 @@ def _paused(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | N
 
 def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | None, reason: str | None) -> None:
     following, now = workflow._step_after(cast(str, workflow.current_step_name)), drive._now()
-    ended = {"state": SKIPPED, "outcome": "skipped", "finished_at": now, "signal_id": None, "queue": None}
-    ended["reason"] = reason
+    ended = {**_columns_of_dropped(drive, reason), "state": SKIPPED, "outcome": "skipped"}
     WorkflowSignal._consume_given(workflow, workflow.current_step_name, now)
     if active:
         active._write(**ended)
@@ -3249,7 +3245,7 @@ class _Attempt:
                 if definition.transactional:
                     workflow.__dict__.pop("_hero", None)  # in the transaction it is read anew
                     return _GO_ON
-            if self._ask(definition.skip_if):
+            if self.ask(definition.skip_if):
                 return _Verdict("step", "skip")
             children_go_on = definition.wait_for_children and _has_ongoing_children(self.drive, workflow)
             if children_go_on or (definition.wait_for and not self._find_signal(definition)):
@@ -3327,15 +3323,15 @@ class _Attempt:
             if len(found) < page:
                 return False
 
-    def _ask(self, question: Any) -> Any:
-        """What a condition or a wait comes to: a callable of the workflow, a method's name, or the answer itself."""
+    def ask(self, question: Any, *about: Any) -> Any:
+        """What a condition, a wait or a handler says: a callable of the workflow, a method's name, or the answer."""
         if isinstance(question, str):
-            return self.call(getattr(self.workflow, question))
-        return self.call(question, self.workflow) if callable(question) else question
+            return self.call(getattr(self.workflow, question), *about)
+        return self.call(question, self.workflow, *about) if callable(question) else question
 
     def _asked_wait(self, definition: StepDefinition) -> datetime:
         """When the step's wait is over, as the workflow's code says now."""
-        wait, reached = self._ask(definition.wait), self.execution.reached_at or self.execution.created_at
+        wait, reached = self.ask(definition.wait), self.execution.reached_at or self.execution.created_at
         what = f"{self.where}: what its wait returns, if it is not None,"
         return _moment(NO_WAIT if wait is None else wait, reached, what)
 
@@ -3577,14 +3573,12 @@ class _Recording:
             for name in ("state", "current_step_name", "execution_count", "transitioned_at", "reason"):
                 changes[name] = row.__data__[name]
             if "outcome" not in columns:  # it was to be put back
-                columns = {"state": CANCELED, "outcome": "canceled", "finished_at": self.now, "signal_id": None}
-                columns["reason"] = row.reason
+                columns = _columns_of_dropped(self.drive, row.reason)
         elif row.pause_requested:
             changes["pause_requested"] = False
             if self.follows or "outcome" not in columns:
                 changes.update(state=PAUSED, transitioned_at=self.now)
-            asked_for = row.reason if changes["state"] == PAUSED else None
-            changes["reason"] = changes.get("reason") or asked_for
+            changes["reason"] = changes.get("reason") or (row.reason if changes["state"] == PAUSED else None)
         if "context" in changes:
             changes["context"] = self._merged_context(row.context.read)
         if self.waits_for and changes["state"] == READY and not _must_wait(row, self.waits_for, self.execution):
@@ -6867,8 +6861,7 @@ def _duration_of(text: str) -> timedelta:
     if not re.fullmatch(r"(\s*\d+\s*(d|h|min|s|ms))+\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 2d, 90min or 1h30min")
     parts = re.findall(r"(\d+)\s*([a-z]+)", text)
-    seconds = sum(float(number) * UNITS[unit] for number, unit in parts) / 1000
-    return _duration(seconds, "it", argparse.ArgumentTypeError)
+    return _duration(sum(float(each) * UNITS[unit] for each, unit in parts) / 1000, "it", argparse.ArgumentTypeError)
 
 
 def _moment_of(text: str) -> datetime:
