@@ -1728,8 +1728,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     #: For how long its workflows are kept once they are over, a timedelta or seconds; None keeps them. Where it is not
     #: set, and of types that no class defines here, the drive's `delete_completed_workflows_after` counts.
     delete_completed_after: timedelta | float | None
-    #: A Huey crontab, asked for each minute of the clock in `recurrence_timezone`: consumers create a workflow for each
-    #: one that matches.
+    #: A Huey crontab: consumers create a workflow for each minute in `recurrence_timezone` that matches.
     recurs: Callable[[datetime], object] | None = None
     recurrence_timezone = "UTC"
     #: Whether one is created while an earlier one is ongoing; it is left out otherwise, with a warning in the log.
