@@ -633,7 +633,7 @@ def moment(at):
 
 
 def span(duration):
-    seconds = duration.total_seconds()
+    seconds = max(duration.total_seconds(), 0)  # the clocks of two computers differ
     for unit, length in {"days": 86400, "h": 3600, "min": 60}.items():
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
