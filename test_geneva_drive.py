@@ -419,7 +419,8 @@ def test_eight_processes_create_the_tables_at_once(servers, kind, is_exhaustive)
         db = open_database(url)
         GenevaDrive(db)
         names = {each.name for table in ENGINE_TABLES for each in db.get_indexes(table)}
-        assert set(SCHEMA_INDEXES) <= names
+        partial = {"geneva_drive_paused"} if kind == "mysql" else set()
+        assert set(SCHEMA_INDEXES) - partial <= names
         db.close()
 
 
@@ -7159,8 +7160,11 @@ class Actual:
         workflow = self.find(place)
         if workflow is None:
             return None
+        options = {} if call == "reschedule" else {"reason": call}
+        if call == "cancel":
+            arguments, options["children"] = (), arguments == (True,)
         try:
-            getattr(workflow, call)(*arguments, **({} if call == "reschedule" else {"reason": call}))
+            getattr(workflow, call)(*arguments, **options)
         except gd.InvalidStateError:
             return "refused"
         except gd.AlreadyOngoingError:
@@ -13254,9 +13258,9 @@ class App:
     def log(self, number=0):
         return (self.folder / f"log{number}").read_text()
 
-    def are_over(self):
+    def are_over(self, **env):
         """Whether all workflows are finished; what was lost on the way is looked for first."""
-        self.run("housekeeping", **HEALING)
+        self.run("housekeeping", **HEALING, **env)
         return not Workflow.select().where(Workflow.state != "finished").exists()
 
     def doctor(self):
@@ -13348,7 +13352,7 @@ def test_of_consumers_that_start_at_once_and_are_killed_one_creates_what_recurs(
                 time.sleep(0.1 * random.random())
                 consumer.kill()
             until(lambda: f"{minutes:02}" in {trace[-2:] for trace in app.traces()})  # noqa: B023
-            until(app.are_over)  # by the two that are left
+            until(lambda: app.are_over(APP_CLOCK=str(clocks[0])))  # noqa: B023 - by the two that are left
             for consumer in consumers:
                 consumer.kill()
                 consumer.wait()
