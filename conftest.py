@@ -348,6 +348,11 @@ def require_package(name: str, remedy: str | None = None) -> None:
         _missing(f"the Python package {name}", remedy or "pip install -e '.[test]'", instead="")
 
 
+def require_command(name: str, remedy: str) -> str:
+    """The path of a command; without it, the test is skipped, or fails where nothing may be missing."""
+    return shutil.which(name) or _missing(name, remedy, instead="")
+
+
 def _missing(what: str, remedy: str, instead: str = "; or name a server in GENEVA_DRIVE_TEST_URLS") -> NoReturn:
     reason = f"{what} is missing: {remedy}{instead}"
     if os.environ.get("GENEVA_DRIVE_REQUIRE_SERVERS") == "1":

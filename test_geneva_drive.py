@@ -92,7 +92,7 @@ from playhouse.db_url import connect, parse
 from playhouse.pool import PooledMySQLDatabase, PooledPostgresqlDatabase, PooledSqliteDatabase
 
 import geneva_drive as gd
-from conftest import SERVERS, free_port, require_package
+from conftest import SERVERS, free_port, require_command, require_package
 from geneva_drive import (
     ExceptionPolicy,
     GenevaDrive,
@@ -12407,9 +12407,8 @@ def test_processes_that_are_killed_as_they_look_leave_one_workflow_for_each_clas
         assert moments(cls) == [f"01 {12 + minute // 60}:{minute % 60:02}" for minute in range(rounds)]
 
 
+@pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # on SQLite, there is one lock for all
 def test_a_process_that_has_stopped_within_a_look_holds_up_no_other(database, drive, clock, recurring):
-    if database.url.startswith("sqlite"):
-        pytest.skip("it has one write lock, which everybody waits for")
     Often, beside = recurring(**EVERY_MINUTE), open_database(database.url)
     with beside.atomic():
         beside.execute_sql("select version from geneva_drive_schema for update").fetchall()
@@ -16158,8 +16157,7 @@ def test_a_deployed_consumer_drains_in_the_time_that_it_is_given(tmp_path, kind)
 
 
 def test_systemd_understands_the_unit_of_the_consumer(tmp_path):
-    if not (systemd := shutil.which("systemd-analyze")):
-        pytest.skip("systemd-analyze is missing: apt-get install systemd")
+    systemd = require_command("systemd-analyze", "apt-get install systemd")
     text = (HERE / "examples" / "two_processes" / "consumer.service").read_text()
     unit = tmp_path / "consumer.service"
     unit.write_text(re.sub("ExecStart=[^ ]+", f"ExecStart={sys.executable}", text))
