@@ -66,6 +66,6 @@ if __name__ == "__main__":
     for email in ("ada@example.com", "bob@example.com", "cyd", "dan@example.com"):
         Reader.create(email=email)
     newsletter = Newsletter.create(hero=Issue.create(title="The first issue"))
-    drive.run(workers=2, until=drive.is_idle)
+    drive.run(until=drive.is_idle)
     for child in newsletter.children:
         print(f"letter to {child.hero.email}: {child.state}")

@@ -54,7 +54,7 @@ class Trial(Workflow):
 
 def run(seconds):
     end = time.monotonic() + seconds
-    drive.run(workers=2, until=lambda: time.monotonic() > end or drive.is_idle())
+    drive.run(until=lambda: time.monotonic() > end or drive.is_idle())
 
 
 if __name__ == "__main__":
