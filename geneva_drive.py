@@ -885,10 +885,10 @@ class _Blueprint:
 
     def policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
         """The policy that decides what an error in a step does."""
-        own = [each for each in definition.policies if each.matches(error)]
-        latest_first = [each for each in reversed(self.policies) if each.matches(error)]
+        latest_first = self.policies[::-1]
         specific_first = sorted(latest_first, key=lambda policy: policy.matching is None)
-        return [*own, *specific_first, PAUSE][0]
+        candidates = (*definition.policies, *specific_first)
+        return next((each for each in candidates if each.matches(error)), PAUSE)
 
     def _add_step(self, key: str, body: str | None, options: dict[str, Any], where: str) -> None:
         """Add a step that an attribute declares; one without a body was removed."""
@@ -5314,7 +5314,7 @@ class _Recurrence:
             if not self.access.repeat(lambda: self._is_due(cls, moment)):
                 return  # most looks end here, and lock nothing
             version = self.access.repeat(_Schema(self.drive).version)
-            if self.access.transact(lambda: self._create(cls, moment, version)):  # noqa: B023
+            if self.access.transact(functools.partial(self._create, cls, moment, version)):
                 return
             _give_way(tries)  # another one is at work; if it has stopped there, nobody waits for it until the next look
 
