@@ -2599,22 +2599,26 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
     parents, columns = [workflow], {**_columns_of_canceled(drive, reason), "ongoing_children": 0}
     workflow._write(ongoing_children=0)
     while parents:
-        children = [child for some in peewee.chunked(parents, 1000) for child in _lock_ongoing_children(some)]
-        for some in map(list, peewee.chunked(children, 1000)):
-            ids = [child.id for child in some]
-            to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
-            StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
-            Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
-            for child in some:
-                before = child.state
-                child.__data__.update(columns)
-                drive._announce(child, before, CANCELED)
+        children: list[Any] = []
+        for some in peewee.chunked([parent.id for parent in parents], 1000):
+            while batch := _lock_children(some, Workflow.state.in_(ONGOING)):
+                ids = [child.id for child in batch]
+                to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
+                StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
+                Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
+                for child in batch:
+                    before = child.state
+                    child.__data__.update(columns)
+                    drive._announce(child, before, CANCELED)
+                children += batch
         parents = children
 
 
-def _lock_ongoing_children(parents: Iterable[Workflow]) -> list[Any]:
-    of_these = Workflow.parent.in_([each.id for each in parents]) & Workflow.state.in_(ONGOING)
-    return list(Workflow._locking(Workflow.select().where(of_these).order_by(Workflow.id)))
+def _lock_children(parents: Iterable[int], *where: Any) -> list[Any]:
+    """A thousand of them at most, by their ids."""
+    query = Workflow.select().where(Workflow.parent.in_(list(parents)), *where)
+    # Without a limit, or in the order of the ids, MariaDB may read the whole table, and so lock it.
+    return sorted(Workflow._locking(query.limit(1000)), key=lambda child: child.id)
 
 
 def _paused(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | None) -> None:
@@ -5257,7 +5261,8 @@ class _Recovery:
             locked = Workflow._locking(Workflow.select(Workflow.id).where(Workflow.id.in_(ids) & expired))
             over = [each.id for each in locked]
             WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
-            Workflow.update(parent=None).where(Workflow.parent.in_(over)).execute()
+            while orphans := [child.id for child in _lock_children(over)]:
+                Workflow.update(parent=None).where(Workflow.id.in_(orphans)).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
             return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions
 
