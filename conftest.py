@@ -171,7 +171,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tell pytest of the mark that says what --exhaustive adds."""
+    """Tell pytest of the mark that says what --exhaustive adds, and prepare the environment."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start would each compile the module
     config.addinivalue_line("markers", "exhaustive(*ids): run with --exhaustive alone, where a parameter is one of ids")
 
 
