@@ -9422,7 +9422,7 @@ LEVELS = [
 
 
 @pytest.mark.parametrize(("database", "level"), LEVELS, indirect=["database"])
-def test_of_two_children_that_end_at_the_same_instant_one_wakes_the_parent(db, drive, level):
+def test_of_two_children_that_end_at_the_same_instant_one_wakes_the_parent(database, db, drive, level):
     parent, (one, other) = household(2)
     blocked, failures = threading.Event(), []
 
@@ -9448,7 +9448,7 @@ def test_of_two_children_that_end_at_the_same_instant_one_wakes_the_parent(db, d
             thread.start()
             assert blocked.wait(10)
             if not isinstance(db, SqliteDatabase):
-                until(lambda: waits_for_a_lock(db))
+                until_one_waits_for_a_lock(database.url)
         thread.join()
     assert failures == []
     assert (ongoing_children(parent), history(parent)[-1]) == (0, ("gather", "scheduled", None))
@@ -9468,21 +9468,25 @@ def test_a_child_that_is_created_as_housekeeping_mends_the_count_of_others_is_co
             chores(parent)
             sweep = threads.submit(sweep_beside)
             if not isinstance(db, SqliteDatabase):
-                with open_database(database.url) as beside:  # in a transaction PostgreSQL shows the same sessions on
-                    until(lambda: sweep.done() or waits_for_a_lock(beside))
-                    assert not sweep.done() or sweep.exception()
+                until_one_waits_for_a_lock(database.url)
         sweep.result(timeout=60)
     drive._recovery._recover_parents()
     assert (reload(parent).ongoing_children, violations(drive)) == (2, [])  # healed once there is none
     assert history(parent)[-1] == ("gather", "waiting", None)
 
 
-def waits_for_a_lock(db):
-    """Whether a session of the server waits for another one's lock on a row."""
-    if isinstance(db, peewee.PostgresqlDatabase):
-        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-        return db.execute_sql(waiting).fetchone()[0] > 0
-    return "LOCK WAIT" in db.execute_sql("show engine innodb status").fetchone()[2]
+def until_one_waits_for_a_lock(url):
+    """Until a session of the server waits for another one's lock on a row."""
+
+    def is_waiting():
+        if isinstance(beside, peewee.PostgresqlDatabase):
+            waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+            return beside.execute_sql(waiting).fetchone()[0] > 0
+        return "LOCK WAIT" in beside.execute_sql("show engine innodb status").fetchone()[2]
+
+    # On no connection that is in a transaction: to such a one, PostgreSQL shows the sessions of its first look.
+    with contextlib.closing(open_database(url)) as beside:
+        until(is_waiting)
 
 
 @pytest.mark.parametrize(
