@@ -17539,7 +17539,7 @@ PROGRAMS = {
 # What runs the manual's commands, those that install aside.
 COMMANDS = {
     ".venv/bin/python examples/signup.py": test_the_signup_example_goes_on_after_kills_and_sends_each_mail_once,
-    ".venv/bin/python -m pytest -n 3 --dist worksteal": pytest.main,  # this run
+    ".venv/bin/python -m pytest -n 4 --dist worksteal": pytest.main,  # this run
     ".venv/bin/python examples/chaos.py": test_the_chaos_example_kills_and_disturbs_and_finds_every_promise_kept,
     ".venv/bin/python examples/benchmark.py": test_the_benchmark_example_prints_the_tables_that_the_manual_shows,
     "geneva-drive app:drive worker --workers 4": test_a_worker_on_the_command_line_drains_on_sigterm,
