@@ -2598,27 +2598,30 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
     reason = reason or f"canceled with {workflow._label}"
     parents, columns = [workflow], {**_columns_of_canceled(drive, reason), "ongoing_children": 0}
     workflow._write(ongoing_children=0)
+    ongoing = Workflow.select().where(Workflow.state.in_(ONGOING))
     while parents:
         children: list[Any] = []
-        for some in peewee.chunked([parent.id for parent in parents], 1000):
-            while batch := _lock_children(some, Workflow.state.in_(ONGOING)):
-                ids = [child.id for child in batch]
-                to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
-                StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
-                Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
-                for child in batch:
-                    before = child.state
-                    child.__data__.update(columns)
-                    drive._announce(child, before, CANCELED)
-                children += batch
+        for batch in _locked_children(ongoing, [parent.id for parent in parents]):
+            ids = [child.id for child in batch]
+            to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
+            StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
+            Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
+            for child in batch:
+                before = child.state
+                child.__data__.update(columns)
+                drive._announce(child, before, CANCELED)
+            children += batch
         parents = children
 
 
-def _lock_children(parents: Iterable[int], *where: Any) -> list[Any]:
-    """A thousand of them at most, by their ids."""
-    query = Workflow.select().where(Workflow.parent.in_(list(parents)), *where)
-    # Without a limit, or in the order of the ids, MariaDB may read the whole table, and so lock it.
-    return sorted(Workflow._locking(query.limit(1000)), key=lambda child: child.id)
+def _locked_children(query: Any, parents: list[int]) -> Iterator[list[Any]]:
+    """The children that a query selects, locked, in batches; the caller changes each so that it is selected no more."""
+    for some in peewee.chunked(parents, 2000):
+        # Without a limit below the table's size, or in the order of the ids, MariaDB may read, and so lock, all of it.
+        batch, is_full = Workflow._locking(query.where(Workflow.parent.in_(list(some))).limit(2000)), True
+        while is_full and (children := sorted(batch.clone(), key=lambda child: child.id)):
+            yield children
+            is_full = len(children) == 2000
 
 
 def _paused(drive: GenevaDrive, workflow: Workflow, active: Any, reason: str | None) -> None:
@@ -5261,8 +5264,8 @@ class _Recovery:
             locked = Workflow._locking(Workflow.select(Workflow.id).where(Workflow.id.in_(ids) & expired))
             over = [each.id for each in locked]
             WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
-            while orphans := [child.id for child in _lock_children(over)]:
-                Workflow.update(parent=None).where(Workflow.id.in_(orphans)).execute()
+            for orphans in _locked_children(Workflow.select(Workflow.id), over):
+                Workflow.update(parent=None).where(Workflow.id.in_([each.id for each in orphans])).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
             return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions
 

@@ -12669,6 +12669,17 @@ def statements_sent(db):
         db.query_hooks.remove(hook)
 
 
+@contextlib.contextmanager
+def instructions(db, unit=1):
+    """A list that grows by an item for each so many instructions that SQLite executes in the block."""
+    ticks = []
+    db.connection().set_progress_handler(lambda: ticks.append(1), unit)
+    try:
+        yield ticks
+    finally:
+        db.connection().set_progress_handler(None, unit)
+
+
 def effort(db, kind, sql, params):
     """How much a database reads for a statement, in units of its own; the statement is rolled back."""
     with db.atomic() as transaction:
@@ -12691,12 +12702,8 @@ def effort(db, kind, sql, params):
             after = db.execute_sql(count, ["Handler_read%"]).fetchall()
             read = sum(int(number) for _, number in after) - sum(int(number) for _, number in before)
         else:  # instructions
-            ticks = []
-            db.connection().set_progress_handler(lambda: ticks.append(1) and None, 1)
-            try:
+            with instructions(db) as ticks:
                 db.execute_sql(sql, params).fetchall()
-            finally:
-                db.connection().set_progress_handler(None, 1)
             read = len(ticks)
         transaction.rollback()
     return read
@@ -16782,22 +16789,18 @@ def test_what_a_page_of_the_console_reads_does_not_grow_with_the_tables(console,
     with driven(db) as drive:
         browsing = Operator(console.make_app(drive))
 
-        def taken(path):
-            counted = itertools.count()
-            db.connection().set_progress_handler(lambda: next(counted) and 0, 10)
-            for _ in range(2):  # what Peewee looks up once is not counted
-                start = next(counted)
+        def effort_for(path):
+            browsing.get(path)  # what Peewee looks up once is not counted
+            with instructions(db, 10) as ticks:
                 browsing.get(path)
-                taken = next(counted) - start
-            db.connection().set_progress_handler(None, 10)
-            return taken
+            return len(ticks)
 
         for number in (300, 3000):
             Newsletter.create_many([User.create() for _ in range(number)])
             ready = Workflow.select().where(Workflow.state == "ready").order_by(-Workflow.id)
             for workflow in list(ready)[::10]:
                 workflow.pause()
-            steps.append([taken(path) for path in paths])
+            steps.append([effort_for(path) for path in paths])
     for path, few, many in zip(paths, *steps):
         assert 20 < many < few * 1.2, path
 
