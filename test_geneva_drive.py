@@ -2656,6 +2656,28 @@ def test_an_error_keeps_its_class_message_and_traceback_whatever_is_in_them(driv
     assert "cannot be shown" in three.error_message
 
 
+def test_what_is_claimed_is_read_as_it_was_written_whatever_is_in_it(drive):
+    class Odd(Workflow):
+        step_options = {"priority": 7}
+
+        @step(name="Größe \\ ' \" 😀")
+        def one(self):
+            pass
+
+    planes = [range(0x20, 0x500), range(0x2000, 0x2070), range(0xFF00, 0x10000), range(0x1F600, 0x1F650)]
+    text = "".join(chr(code) for plane in planes for code in plane)
+    context = {"text": text, "controls": "".join(map(chr, range(0x20))), "deep": [None, True, 1.5, -(10**30), {}]}
+    context["long"] = "ä" * 15_000
+    Odd.create(hero=Country.create(code=f" Ä\\'\"😀{text[200:300]} "), context=context)
+    written = StepExecution.select().get()
+    attempt = gd._Attempt.take(drive, "default")
+    claim = gd._claim_columns(attempt.execution.started_at)
+    assert attempt.execution.__data__ == {**written.__data__, **claim}
+    assert attempt.workflow.__data__ == {**written.workflow.__data__, "state": "performing"}
+    assert attempt.workflow.context == context
+    assert attempt.workflow.hero == Country.get()
+
+
 class PanicError(BaseException):
     """As extension modules raise it."""
 
@@ -12801,6 +12823,22 @@ def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
             waste = [SCANS, SORTS][: 1 if re.search(r".hero_id. = |DISTINCT", sql) else 2]
             wasteful = [line for of_kind in waste for line in lines if re.search(of_kind[kind], line)]
             assert not wasteful, f"{sql[:200]} … {sql[-1000:]}: {lines}"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "mysql"])  # of a table of a hundred rows, PostgreSQL may well read all
+def test_a_look_into_the_queue_reads_no_other_workflows_though_most_of_them_are_due(servers, kind, monkeypatch):
+    with crowd(servers, kind, monkeypatch) as (drive, _):
+        db, drive.run_on = drive._access.database, 0
+        Quick.create_many([User.create() for _ in range(100)])
+        for _ in range(4):
+            for _ in range(30):
+                drive.huey.execute(drive.huey.dequeue())
+            analyze(db, kind)
+            with statements_sent(db) as sent:
+                drive.huey.execute(drive.huey.dequeue())
+            of_queue = [str(plan(db, *each)) for each in sent.items() if "OFFSET" in each[0]]
+            assert of_queue
+            assert not [lines for lines in of_queue if re.search(f"{SCANS[kind]}|{SORTS[kind]}", lines)]
 
 
 @pytest.mark.parametrize("kind", SERVERS)
