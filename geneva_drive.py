@@ -32,9 +32,10 @@ seconds or months, survives crashes and deploys, and leaves a row for every atte
         drive.run(workers=2)
 
 How it works. Two tables hold the truth: one row for each workflow, one for each attempt at a step (an *execution*).
-The queue is only the alarm clock: a message holds the number of an execution and nothing else, so that losing or
-doubling one harms nothing. Whoever takes, ends or recovers an execution first updates the workflow's row on condition
-that this execution is still its newest: one fence and one lock order for everything.
+The drive's own queue is the table of executions itself. In another Huey, a message holds the id of an execution and
+nothing else, so that a message that is lost or doubled does no harm. Whoever takes, ends or recovers an execution first
+updates the workflow's row, on condition that this execution is still its newest: one fence and one lock order for
+everything.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ ONGOING, OVER = (READY, PERFORMING, PAUSED), (FINISHED, CANCELED)
 WORKFLOW_STATES = (*ONGOING, *OVER)
 TO_CLAIM = (SCHEDULED, WAITING)
 ACTIVE = (*TO_CLAIM, IN_PROGRESS)
-FAILURES = ("failed", "recovered")  # the outcomes that are no decision of the application's
+FAILURES = ("failed", "recovered")  # the outcomes that the application did not decide
 
-# Why an attempt ended and what was decided, against: the execution's state, its outcome, what the workflow does next.
+# By why an attempt ended and what was decided: the execution's state, its outcome, and what the workflow does next.
 EFFECTS = {
     ("step", "return"): (COMPLETED, "success", "advance"),
     ("step", "reattempt"): (COMPLETED, "reattempted", "repeat"),
@@ -179,16 +180,16 @@ MAX_JSON_BYTES = 128 * 1024
 MAX_ERROR_CHARS = 50_000
 MAX_REASON_CHARS = 1000
 CURSOR_ALIAS = "geneva_drive_cursor"  # of the key of a row, in queries of the application's
-TRANSACTION_TRIES = 16  # a deadlock or serialization failure on every one of them points at something else
-PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first, and at most, a step that is not defined here
-EXIT_TIME = timedelta(seconds=5)  # what a process that leaves steps under way may take to be gone
+TRANSACTION_TRIES = 16  # a transaction that deadlocks on every one of them has another problem
+PUT_OFF_FOR = timedelta(seconds=1), timedelta(seconds=30)  # at first and at most: a step that is not defined here
+EXIT_TIME = timedelta(seconds=5)  # that a process may take to exit while steps are under way
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 PATIENCE_SECONDS = 10  # with locks; a step that is done waits longer to be recorded
 SCHEMA_PATIENCE_SECONDS = 600  # how long a change of the schema waits for the ends of transactions on its table
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.25  # seconds between two looks into an empty queue
-MAX_COUNTED, MAX_SHOWN = 100_000, 20  # workflows that match, groups of paused ones: for people to read
-MAX_GROUPED, GROUPED_CHARS = 10_000, 40  # paused workflows, the newest; and of their reasons
-MAX_KNOWN_PRIORITIES = 20  # that are asked for though there is nothing of them at present
+MAX_COUNTED, MAX_SHOWN = 100_000, 20  # by the command line: workflows that match, groups of paused ones
+MAX_GROUPED, GROUPED_CHARS = 10_000, 40  # the newest paused workflows; how much of a reason tells groups apart
+MAX_KNOWN_PRIORITIES = 20  # that are looked for even when the queue holds nothing of them
 STOP_SECONDS = 0.5  # until a worker that waits to be told sees that its consumer stops
 
 # ==== Errors and events ===============================================================================================
@@ -349,7 +350,7 @@ def _flow_control_in(error: BaseException) -> _FlowControl | None:
 
 
 def _ends_process(error: BaseException) -> bool:
-    """Whether an error ends this process or greenlet, and tells nothing about the code that it is raised in."""
+    """Whether an error ends this process or greenlet, and says nothing about the code that raised it."""
     # gevent's need not be there to be imported.
     return isinstance(error, KeyboardInterrupt) or any(each.__name__ == "GreenletExit" for each in type(error).__mro__)
 
@@ -1165,7 +1166,7 @@ class _ContextField(_JsonObjectField):
 
 
 class _UtcField(_OwnTypeField, peewee.DateTimeField):
-    """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is taken for UTC."""
+    """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is in UTC."""
 
     kind = "moment"
 
@@ -1733,7 +1734,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     recurrence_timezone = "UTC"
     #: Whether one is created while an earlier one is ongoing; it is left out otherwise, with a warning in the log.
     recurrences_overlap = False
-    #: For how long the newest one that no consumer was there for, or that was left out, is made up for.
+    #: For how long one is created late, when no consumer ran at its minute or it was left out: the newest one alone.
     recurrence_catch_up: timedelta | float = timedelta(minutes=10)
     #: The steps in their order, own and inherited; those that were removed are left out.
     steps: tuple[StepDefinition, ...] = ()
@@ -1762,7 +1763,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
 
         :param hero: a saved instance of any model; None only where `may_proceed_without_hero`.
-        :param allow_multiple: neither count nor be counted where one ongoing workflow per class and hero is allowed.
+        :param allow_multiple: leave it out of the rule that a hero has one ongoing workflow of a class.
         :param context: a JSON object to be kept with the workflow.
         :param options: `{"queue": ..., "priority": ...}` for this workflow's steps.
         :param parent: the workflow that it is a child of, which can wait for its end by `wait_for_children`.
@@ -2196,11 +2197,12 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def undefined_steps_in_flight(cls) -> list[UndefinedStep]:
-        """What a deploy would strand, over this class and its subclasses; to be asked with the new code, beforehand.
+        """The steps that ongoing workflows stand at and that this code does not define: for a look before a deploy.
 
-        A step that is declared as removed is defined; of a type that no class defines, none is. Reads all rows.
+        Over this class and its subclasses. A removed step is defined by `removed_step()`; of a type without a class, no
+        step is. Reads all rows.
 
-        :returns: the steps that ongoing workflows stand at and that are not defined in this process, sorted.
+        :returns: these steps, sorted.
         """
         found = _count_ongoing(cls.select(), Workflow.type, Workflow.current_step_name)
         defined = {(key, each.name) for key, known in _workflow_classes.items() for each in known._blueprint.steps}
@@ -2527,7 +2529,7 @@ def _wake(drive: GenevaDrive, workflow: Workflow, execution: StepExecution) -> N
 
 
 def _count_children(drive: GenevaDrive, parent: Workflow | None, change: int) -> None:
-    """Count ongoing children of a parent, if there is one, in or out; wake the step that waits for the last one's end.
+    """Change the number of ongoing children that a parent, if there is one, counts; at 0, wake the step that waits.
 
     Needs the parent's lock. Counting the children's rows instead would lock them on MySQL, where a plain look sees an
     old snapshot; and in PostgreSQL's REPEATABLE READ, who has not seen this change must collide with it.
@@ -2700,7 +2702,8 @@ def _as_declared(definition: StepDefinition, active: StepExecution, now: datetim
     """The time of an execution, and its limit, as its step has them by now."""
     first = definition._first(active.reached_at or active.created_at)
     due, asks_wait, since = max(first["due"], now), first.get("asks_wait"), active.waits_since or active.scheduled_for
-    if active.state != WAITING or (asks_wait and since > now):  # that was a plain wait, and is not over
+    is_plain = not definition._waits or (asks_wait and since > now)  # by now; or its wait, before that, is not over
+    if active.state != WAITING or is_plain:
         limit = {"waits_since": None, "times_out_at": None} if asks_wait else {}  # it counts from the wait's end
         return {"state": SCHEDULED, "scheduled_for": due, "asks_wait": asks_wait, **limit}
     since = since if since <= now else due  # its wait is not over
@@ -2980,7 +2983,7 @@ class _Verdict:
     until: datetime | None = None  # when a computed wait is over
 
 
-#: Of a transactional step whose computed wait is over, asked outside of transactions.
+#: A transactional step's computed wait is over. It was called outside of a transaction; now the step's may begin.
 _GO_ON = _Verdict("step", "go on")
 
 
@@ -3118,7 +3121,7 @@ class _Attempt:
                     _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
         except _ClaimLost as lost:
             verdict, recorded = lost.args[0], False
-            # Or the connection went as the outcome was committed, and the second try found the fence gone.
+            # Or the connection was lost at the commit, and the second try found that the first one was committed.
             self.workflow.logger.warning("the claim was lost to recovery; nothing more is recorded of this attempt")
         finally:
             self.workflow._attempt = self.leaving = None
@@ -3195,7 +3198,7 @@ class _Attempt:
         return verdict, self._record(verdict, may_run_on)
 
     def _start_over(self) -> None:
-        """A transactional step fell to a deadlock and left no trace: perform it anew, with rows that are read anew."""
+        """A deadlock has rolled back a transactional step: perform it again, with rows that are read again."""
         self.workflow._attempt = self.signal = None
         self.workflow = self.drive._access.repeat(lambda: Workflow.get_by_id(self.workflow.id))
         self.workflow.__data__["current_step_name"] = self.execution.step_name  # one that was canceled stands at none
@@ -3955,7 +3958,7 @@ class GenevaDrive:
     Settings, each an attribute too, with their defaults; durations are timedeltas or seconds:
 
     :param delete_completed_workflows_after: (30 d) how long finished and canceled workflows are kept; None keeps all.
-    :param stuck_in_progress_threshold: (2 min) how long a step may be without a heartbeat before it is taken for dead.
+    :param stuck_in_progress_threshold: (2 min) how long a step may be without a heartbeat before it is recovered.
     :param stuck_scheduled_threshold: (1 min) how long a step may be due, in a Huey of yours, before it is queued again.
     :param stuck_recovery_action: ("reattempt") what follows when a step's process died; or "cancel".
     :param max_recoveries: (5) when a step's process died more often than that, its workflow is paused.
@@ -4507,14 +4510,14 @@ class _OwnStorage(BaseStorage):
         """Claim the execution that is due first. A worker waits for one, until its consumer stops."""
         try:
             self.drive._access.connect_worker()
-            is_in_vain = False
+            was_empty = False
             while True:
                 attempt = _Attempt.take(self.drive, self.name)
                 if attempt:
                     self.idle.nap = SHORTEST_NAP
-                if attempt or not self._wait(is_in_vain):
+                if attempt or not self._wait(was_empty):
                     return attempt
-                is_in_vain = True
+                was_empty = True
         except (peewee.PeeweeException, GenevaDriveError):
             if not self.drive._access.database.in_transaction():
                 with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
@@ -4522,16 +4525,16 @@ class _OwnStorage(BaseStorage):
             time.sleep(1)  # Huey logs a traceback each time, and polls often
             raise
 
-    def _wait(self, is_in_vain: bool) -> bool:
+    def _wait(self, was_empty: bool) -> bool:
         """In a worker, wait until something may be due; False elsewhere, and if the consumer stops, or is gone.
 
-        :param is_in_vain: whether the worker has just waited, and was given nothing all the same.
+        :param was_empty: whether the worker has just waited, and then found nothing to claim.
         """
         if threading.get_ident() not in _heartbeat.workers:
             return False
         dispatch = self.drive._dispatch
         while not dispatch.draining(self.name)():
-            is_due, is_in_vain = self.idle.wait(is_in_vain), False
+            is_due, was_empty = self.idle.wait(was_empty), False
             if self.name not in dispatch.consumers:
                 return False  # Huey asks the stop flag of this worker's own
             if is_due:
@@ -4615,9 +4618,9 @@ class _OwnStorage(BaseStorage):
 class _Idle:
     """Where the idle workers of a process wait: one of them watches the queue, the others wait to be told.
 
-    Who commits what is due rings, for as many workers. What is due later is news for the one who watches, if it is due
-    earlier than what that one knows of. Who has watched leaves that to the next one, which looks in its turn: so as
-    many come as there is to do.
+    A commit of executions that are due rings for as many workers. One of executions that are due later wakes the worker
+    that watches, if they are due before what it knows of. After its watch, a worker looks into the queue and leaves the
+    watch to the next one, which does the same: so as many workers wake as there are executions.
     """
 
     def __init__(self, storage: _OwnStorage) -> None:
@@ -4642,7 +4645,7 @@ class _Idle:
                 self.news += 1
                 self.changed.notify_all()
 
-    def wait(self, is_in_vain: bool) -> bool:
+    def wait(self, was_empty: bool) -> bool:
         """Wait, for a moment at most; whether something may be due."""
         with self.changed:
             self.waiting += 1
@@ -4652,19 +4655,19 @@ class _Idle:
                 if self.is_watched or self.rings:
                     return self._is_rung()
                 self.is_watched = True
-            return self._watch(is_in_vain)
+            return self._watch(was_empty)
         finally:
             with self.changed:
                 self.waiting -= 1
 
-    def _watch(self, is_in_vain: bool) -> bool:
+    def _watch(self, was_empty: bool) -> bool:
         try:
             news = self.news
             due = self.storage.first_due()
             with self.changed:
                 self.first_due = due
                 left = (due - self.storage.drive._now()).total_seconds() if due else math.inf
-                if is_in_vain and left <= 0:  # another's transaction holds what is due, for as long as it takes
+                if was_empty and left <= 0:  # another's transaction holds what is due, for as long as it takes
                     left = self.nap
                 nap, self.nap = min(left, self.nap), min(self.nap * 1.2, LONGEST_NAP)
                 self.changed.wait_for(lambda: self.rings or self.news != news, max(0, nap))
@@ -4851,7 +4854,7 @@ class _Access:
             nonlocal is_done
             is_done = False
             if is_atomic and not self.database.in_transaction():
-                # Repeated after a loss of the connection that hides what it did, it finds that its fence is gone.
+                # If the connection is lost, it is repeated: had it been committed, the second try finds no row.
                 return work()
             with self.begin():
                 result = work()
@@ -4882,10 +4885,10 @@ class _Access:
     def repeat(
         self, work: Callable[[], T], insist_seconds: float | None = None, is_done: Callable[[], bool] = lambda: False
     ) -> T:
-        """Run `work`; again, if that failed through no fault of its own and is ours to repeat.
+        """Run `work`; again, if the connection was lost or others were in its way, unless a transaction is open.
 
-        :param insist_seconds: for so long, whatever the number of tries and though the database itself is away: for
-            work that nobody repeats soon if it is not done now.
+        :param insist_seconds: try for so long, however often, and though the database is away: for work that nobody
+            repeats soon if it is not done now.
         :param is_done: whether it is not to be repeated after a loss of the connection.
         :raises GenevaDriveError: if the tables are missing or too old.
         """
@@ -4997,7 +5000,7 @@ class _Access:
         return is_of_driver and (self.database.is_closed() or _is_gone(self.database.connection()))
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
+        """Whether a transaction failed because of others at the same time, as by a deadlock, and may be repeated."""
         # A deadlock takes MySQL's savepoints along; what is raised in the end is that there is none to roll back to.
         before = error.__context__
         return self.dialect.is_transient(error) or (before is not None and self.is_transient(before))
@@ -5084,13 +5087,13 @@ class _Recovery:
         return counts
 
     def _recover_in_progress(self) -> dict[str, int]:
-        """Recover what a process performs that fell silent, or that is known to be gone."""
+        """Recover the steps of processes whose heartbeats have stopped, or that are known to be gone."""
         in_progress = SQL(f"state = '{IN_PROGRESS}'")
         performers = StepExecution.select(StepExecution.performed_by).where(in_progress).distinct().tuples()
         gone = self.access.repeat(lambda: [name for (name,) in performers if _is_process_gone(name)])
         moment = self.drive._now() - self.drive.stuck_in_progress_threshold
         is_dead = StepExecution.performed_by.in_(gone)
-        if _heartbeat.is_silence_death():
+        if _heartbeat.is_silence_fatal():
             is_dead = (StepExecution.heartbeat_at < moment) | is_dead
         dead = in_progress & is_dead
         recovered = 0
@@ -5182,15 +5185,15 @@ class _Recovery:
 
     def _recover_parents(self) -> dict[str, int]:
         """Have no parent count as ongoing, nor wait for, children that were deleted by others than the library."""
-        bereft = SQL(f"ongoing_children > 0 and {_has_no_ongoing('parent_id = t1.id')}")
+        miscounted = SQL(f"ongoing_children > 0 and {_has_no_ongoing('parent_id = t1.id')}")
 
         def recover(workflow_id: int) -> None:
             row = Workflow._lock(Workflow.id == workflow_id)
             # Asked behind the lock, by a statement that sees who was created before it.
-            if row and Workflow.select().where((Workflow.id == workflow_id) & bereft).exists():
+            if row and Workflow.select().where((Workflow.id == workflow_id) & miscounted).exists():
                 _count_children(self.drive, row, -row.ongoing_children)
 
-        for row in self.access.repeat(functools.partial(list[Any], Workflow.select(Workflow.id).where(bereft))):
+        for row in self.access.repeat(functools.partial(list[Any], Workflow.select(Workflow.id).where(miscounted))):
             self.access.transact(functools.partial(recover, row.id))
         return {}
 
@@ -5294,7 +5297,7 @@ class _Recovery:
 
 def _has_no_ongoing(relation: str) -> str:
     """Whether no ongoing workflow is in this relation to the one that is selected, as SQL."""
-    # MariaDB takes `not exists` for leave to read all that are ongoing once, in place of an index a few times.
+    # For `not exists`, MariaDB reads all ongoing workflows once, instead of looking into an index a few times.
     found = f"from geneva_drive_workflows beside where beside.{relation} and beside.state in {ONGOING}"
     return f"(select 1 {found} limit 1) is null"
 
@@ -5335,7 +5338,7 @@ class _Recurrence:
         """
         if _SchemaVersion._lock(_SchemaVersion.version == version, skip_locked=True) is None:
             return False
-        # A change, for REPEATABLE READ on PostgreSQL: whose snapshot is older collides, and tries again.
+        # A change, for REPEATABLE READ on PostgreSQL: a transaction with an older snapshot collides, and is repeated.
         _SchemaVersion._update_row({"version": version}, version=version)
         if self._is_due(cls, moment):
             start = _Start(cls, None)
@@ -5345,7 +5348,7 @@ class _Recurrence:
     def _is_due(self, cls: type[Workflow], moment: datetime) -> bool:
         """Whether the class is to have a workflow for this moment, and has none yet."""
         of_class = Workflow.type == cls.workflow_type
-        # At it, or later: the clock of a host may be ahead. One that is ahead by more counts for nothing.
+        # At it, or later: the clock of a host may be ahead. One that is ahead by more does not count.
         at_or_after = Workflow.occurs_at.between(moment, moment + 2 * _catch_up(cls))
         if Workflow.select().where(of_class & at_or_after).exists():
             return False
@@ -5357,7 +5360,7 @@ class _Recurrence:
         ongoing = earlier.where(Workflow.occurs_at.is_null(False)).first()
         if ongoing and self.left_out.get(cls.workflow_type) != moment:
             self.left_out[cls.workflow_type] = moment
-            fix = "it is made up for within recurrence_catch_up; recurrences_overlap = True allows both"
+            fix = "it is created later, within recurrence_catch_up; recurrences_overlap = True allows both"
             logger.warning("%s of %s is left out, as %r is ongoing: %s", cls.__name__, moment, ongoing, fix)
         return ongoing is None
 
@@ -5491,9 +5494,11 @@ class _Reports:
         query = query.where(_is_in(PAUSED)).order_by(Workflow.id.desc()).limit(MAX_GROUPED)
         groups: dict[tuple[str, str, str], PausedGroup] = {}
         for name, step_name, reason, error, outcome, workflow_id in query.tuples():
-            # Of a reason, words with digits in them are left out: ids, amounts, dates, by which each would be its own.
-            beginning = re.sub(r"\S*\d\S*", "…", reason or "")[:GROUPED_CHARS]
-            why = error.rpartition(".")[2] if error else _why("" if outcome in FAILURES else A_PERSON, beginning)
+            why = (error or "").rpartition(".")[2]
+            if not why:
+                # Of a reason, words with digits in them are left out: ids, amounts and dates would make many groups.
+                beginning = re.sub(r"\S*\d\S*", "…", reason or "")[:GROUPED_CHARS]
+                why = _why("" if outcome in FAILURES else A_PERSON, beginning)
             groups.setdefault((name, step_name, why), PausedGroup(name, step_name, why, [])).ids.append(workflow_id)
         return sorted(groups.values(), key=lambda each: (-len(each.ids), each))
 
@@ -5640,11 +5645,11 @@ class _Dialect:
     ddl_commits = False
     #: Before and after a change of the schema: for one process at a time, and for no one to be held up. A change waits
     #: until no transaction is open on its table, and everybody else waits behind it: so it is told to give up after a
-    #: second, and is tried again, lest heartbeats fall silent behind a transactional step that takes minutes.
+    #: second, and is tried again. Else heartbeats would stop behind a transactional step that takes minutes.
     schema_lock: Sequence[str] = ()
     schema_unlock: Sequence[str] = ()
-    #: The SQLSTATEs or numbers of errors: of what fell to others that run beside it, of a table or column that is not
-    #: there; and what SQLite says in their place.
+    #: The SQLSTATEs or numbers of errors: of transactions that failed because of others at the same time, and of tables
+    #: or columns that are not there. And what SQLite says in their place.
     transient: frozenset[Any] = frozenset()
     transient_text = missing_text = "(?!)"
     missing: frozenset[Any] = frozenset()
@@ -5670,7 +5675,7 @@ class _Dialect:
         return peewee.Tuple(first, second) > (first.db_value(one), second.db_value(two))
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether a transaction fell to others that run beside it, and may be repeated as it is."""
+        """Whether a transaction failed because of others at the same time, as by a deadlock, and may be repeated."""
         return self._means(error, self.transient, self.transient_text)
 
     def is_about_schema(self, error: BaseException) -> bool:
@@ -6326,7 +6331,7 @@ class _Heartbeat:
         self.lead, self.ran_ahead = time.time() - time.monotonic(), -math.inf
 
     def add(self, attempt: _Attempt) -> None:
-        """Keep an attempt alive, until it is removed."""
+        """Renew the heartbeat of an attempt, until it is removed."""
         if attempt in self.beating:
             return
         self._see_to_thread()
@@ -6355,10 +6360,11 @@ class _Heartbeat:
         """Whether this process performs an execution."""
         return any(each.execution.id == execution_id for each in list(self.beating))
 
-    def is_silence_death(self) -> bool:
-        """Whether all who live have had the time to beat since the wall clock ran ahead, as it does in a host's sleep.
+    def is_silence_fatal(self) -> bool:
+        """Whether an old heartbeat means that its process is dead: not just after the wall clock has jumped ahead.
 
-        What it ran ahead by is told from the monotonic clock, which stands still in a sleep.
+        It does so when a host wakes from sleep, and the living need time to beat again. The monotonic clock, which
+        stands still in a sleep, tells of the jump.
         """
         now, before = time.monotonic(), self.lead
         self.lead = time.time() - now
@@ -6385,7 +6391,7 @@ class _Heartbeat:
         return min(1, self._interval() / 4)
 
     def _ahead(self) -> timedelta:
-        """How much silence is told of beforehand, in a process that exits."""
+        """By how much a process that exits dates its heartbeats back, so that its steps are recovered soon."""
         return max(NO_WAIT, _drive().stuck_in_progress_threshold - EXIT_TIME) if self.is_leaving else NO_WAIT
 
     def _run(self) -> None:
@@ -6851,8 +6857,8 @@ class TestHelpers:
         self._refresh(workflow)
         lines = [f"{workflow._label} is {workflow.state}: {message}. Its executions:"]
         for each in workflow.execution_history:
-            error = f"  {each.error_class_name}: {each.error_message}" if each.error_class_name else ""
-            lines.append(f"  {each.number:>3}  {each.step_name:<30} {each.state:<12} {each.outcome or '':<12}{error}")
+            why = f"{each.error_class_name}: {each.error_message}" if each.error_class_name else each.reason or ""
+            lines.append(f"  {each.number:>3}  {each.step_name:<30} {each.state:<12} {each.outcome or '':<12}  {why}")
         raise AssertionError("\n".join(lines))
 
 
@@ -6874,8 +6880,10 @@ def _of_hero(hero: str) -> Any:
 
 
 def _of_error(text: str) -> Any:
-    named = peewee.fn.LOWER(StepExecution.error_class_name).contains(text.lower())  # which MySQL tells apart by case
-    return named | StepExecution.error_message.contains(text)
+    name, colon, message = text.partition(": ")  # as WHY shows it, `KeyError: 'cents'`
+    named = peewee.fn.LOWER(StepExecution.error_class_name)  # which MySQL tells apart by case
+    both = named.endswith(name.lower()) & StepExecution.error_message.startswith(message) & bool(colon)
+    return named.contains(text.lower()) | StepExecution.error_message.contains(text) | both
 
 
 def _of_wait(signal_name: str) -> Any:

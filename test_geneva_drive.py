@@ -4969,6 +4969,32 @@ def test_reschedule_without_a_time_takes_what_the_class_declares_by_now(drive, c
     assert (waiting(waits).times_out_at, waiting(waits).queue) == (None, None)
 
 
+@pytest.mark.parametrize("now", ["a plain step", "removed"])
+def test_reschedule_without_a_time_lets_a_workflow_go_on_whose_step_does_not_wait_any_more(drive, hero, now):
+    def deploy(step_now):
+        class Deployed(Workflow):
+            one = step_now
+
+            @step
+            def two(self):
+                did("two")
+
+        return Deployed
+
+    def one(self):
+        did("one")
+
+    workflow = deploy(step(wait_for="go")(one)).create(hero=hero)
+    work_off(drive)
+    assert effects() == []
+    deploy(gd.removed_step() if now == "removed" else step(one))
+    reload(workflow).reschedule()
+    assert drive.doctor() == []
+    work_off(drive)
+    assert effects() == (["two"] if now == "removed" else ["one", "two"])
+    assert reload(workflow).state == "finished"
+
+
 def test_reschedule_asks_a_computed_wait_again_unless_it_is_given_a_time(drive, clock):
     hero = User.create(visits=3)
     workflow = Trial.create(hero=hero)
@@ -15273,7 +15299,8 @@ def test_selections_narrow_together(command_line, drive, clock, mails, helpers):
     assert listed("--error", "REFUSED") == listed("--error", "0%_b") == refused
     assert listed("--error", "0%%b") == listed("--error", "0__b") == []
     assert listed("--error", "no mailbox") == listed("--error", "odderror") == listed("--why", "OddError: no") == named
-    assert listed("--error", "holiday") == []
+    assert listed("--error", "odderror: no mailbox") == listed("--error", "OddError: ") == named  # as WHY shows it
+    assert listed("--error", "OddError: mailbox") == listed("--error", "holiday") == []
     assert listed("--why", "holiday") == [sent[0]]
     assert listed("--waiting-for", "confirmed") == [asking.id, asking_too.id]
     assert listed("--waiting-for", "confirmed", "--state", "ready") == [asking.id]
