@@ -35,6 +35,7 @@ import random
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import sqlite3
 import struct
@@ -15195,7 +15196,7 @@ class Mailing(Workflow):
 
     @step(wait=timedelta(days=3))
     def remind(self):
-        pass
+        self.send()
 
 
 mail_server = None
@@ -16957,9 +16958,17 @@ class Browser:
     def text(self):
         return self.look("document.body.innerText")
 
-    def show_at(self, width, scheme):
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    def looks_right(self, name):
+        """At each width and in each scheme; it is kept as a picture where there is a folder for them."""
+        for width, scheme in itertools.product((400, 1280), SCHEMES):
+            self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+            self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            assert self.look("document.documentElement.scrollWidth") <= width, name
+            colours = "getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color"
+            assert self.look(f"[{colours}]") == SCHEMES[scheme]
+            if folder := os.environ.get("GENEVA_DRIVE_SCREENSHOTS"):
+                shot = base64.b64decode(self.send("Page.captureScreenshot")["data"])
+                Path(folder, f"{name}-{width}-{scheme}.png").write_bytes(shot)
 
     def close(self):
         self.process.kill()
@@ -17040,19 +17049,12 @@ def use(browser):
     browser.type(reason="the customer <b>called</b>")
     browser.click("cancel")
     assert "the customer <b>called</b>" in browser.text()
-    for width, scheme in itertools.product((400, 1280), SCHEMES):
-        browser.show_at(width, scheme)
-        for path in ("/", "/workflows", "/workflows/1", "/workflows/2", "/group"):
-            query = "?call=skip&type=Signup&step=send_reminder&error=smtplib.SMTPServerDisconnected"
-            browser.open(browser.look("location.origin") + path + query * (path == "/group"))
-            colours = "getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color"
-            assert browser.look(f"[{colours}]") == SCHEMES[scheme]
-            browser.look("document.querySelectorAll('details').forEach(each => each.open = true)")
-            assert browser.look("document.documentElement.scrollWidth") <= width, path
-            assert browser.look("document.scripts.length") == 0
-            if folder := os.environ.get("GENEVA_DRIVE_SCREENSHOTS"):
-                shot = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
-                Path(folder, f"{path.replace('/', '_')}-{width}-{scheme}.png").write_bytes(shot)
+    for path in ("/", "/workflows", "/workflows/1", "/workflows/2", "/group"):
+        query = "?call=skip&type=Signup&step=send_reminder&error=smtplib.SMTPServerDisconnected"
+        browser.open(browser.look("location.origin") + path + query * (path == "/group"))
+        browser.look("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert browser.look("document.scripts.length") == 0
+        browser.looks_right(f"hostile{path.replace('/', '_')}")
     browser.click("skip these 2")  # the preview, as it was opened last
     assert "skip: 2 done, 0 left as they are" in browser.text()
     browser.click("Overview")
@@ -17064,6 +17066,85 @@ def use(browser):
     assert '{"at": "noon"}' in browser.text()
     assert "due for" in browser.text()
     assert browser.look("document.title") == "Signup 2"
+
+
+@contextlib.contextmanager
+def open_to_browsers(console, app):
+    """A console on a port of its own, in a thread."""
+    with console.make_server("127.0.0.1", 0, app, console.Server) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.exhaustive("postgresql", "mysql")
+def test_a_night_is_mended_in_a_browser_and_nothing_else_is_touched(console, browser, drive, clock, mails, monkeypatch):
+    failed = []
+    for _ in range(5):  # over an hour
+        failed += mails(100)
+        clock.forward(minutes=12)
+    clock.now = START + timedelta(days=3)
+    monkeypatch.setitem(globals(), "mail_server", smtplib.SMTPServerDisconnected("Connection unexpectedly closed"))
+    for _ in range(5):  # an hour without the mail server
+        work_off(drive)
+        clock.forward(minutes=12)
+    others = mails(3, smtplib.SMTPServerDisconnected("Connection unexpectedly closed"))  # at another step
+    others += mails(2, ValueError("no such mailbox"))
+    others += mails(40)  # sent, and to be reminded
+    Workflow.get_by_id(others[-1]).pause(reason="a holiday until 2026-04-01")
+    clock.forward(hours=3)
+    untouched, everything = rows(*others), [model.select().count() for model in gd.MODELS]
+
+    with open_to_browsers(console, console.make_app(drive)) as url:
+        mend_the_night(browser, url, failed)
+    assert browser.console == []
+
+    assert rows(*others) == untouched
+    *resumed, canceled = failed
+    begun = StepExecution.select().where(StepExecution.begun_reason == "the mail server is back")
+    assert {each.workflow_id for each in begun} == {*resumed}
+    assert {(each.step_name, each.state, each.scheduled_for) for each in begun} == {("remind", "scheduled", clock.now)}
+    assert {each.id for each in Mailing.ready()} == {*resumed, *others[5:-1]}
+    (left,) = Mailing.canceled()
+    assert (left.id, left.reason, left.execution_count) == (canceled, "asked to be left alone", 2)
+    workflows, executions, signals = everything
+    assert [model.select().count() for model in gd.MODELS] == [workflows, executions + 499, signals]
+    work_off(drive, limit=500)
+    assert {each.id for each in Mailing.finished()} == {*resumed}
+
+
+def mend_the_night(browser, url, failed):
+    group, *_, canceled = "Mailing at remind: smtplib.SMTPServerDisconnected", *failed
+    browser.open(url)
+    for number, paused in {500: group, 3: group.replace("remind", "send"), 2: "Mailing at send: ValueError"}.items():
+        assert f"{number} {paused}" in browser.text()
+    browser.looks_right("1-overview")
+    browser.click(f"500 {group}")
+    browser.click(f"Mailing {canceled}")
+    assert "SMTPServerDisconnected: Connection unexpectedly closed" in browser.text()
+    browser.looks_right("2-workflow")
+    browser.type(reason="asked to be left alone")
+    browser.click("cancel")
+    assert "asked to be left alone" in browser.text()
+    browser.looks_right("3-canceled")
+    browser.click("Overview")
+    paused = rows(*failed)
+    browser.click("resume")  # of the largest group, which stands first
+    assert f"resume 499 {group}" in browser.text()
+    browser.looks_right("4-preview")
+    assert rows(*failed) == paused
+    browser.type(reason="the mail server is back")
+    browser.click("resume these 499")
+    assert "resume: 499 done, 0 left as they are" in browser.text()
+    browser.looks_right("5-done")
+    browser.click("Overview")
+    assert group not in browser.text()
+    assert "3 Mailing at send: smtplib.SMTPServerDisconnected" in browser.text()
+    browser.looks_right("6-overview-afterwards")
 
 
 def test_the_readme_lists_every_example_and_the_small_ones_are_small():
