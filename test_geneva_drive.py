@@ -16967,7 +16967,10 @@ class Browser:
             colours = "getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color"
             assert self.look(f"[{colours}]") == SCHEMES[scheme]
             if folder := os.environ.get("GENEVA_DRIVE_SCREENSHOTS"):
-                shot = base64.b64decode(self.send("Page.captureScreenshot")["data"])
+                clip = self.look("({x: 0, y: 0, width: innerWidth, height: document.body.offsetHeight, scale: 1})")
+                clip["height"] = min(clip["height"], 1200)
+                picture = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+                shot = base64.b64decode(picture["data"])
                 Path(folder, f"{name}-{width}-{scheme}.png").write_bytes(shot)
 
     def close(self):

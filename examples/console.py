@@ -53,7 +53,7 @@ SELECTIONS = {
     "hero": "User:7",
     "step": "that it stands at",
     "error": "text in the last",
-    "why": "text in the reason",
+    "why": "in the reason",
     "waiting_for": "a signal",
     "older_than": "2h",
     "parent": "the id of one",
@@ -211,7 +211,7 @@ def counts(groups):
         [kind, *(count_link(kind, state, each[state], state in more) for state in STATES)]
         for kind, each in sorted(rows.items())
     ]
-    return table(f"By class and state (+: of the newest {COUNTED:,} there)", heads, cells)
+    return table("By class and state" + f" (+: of the newest {COUNTED:,} there)" * bool(more), heads, cells)
 
 
 def count_link(kind, state, number, is_more):
@@ -261,7 +261,8 @@ def shown(number):
 def facts(workflow):
     """What stands above the timeline."""
     hero, parent = (workflow.hero_type, workflow.hero_id), workflow.parent_id
-    at = (" at ", tag("bdi", workflow.current_step_name)) if workflow.current_step_name else ()
+    at = [" at ", tag("bdi", workflow.current_step_name)] if workflow.current_step_name else []
+    at += [" since ", moment(workflow.transitioned_at)] if workflow.transitioned_at else []
     yield tag("p", badge(workflow.state), *at, ", to pause when this step ends" * workflow.pause_requested)
     yield tag("p", *map(cut, reasons([workflow]).values()), class_=workflow.state, dir="auto")
     about = tag("a", " ".join(hero), href=url("/workflows", hero=":".join(hero))) if all(hero) else "no hero"
@@ -713,7 +714,9 @@ body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.4 sy
 main { max-width: 76rem; margin: auto; padding: 0.8rem clamp(0.7rem, 3vw, 2rem) 4rem; overflow-wrap: anywhere }
 nav, .row, .forms { display: flex; flex-wrap: wrap; gap: 0.5rem 0.8rem; align-items: baseline }
 .fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.5rem 0.8rem }
-.fields .row { align-self: end } form[method=post] .row { grid-column: 1 / -1 }
+.fields .row { align-self: end }
+form[method=post] { display: flex; flex-wrap: wrap; align-content: start }
+form[method=post] label { flex: 1 1 9rem; max-width: 40rem } form[method=post] .row { flex: 1 0 100% }
 nav .note { margin-left: auto }
 h1 { font-size: 1.4rem; margin: 0.8rem 0 } h2 { font-size: 1rem; margin: 0 0 0.5rem } p { margin: 0 0 0.5rem }
 a { color: var(--going); text-decoration: none } a:hover { text-decoration: underline }
@@ -729,7 +732,7 @@ input, select { width: 100% } ::placeholder { color: var(--note) }
 button { cursor: pointer; white-space: nowrap } button:hover { border-color: var(--going); color: var(--going) }
 
 table { width: 100%; border-spacing: 0; font-variant-numeric: tabular-nums }
-th, td { padding: 0.35rem 0.7rem 0.35rem 0; vertical-align: top; text-align: left }
+th, td { padding: 0.35rem 0.7rem 0.35rem 0; vertical-align: baseline; text-align: left }
 td { border-top: 1px solid var(--line); min-width: 8.3rem }
 
 .lane { display: grid; grid-template-columns: 13rem 1fr; gap: 0 1rem; align-items: center; min-height: 1.7rem }
@@ -748,9 +751,10 @@ ol { padding-left: 2.2rem; margin: 0.3rem 0; font-size: 0.9rem } li p { margin: 
 pre { margin: 0; max-height: 24rem; overflow: auto; white-space: pre-wrap; font-size: 0.8rem }
 
 @media (max-width: 45rem) {
+  h1 { font-size: 1.15rem }
   thead { display: none } tr { display: block; border-top: 1px solid var(--line); padding: 0.4rem 0 }
-  td { display: flex; border: 0; padding: 0.05rem 0; gap: 0.6rem; overflow-wrap: anywhere }
-  td::before { content: attr(data-head); flex: 0 0 6.5rem; color: var(--note); font-size: 0.85rem }
+  td { display: flex; border: 0; padding: 0.05rem 0; gap: 0.4rem; overflow-wrap: anywhere }
+  td::before { content: attr(data-head); flex: 0 0 4.9rem; color: var(--note); font-size: 0.85rem }
   .lane { grid-template-columns: 1fr } .lane .ends { grid-column: 1; font-size: 0.75rem }
 }
 """
