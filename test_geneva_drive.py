@@ -16768,35 +16768,58 @@ def test_the_console_is_mounted_behind_a_login(console, drive, helpers, db):
     assert not db.is_closed()  # it was open before
 
 
-def test_the_console_selects_as_the_command_line_does(browsing, helpers, drive):
-    drive.clock = lambda: START
+def test_the_console_selects_as_the_command_line_does(browsing, command_line, helpers, clock):
     failed, waiting, by_hand = newsletters(helpers, False, True, True)
     by_hand.pause(reason="ask Grace")
     plain = Plain.create(hero=User.create(name="mary"))
-    drive.clock = lambda: START + timedelta(hours=3)
+    child = Plain.create(hero=User.create(), parent=plain)
+    clock.forward(hours=3)
     newer = Plain.create(hero=User.create())
-    everything = [newer, plain, by_hand, waiting, failed]
+    everything = [newer, child, plain, by_hand, waiting, failed]
     for found, selection in (
         (everything, {}),
-        ([newer, plain, waiting], {"state": "ready"}),
+        ([newer, child, plain, waiting], {"state": "ready"}),
         ([by_hand, failed], {"state": "paused"}),
         ([], {"state": "performing"}),
-        ([], {"state": "bogus' or 1=1"}),
-        ([newer, plain], {"type": "Plain"}),
-        ([], {"type": "Nothing"}),
+        ([newer, child, plain], {"type": "Plain"}),
         ([plain], {"hero": f"User:{plain.hero_id}"}),
         ([failed], {"step": "send"}),
         ([failed], {"error": "no ada"}),
         ([failed], {"error": "CONNECTIONerr"}),
+        ([], {"error": "Grace"}),
         ([by_hand], {"why": "grace"}),
         ([by_hand, waiting], {"waiting_for": "opened"}),
         ([waiting], {"waiting_for": "opened", "state": "ready"}),
-        ([plain, by_hand, waiting, failed], {"older_than": "2h59min"}),
+        ([child, plain, by_hand, waiting, failed], {"older_than": "2h59min"}),
+        ([failed], {"older_than": "3h", "error": "ada", "state": "paused", "type": "Newsletter", "step": "send"}),
+        ([child], {"parent": str(plain.id)}),
+    ):
+        assert listed_by(browsing, **selection) == [each.id for each in found], selection
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in selection.items()]
+        listed = json.loads(command_line("list", "--json", *options)[1])
+        assert [each["id"] for each in listed] == [each.id for each in found], options
+    for found, selection in (  # what the command line refuses, and has no need of
+        ([], {"state": "bogus' or 1=1"}),
+        ([], {"type": "Nothing"}),
         ([waiting], {"before": str(by_hand.id), "state": "ready"}),
     ):
-        links = browsing.get("/workflows", **selection).links
-        ids = [int(link.rpartition("/")[2]) for link in links if re.search(r"/workflows/\d+$", link)]
-        assert ids == [each.id for each in found], selection
+        assert listed_by(browsing, **selection) == [each.id for each in found], selection
+
+
+def listed_by(browsing, **selection):
+    links = browsing.get("/workflows", **selection).links
+    return [int(link.rpartition("/")[2]) for link in links if re.search(r"/workflows/\d+$", link)]
+
+
+@pytest.mark.parametrize("text", ["2h", " 90 min", "1h30min", "2d 3s", "250ms", "1 ms1d", "", "soon", "2", "-1h", "1w"])
+def test_the_console_reads_durations_as_the_command_line_does(console, text):
+    try:
+        duration = gd._duration_of(text)
+    except argparse.ArgumentTypeError:
+        with pytest.raises(console.HTTPError):
+            console.duration(text)
+    else:
+        assert console.duration(text) == duration
 
 
 @pytest.mark.parametrize("selection", [{}, {"state": "paused"}, {"state": "ready"}, {"type": "Newsletter"}])
