@@ -2671,12 +2671,11 @@ def test_what_is_claimed_is_read_as_it_was_written_whatever_is_in_it(drive):
     context["long"] = "ä" * 15_000
     Odd.create(hero=Country.create(code=f" Ä\\'\"😀{text[200:300]} "), context=context)
     written = StepExecution.select().get()
-    attempt = gd._Attempt.take(drive, "default")
-    claim = gd._claim_columns(attempt.execution.started_at)
-    assert attempt.execution.__data__ == {**written.__data__, **claim}
-    assert attempt.workflow.__data__ == {**written.workflow.__data__, "state": "performing"}
-    assert attempt.workflow.context == context
-    assert attempt.workflow.hero == Country.get()
+    claimed = drive._access.dialect.take(drive, "default")
+    assert claimed.__data__ == {**written.__data__, **gd._claim_columns(claimed.started_at)}
+    assert claimed.workflow.__data__ == {**written.workflow.__data__, "state": "performing"}
+    assert claimed.workflow.context == context
+    assert claimed.workflow.hero == Country.get()
 
 
 class PanicError(BaseException):
