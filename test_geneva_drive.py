@@ -7680,7 +7680,7 @@ def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(
     caplog.set_level(logging.CRITICAL)
     for *before, move in DEADLY:
         for cause in ("statement", "commit"):
-            for moment in itertools.count(step=6 if cause == "statement" and not is_exhaustive else 1):
+            for moment in itertools.count(step=10 if cause == "statement" and not is_exhaustive else 1):
                 sequence = Sequence(db, queue, run_on=True, on_death="reattempt")
                 assert all(sequence.make(each) for each in before)
                 if sequence.make(move._replace(dies=(cause, moment))):
@@ -12805,6 +12805,7 @@ def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
     with crowd(servers, kind, monkeypatch) as (drive, fill):
         db, heroes = drive._access.database, fill()
