@@ -2678,6 +2678,23 @@ def test_what_is_claimed_is_read_as_it_was_written_whatever_is_in_it(drive):
     assert claimed.workflow.hero == Country.get()
 
 
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)
+def test_what_is_too_long_to_be_read_as_one_text_is_claimed_all_the_same(database, db, drive, hero):
+    workflow = Quick.create(hero=hero, context={"long": '"' * 60_000})
+    scheduled(workflow)._write(cursor='"' * 60_000)
+    ((limit,),) = db.execute_sql("select @@global.max_allowed_packet").fetchall()
+    db.execute_sql(f"set global max_allowed_packet = {400 * 1024}")
+    try:
+        db.close()
+        db.connect()
+        claimed = drive._access.dialect.take(drive, "default")
+        assert claimed.workflow.context == workflow.context
+    finally:
+        db.execute_sql(f"set global max_allowed_packet = {limit}")
+        db.close()
+        db.connect()
+
+
 class PanicError(BaseException):
     """As extension modules raise it."""
 
