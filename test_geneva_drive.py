@@ -17149,37 +17149,6 @@ for parcel in workflow.children:
 helpers.speedrun_workflow(workflow)
 """
 
-# The bank of the manual's month end, in which each step is interrupted once.
-BANK = """
-from peewee import BooleanField, IntegerField, Model, SqliteDatabase
-
-db = SqliteDatabase(":memory:")
-
-class Account(Model):
-    balance = IntegerField(default=1000)
-    is_open = BooleanField(default=True)
-
-    class Meta:
-        database = db
-
-    def send_statement(self, month):
-        statements.append(self.id)
-        if self.id == 230 and statements.count(230) == 1:
-            raise ConnectionError("the mail server is down")
-
-    def pay_interest(self):
-        Account.update(balance=Account.balance + 5).where(Account.id == self.id).execute()
-        payments.append(self.id)
-        if self.id == 170 and payments.count(170) == 1:
-            raise ConnectionError("the database is down")
-
-class Month(Model):
-    class Meta:
-        database = db
-
-statements, payments = [], []
-"""
-
 TRY_THE_MONTH_END = """
 from bank import *
 from geneva_drive import GenevaDrive, TestHelpers
@@ -17211,57 +17180,6 @@ for _ in range(2):
     drive.housekeeping()
 for report in NightlyReport.ready():
     TestHelpers().speedrun_workflow(report)
-"""
-
-# The models that the manual's programs are about: an application of the reader's.
-SHOP_OF_THE_MANUAL = """
-from pathlib import Path
-from peewee import CharField, ForeignKeyField, IntegerField, Model, SqliteDatabase
-from geneva_drive import GenevaDrive
-
-Path("shop.db").unlink(missing_ok=True)
-db = SqliteDatabase("shop.db", timeout=10)
-drive = GenevaDrive(db)
-
-class Base(Model):
-    class Meta:
-        database = db
-
-class User(Base):
-    email = CharField()
-
-class Account(Base):
-    balance = IntegerField()
-
-class Payment(Base):
-    amount = IntegerField()
-
-class Order(Base):
-    total = IntegerField(default=30)
-    calls = []
-
-    def reserve(self):
-        self.calls.append("reserve")
-        if len(self.calls) == 1:
-            raise KeyError("no shelf")
-
-    def tell_the_warehouse(self):
-        raise ValueError("no such article")
-
-    def charge(self, idempotency_key):
-        raise LookupError("no such card")
-
-    def close(self, lost):
-        print("closed, lost:", lost)
-
-class Parcel(Base):
-    order = ForeignKeyField(Order)
-
-    def ship(self):
-        if self.id == 2:
-            raise ConnectionError("it fell off the lorry")
-
-drive.create_tables([User, Account, Payment, Order, Parcel])
 """
 
 TRY_MATCHING = """
@@ -17433,10 +17351,10 @@ def python_below(document, heading):
     return "".join(text for *place, text in blocks(document) if place == [heading, "python"])
 
 
-# What each document's folder holds from the start: the application that it is about.
+# What each document's folder holds from the start: the application that it is about, as the manual shows it.
 SURROUNDINGS = {
-    "shop.py": SHOP_OF_THE_MANUAL,
-    "bank.py": BANK,
+    "shop.py": python_below("shop.md", "The shop"),
+    "bank.py": python_below("shop.md", "The bank"),
     "app.py": python_below("README.md", "A complete program"),
 }
 
@@ -17512,6 +17430,11 @@ PROGRAMS = {
         "Several queues, and priorities": Program("queues.py", ["queues.py"], "news for ada@example.com\ncounted\n"),
     },
     "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n")},
+    "shop.md": {
+        "The shop": Program("shop.py", ["shop.py"]),
+        "Watch a class work": Program("thanks.py", ["thanks.py"], "thank you for 30\nfinished\n"),
+        "The bank": Program("bank.py", ["bank.py"]),
+    },
     "signals.md": {
         "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
         "What may come first": Program("loans.py", ["-c", TRY_EARLY], "thank you\n"),
