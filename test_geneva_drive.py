@@ -17493,10 +17493,17 @@ PROGRAMS = {
             ["-m", "unittest", "-q"],
             "to tina@example.com: welcome, please confirm\nto tina@example.com: please pay\n",
         ),
+        # What the second terminal does there: a consumer performs Fay's step.
+        "Two processes": Program(
+            "fay.py",
+            ["fay.py"],
+            "to fay@example.com: welcome, please confirm\n",
+            text="import app\napp.sign_up('fay@example.com')\napp.work()\n",
+        ),
         "A deploy": Program(
             "app.py", text=python_below("tutorial.md", "Conditions and retries").replace("begin_trial", "start_trial")
         ),
-        "Keep the name in the tables": Program("app.py"),
+        "Keep the step's old name": Program("app.py"),
     },
 }
 
