@@ -17193,6 +17193,19 @@ for amount in (10, 40):
 TestHelpers().speedrun_workflow(workflow)
 """
 
+TRY_THE_LIMIT = """
+from datetime import timedelta
+from shop import Payment, User
+from geneva_drive import TestHelpers
+from renewals import RenewalWorkflow
+
+paying, silent = [RenewalWorkflow.create(hero=User.create(email=email)) for email in ("ada@example.com", "bob@example.com")]
+paying.signal("paid", {"cents": 1500})
+TestHelpers().speedrun_workflow(paying)
+print(Payment.get().amount)
+TestHelpers().travel(silent, timedelta(days=14))
+"""
+
 TRY_EARLY = """
 from shop import Order, drive
 from loans import LoanWorkflow, returned
@@ -17409,7 +17422,7 @@ PROGRAMS = {
         "FastAPI": Program(
             "fastapi_app.py",
             ["-c", TRY_FASTAPI],
-            '200 {"id":1,"state":"ready","is_new":true}\n',
+            '200 {"id":1,"is_new":true}\n',
             needs="fastapi",
         ),
         "Django beside it": Program(
@@ -17417,9 +17430,13 @@ PROGRAMS = {
         ),
         "Jupyter": Program("notebook.py", ["notebook.py"], "welcome, ada@example.com\n[('send_welcome', 'success')]\n"),
         "Scripts and cron": Program(
-            "script.py", ["script.py"], "welcome, bob@example.com\nwelcome, cleo@example.com\n"
+            "script.py",
+            ["-c", "import runpy; [runpy.run_path('script.py') for _ in range(2)]"],
+            "welcome, bob@example.com\nwelcome, cleo@example.com\n",
         ),
-        "asyncio": Program("in_threads.py", ["in_threads.py"], "ready\nready\nready\n"),
+        "asyncio": Program("in_threads.py", ["in_threads.py"], "True\nTrue\nTrue\n"),
+        "Do something unless a signal comes": Program("offers.py", ["offers.py"], "a reminder to eve@example.com\n"),
+        "A DateField as a wait": Program("renewals.py", ["renewals.py"], "2199-07-01 07:00:00+00:00\n"),
     },
     "recurring.md": {
         "A report each night": Program("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
@@ -17438,6 +17455,8 @@ PROGRAMS = {
     "signals.md": {
         "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
         "What may come first": Program("loans.py", ["-c", TRY_EARLY], "thank you\n"),
+        "Time limits": Program("renewals.py", ["-c", TRY_THE_LIMIT], "thank you\n1500\ngoodbye\n"),
+        "A wrong payload": Program("tickets.py", ["tickets.py"], "paused - KeyError: 'cents'\nbooked 3000\n"),
         "Only some of the signals": Program("invoices.py", ["-c", TRY_MATCHING], "closed with 40\n"),
     },
     "states.md": {
