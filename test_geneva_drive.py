@@ -17201,7 +17201,8 @@ from shop import Payment, User
 from geneva_drive import TestHelpers
 from renewals import RenewalWorkflow
 
-paying, silent = [RenewalWorkflow.create(hero=User.create(email=email)) for email in ("ada@example.com", "bob@example.com")]
+users = [User.create(email=email) for email in ("ada@example.com", "bob@example.com")]
+paying, silent = map(RenewalWorkflow.create, users)
 paying.signal("paid", {"cents": 1500})
 TestHelpers().speedrun_workflow(paying)
 print(Payment.get().amount)
