@@ -16400,7 +16400,9 @@ def test_the_benchmark_example_prints_what_a_crowd_costs():
     assert re.search(r"^create\(\) +\d+\.\d\d +\d+\.\d\d +\(\d+\.\d\d\) +\d+\.\d\d", output, re.MULTILINE)
     assert "200 of them are deleted in" in output
     (shown,) = (
-        text for heading, language, text in blocks("performance.md") if (heading, language) == ("In a crowd", "text")
+        text
+        for heading, language, text in blocks("performance.md")
+        if (heading, language) == ("With many waiting workflows", "text")
     )
     beginnings = [{re.sub(r"[\d,.]+", "#", line)[:24] for line in text.splitlines()[1:]} for text in (output, shown)]
     assert beginnings[0] == beginnings[1]
@@ -17300,37 +17302,6 @@ for parcel in workflow.children:
 helpers.speedrun_workflow(workflow)
 """
 
-# The bank of the manual's month end, in which each step is interrupted once.
-BANK = """
-from peewee import BooleanField, IntegerField, Model, SqliteDatabase
-
-db = SqliteDatabase(":memory:")
-
-class Account(Model):
-    balance = IntegerField(default=1000)
-    is_open = BooleanField(default=True)
-
-    class Meta:
-        database = db
-
-    def send_statement(self, month):
-        statements.append(self.id)
-        if self.id == 230 and statements.count(230) == 1:
-            raise ConnectionError("the mail server is down")
-
-    def pay_interest(self):
-        Account.update(balance=Account.balance + 5).where(Account.id == self.id).execute()
-        payments.append(self.id)
-        if self.id == 170 and payments.count(170) == 1:
-            raise ConnectionError("the database is down")
-
-class Month(Model):
-    class Meta:
-        database = db
-
-statements, payments = [], []
-"""
-
 TRY_THE_MONTH_END = """
 from bank import *
 from geneva_drive import GenevaDrive, TestHelpers
@@ -17364,57 +17335,6 @@ for report in NightlyReport.ready():
     TestHelpers().speedrun_workflow(report)
 """
 
-# The models that the manual's programs are about: an application of the reader's.
-SHOP_OF_THE_MANUAL = """
-from pathlib import Path
-from peewee import CharField, ForeignKeyField, IntegerField, Model, SqliteDatabase
-from geneva_drive import GenevaDrive
-
-Path("shop.db").unlink(missing_ok=True)
-db = SqliteDatabase("shop.db", timeout=10)
-drive = GenevaDrive(db)
-
-class Base(Model):
-    class Meta:
-        database = db
-
-class User(Base):
-    email = CharField()
-
-class Account(Base):
-    balance = IntegerField()
-
-class Payment(Base):
-    amount = IntegerField()
-
-class Order(Base):
-    total = IntegerField(default=30)
-    calls = []
-
-    def reserve(self):
-        self.calls.append("reserve")
-        if len(self.calls) == 1:
-            raise KeyError("no shelf")
-
-    def tell_the_warehouse(self):
-        raise ValueError("no such article")
-
-    def charge(self, idempotency_key):
-        raise LookupError("no such card")
-
-    def close(self, lost):
-        print("closed, lost:", lost)
-
-class Parcel(Base):
-    order = ForeignKeyField(Order)
-
-    def ship(self):
-        if self.id == 2:
-            raise ConnectionError("it fell off the lorry")
-
-drive.create_tables([User, Account, Payment, Order, Parcel])
-"""
-
 TRY_MATCHING = """
 from shop import Order
 from geneva_drive import TestHelpers
@@ -17424,6 +17344,20 @@ workflow = InvoiceWorkflow.create(hero=Order.create(total=30))
 for amount in (10, 40):
     workflow.signal("paid", {"amount": amount})
 TestHelpers().speedrun_workflow(workflow)
+"""
+
+TRY_THE_LIMIT = """
+from datetime import timedelta
+from shop import Payment, User
+from geneva_drive import TestHelpers
+from renewals import RenewalWorkflow
+
+users = [User.create(email=email) for email in ("ada@example.com", "bob@example.com")]
+paying, silent = map(RenewalWorkflow.create, users)
+paying.signal("paid", {"cents": 1500})
+TestHelpers().speedrun_workflow(paying)
+print(Payment.get().amount)
+TestHelpers().travel(silent, timedelta(days=14))
 """
 
 TRY_EARLY = """
@@ -17584,10 +17518,10 @@ def python_below(document, heading):
     return "".join(text for *place, text in blocks(document) if place == [heading, "python"])
 
 
-# What each document's folder holds from the start: the application that it is about.
+# What each document's folder holds from the start: the application that it is about, as the manual shows it.
 SURROUNDINGS = {
-    "shop.py": SHOP_OF_THE_MANUAL,
-    "bank.py": BANK,
+    "shop.py": python_below("shop.md", "The shop"),
+    "bank.py": python_below("shop.md", "The bank"),
     "app.py": python_below("README.md", "A complete program"),
 }
 
@@ -17642,7 +17576,7 @@ PROGRAMS = {
         "FastAPI": Program(
             "fastapi_app.py",
             ["-c", TRY_FASTAPI],
-            '200 {"id":1,"state":"ready","is_new":true}\n',
+            '200 {"id":1,"is_new":true}\n',
             needs="fastapi",
         ),
         "Django beside it": Program(
@@ -17650,9 +17584,13 @@ PROGRAMS = {
         ),
         "Jupyter": Program("notebook.py", ["notebook.py"], "welcome, ada@example.com\n[('send_welcome', 'success')]\n"),
         "Scripts and cron": Program(
-            "script.py", ["script.py"], "welcome, bob@example.com\nwelcome, cleo@example.com\n"
+            "script.py",
+            ["-c", "import runpy; [runpy.run_path('script.py') for _ in range(2)]"],
+            "welcome, bob@example.com\nwelcome, cleo@example.com\n",
         ),
-        "asyncio": Program("in_threads.py", ["in_threads.py"], "ready\nready\nready\n"),
+        "asyncio": Program("in_threads.py", ["in_threads.py"], "True\nTrue\nTrue\n"),
+        "Do something unless a signal comes": Program("offers.py", ["offers.py"], "a reminder to eve@example.com\n"),
+        "A DateField as a wait": Program("renewals.py", ["renewals.py"], "2199-07-01 07:00:00+00:00\n"),
     },
     "recurring.md": {
         "A report each night": Program("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
@@ -17663,9 +17601,16 @@ PROGRAMS = {
         "Several queues, and priorities": Program("queues.py", ["queues.py"], "news for ada@example.com\ncounted\n"),
     },
     "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n")},
+    "shop.md": {
+        "The shop": Program("shop.py", ["shop.py"]),
+        "Watch a class work": Program("thanks.py", ["thanks.py"], "thank you for 30\nfinished\n"),
+        "The bank": Program("bank.py", ["bank.py"]),
+    },
     "signals.md": {
         "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
         "What may come first": Program("loans.py", ["-c", TRY_EARLY], "thank you\n"),
+        "Time limits": Program("renewals.py", ["-c", TRY_THE_LIMIT], "thank you\n1500\ngoodbye\n"),
+        "A wrong payload": Program("tickets.py", ["tickets.py"], "paused - KeyError: 'cents'\nbooked 3000\n"),
         "Only some of the signals": Program("invoices.py", ["-c", TRY_MATCHING], "closed with 40\n"),
     },
     "states.md": {
@@ -17721,10 +17666,17 @@ PROGRAMS = {
             ["-m", "unittest", "-q"],
             "to tina@example.com: welcome, please confirm\nto tina@example.com: please pay\n",
         ),
+        # What the second terminal does there: a consumer performs Fay's step.
+        "Two processes": Program(
+            "fay.py",
+            ["fay.py"],
+            "to fay@example.com: welcome, please confirm\n",
+            text="import app\napp.sign_up('fay@example.com')\napp.work()\n",
+        ),
         "A deploy": Program(
             "app.py", text=python_below("tutorial.md", "Conditions and retries").replace("begin_trial", "start_trial")
         ),
-        "Keep the name in the tables": Program("app.py"),
+        "Keep the step's old name": Program("app.py"),
     },
 }
 

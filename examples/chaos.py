@@ -1,4 +1,4 @@
-"""Workflows under fire: processes are killed, the database is disturbed, and in the end every promise is checked.
+"""Processes are killed and the database is disturbed at random; then it is checked that every guarantee held.
 
     python examples/chaos.py [URL] [--workflows 5000] [--seconds 120] [--workers 4]
 

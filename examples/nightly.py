@@ -6,7 +6,7 @@ The program sets the clock, so that nights pass in seconds; two consumers look a
 
 - A periodic task of Huey's or a line in each host's crontab: it runs once for each of them, and a night that nobody
   was there for is lost.
-- `datetime.now()` in the body: what is repeated in the morning, or made up for, would count another day.
+- `datetime.now()` in the body: a run that is repeated in the morning, or is late, would count another day.
 - `crontab(hour="2")` without a minute: that is each minute from two to three.
 - UTC where people mean the clock on their wall, and a wall clock that shows half past two twice, or never.
 """
@@ -35,7 +35,7 @@ class CountTakings(Workflow):
     may_proceed_without_hero = True
     recurs = crontab(minute="30", hour="2")
     recurrence_timezone = "Europe/Berlin"
-    recurrence_catch_up = timedelta(hours=6)  # a night that nobody was there for is made up for until half past eight
+    recurrence_catch_up = timedelta(hours=6)  # a missed night is counted until half past eight
     delete_completed_after = timedelta(days=400)  # whatever the drive does with other workflows
 
     @step(on_exception="reattempt")

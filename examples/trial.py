@@ -2,8 +2,9 @@
 
     python examples/trial.py
 
-The wait is asked of the workflow when its step is reached, and again at the time that it said. So there is nothing to
-be told when a trial is prolonged; one that is shortened is told by reschedule(). Seconds stand for days here.
+The library calls the step's wait when the workflow reaches the step, and again at the time that it returned. If the
+trial was prolonged meanwhile, the step waits until the new end. If it was shortened, reschedule() tells the workflow.
+Seconds stand for days here.
 """
 
 import time

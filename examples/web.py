@@ -7,7 +7,7 @@
     curl -d email=ada@example.com http://127.0.0.1:8080/signups
     curl http://127.0.0.1:8080/signups/1
 
-Signing up twice gives one workflow: the second request is answered with the first one's.
+Signing up again while the first workflow is ongoing gives no second one: the answer is the first one's.
 """
 
 import sys
