@@ -1734,7 +1734,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
     recurrence_timezone = "UTC"
     #: Whether one is created while an earlier one is ongoing; it is left out otherwise, with a warning in the log.
     recurrences_overlap = False
-    #: For how long one is created late, when no consumer ran at its minute or it was left out: the newest one alone.
+    #: How late one may be created that no consumer ran for, or that was left out; only the newest one is.
     recurrence_catch_up: timedelta | float = timedelta(minutes=10)
     #: The steps in their order, own and inherited; those that were removed are left out.
     steps: tuple[StepDefinition, ...] = ()
@@ -1763,7 +1763,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """Start a workflow. It is durable once the transaction that surrounds the call, if any, is committed.
 
         :param hero: a saved instance of any model; None only where `may_proceed_without_hero`.
-        :param allow_multiple: leave it out of the rule that a hero has one ongoing workflow of a class.
+        :param allow_multiple: start one to which the rule of one ongoing workflow per class and hero does not apply.
         :param context: a JSON object to be kept with the workflow.
         :param options: `{"queue": ..., "priority": ...}` for this workflow's steps.
         :param parent: the workflow that it is a child of, which can wait for its end by `wait_for_children`.
@@ -1918,7 +1918,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
         Such a limit has the step's `on_timeout`, "pause" where it declares none.
 
         :param when: an aware datetime, or a timedelta or seconds from now; what has passed means now. None: as the
-            class declares it by now, counted from when the step was reached; a computed wait is asked again.
+            class declares it by now, counted from when the step was reached; a computed wait is called again.
         :raises InvalidStateError: if it is performing or over, or nothing is scheduled (an error paused it).
         :raises StepNotDefinedError: without a time, if its class does not define the step.
         :raises TypeError: if `when` is something else.
@@ -2801,7 +2801,7 @@ class StepExecution(_Record):
     def execute(self) -> bool:
         """Run this attempt in the calling process, whether it is due or not, and nothing after it.
 
-        A computed wait is asked, and its error is the step's; but whatever it says is not waited for.
+        A computed wait is called, and its error is the step's, but its time is ignored.
 
         Where an event loop runs in the calling thread, what is asynchronous in it is run in a thread, on a connection
         of that thread's: it does not see what the caller's transaction has written, nor an in-memory database of
@@ -4090,6 +4090,7 @@ class GenevaDrive:
     def is_idle(self) -> bool:
         """Whether no workflow is ready or performing, for scripts: `drive.run(until=drive.is_idle)`.
 
+        A wait counts as something to do, however long it is.
         Paused ones wait for a person, those that wait for a signal without a timeout for somebody else; of those that
         wait for children the children tell.
         """
@@ -4105,9 +4106,9 @@ class GenevaDrive:
     def stats(self) -> list[Metric]:
         """The numbers to watch, as an exporter for Prometheus or statsd takes them: all are gauges. Reads all rows.
 
-        :returns: sorted by name: how many workflows there are by type and state, and what part of the ongoing ones is
-            paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal; how
-            many attempts, of the workflows that are kept, ended with their process.
+        :returns: sorted by name: how many workflows there are by type and state, and the share of the ongoing ones that
+            are paused; how many steps are due and not begun, and since when the oldest; how many wait for which signal;
+            how many attempts, of the workflows that are kept, ended with their process.
         """
         return self._access.repeat(self._reports.metrics)
 
@@ -5324,7 +5325,7 @@ class _Recurrence:
     def _look_at(self, cls: type[Workflow], moment: datetime) -> None:
         for tries in range(TRANSACTION_TRIES):
             if not self.access.repeat(lambda: self._is_due(cls, moment)):
-                return  # most looks end here, and lock nothing
+                return  # most checks end here, and lock nothing
             version = self.access.repeat(_Schema(self.drive).version)
             if self.access.transact(functools.partial(self._create, cls, moment, version)):
                 return
@@ -5360,7 +5361,7 @@ class _Recurrence:
         ongoing = earlier.where(Workflow.occurs_at.is_null(False)).first()
         if ongoing and self.left_out.get(cls.workflow_type) != moment:
             self.left_out[cls.workflow_type] = moment
-            fix = "it is created later, within recurrence_catch_up; recurrences_overlap = True allows both"
+            fix = "it is created once that one is over, within recurrence_catch_up; recurrences_overlap = True has both"
             logger.warning("%s of %s is left out, as %r is ongoing: %s", cls.__name__, moment, ongoing, fix)
         return ongoing is None
 
@@ -5433,7 +5434,7 @@ class _Reports:
             if why := _hero_problem(hero_type):
                 need = f"a hero of the type {hero_type!r}, but {why}"
                 yield _Stranded.of("hero", name, hero_type, number, "need", need)
-        yield from self._stranded_waits()
+        yield from self._stranded_waits(of_defined_steps=True)
         pending = WorkflowSignal.select().join(Workflow).where(WorkflowSignal.consumed_at.is_null())
         for name, signal_name, number in _count_ongoing(pending, Workflow.type, WorkflowSignal.name):
             if name in _workflow_classes and signal_name not in _workflow_classes[name]._signal_names():
@@ -5441,16 +5442,16 @@ class _Reports:
                 problem = f"the signal {signal_name!r}, which no step of the class waits for: {fix}"
                 yield _Stranded.of("signal", name, signal_name, number, "keep", problem)
 
-    def _stranded_waits(self) -> Iterator[_Stranded]:
+    def _stranded_waits(self, of_defined_steps: bool = False) -> Iterator[_Stranded]:
         """The executions that wait for a signal that their step, by now, does not wait for."""
         waiting = StepExecution.select().join(Workflow).where(StepExecution.state == SQL(f"'{WAITING}'"))
         columns = Workflow.type, StepExecution.step_name, StepExecution.waiting_for
         for name, step_name, signal_name, number in _count_ongoing(waiting, *columns):
             cls = _workflow_classes.get(name)
             definition = cls and cls._find(step_name)
-            if cls is None or (definition and definition.wait_for == signal_name):
+            if cls is None or (definition.wait_for == signal_name if definition else of_defined_steps):
                 continue
-            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them with this code"
+            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them after the deploy"
             if signal_name in cls._signal_names():
                 kind, now = "changed wait", "that step does not wait for any more"
             if definition is None:
@@ -6927,7 +6928,7 @@ _SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "--type": ({"metavar": "CLASS", "help": "those of this class and its subclasses"}, _of_type),
     "--hero": ({"metavar": "TYPE:ID", "help": "those of this hero, such as User:7"}, _of_hero),
     "--step": ({"metavar": "NAME", "help": "those at this step"}, lambda name: Workflow.current_step_name == name),
-    "--error": ({"metavar": "TEXT", "help": "those that failed last with this class or message"}, _of_error),
+    "--error": ({"metavar": "TEXT", "help": "those that failed last with this in `Class: message`"}, _of_error),
     "--why": ({"metavar": "TEXT", "help": "those with this in their reason"}, Workflow.reason.contains),
     "--waiting-for": ({"metavar": "SIGNAL", "help": "those that wait for this signal"}, _of_wait),
     "--older-than": ({"type": _duration_of, "metavar": "2h", "help": "those that stand so for longer"}, _of_age),

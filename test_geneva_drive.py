@@ -10105,7 +10105,7 @@ def test_what_waits_for_a_signal_that_a_deploy_renamed_is_named_until_it_is_resu
     assert stranded(drive) == [("wait", "Claim", "paid", 3)]
     status, output, _ = command_line("doctor", "--deploy")
     line = "3 ongoing workflows of Claim wait at the step 'step_1' for the signal 'paid', which no step of the class "
-    line += "waits for: keep wait_for='paid', or pause() and resume() them with this code\n"
+    line += "waits for: keep wait_for='paid', or pause() and resume() them after the deploy\n"
     assert (status, output) == (1, line)
     assert command_line("doctor") == (1, f"{output}violations: 1\n", "")
     Workflow.update(type="Unknown").where(Workflow.id == first.id).execute()  # what it waits for, nobody knows here
@@ -10133,7 +10133,7 @@ def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_anothe
     waits_for(None, "sent")
     assert stranded(drive) == [("wait", "Claim", "paid", 2)]
     assert drive.doctor() == [each.problem for each in drive._reports.stranded()]
-    advice = "keep wait_for='paid', or pause() and resume() them with this code"
+    advice = "keep wait_for='paid', or pause() and resume() them after the deploy"
     assert drive.doctor()[0].endswith(advice)
     waits_for()  # the step is gone
     assert drive.doctor()[0].endswith("keep wait_for='paid', or pause() them, and resume_at() another step")
