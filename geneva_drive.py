@@ -4512,13 +4512,14 @@ class _OwnStorage(BaseStorage):
         try:
             self.drive._access.connect_worker()
             was_empty = False
-            while True:
+            while not self._drains():
                 attempt = _Attempt.take(self.drive, self.name)
                 if attempt:
                     self.idle.nap = SHORTEST_NAP
                 if attempt or not self._wait(was_empty):
                     return attempt
                 was_empty = True
+            return None
         except (peewee.PeeweeException, GenevaDriveError):
             if not self.drive._access.database.in_transaction():
                 with contextlib.suppress(peewee.PeeweeException):  # some drivers never tell that a connection is gone
@@ -4533,14 +4534,17 @@ class _OwnStorage(BaseStorage):
         """
         if threading.get_ident() not in _heartbeat.workers:
             return False
-        dispatch = self.drive._dispatch
-        while not dispatch.draining(self.name)():
+        while not self._drains():
             is_due, was_empty = self.idle.wait(was_empty), False
-            if self.name not in dispatch.consumers:
+            if self.name not in self.drive._dispatch.consumers:
                 return False  # Huey asks the stop flag of this worker's own
             if is_due:
-                return not dispatch.draining(self.name)()
+                return True
         return False
+
+    def _drains(self) -> bool:
+        """Whether this is a worker of a consumer that is about to stop."""
+        return threading.get_ident() in _heartbeat.workers and self.drive._dispatch.draining(self.name)()
 
     def priorities(self) -> tuple[int, ...]:
         """The priorities that there are, or were lately, the highest first. There are few: each is asked for by itself.
