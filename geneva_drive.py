@@ -3256,7 +3256,7 @@ class _Attempt:
                     workflow.__dict__.pop("_hero", None)  # in the transaction it is read anew
                     return _GO_ON
             if self.ask(definition.skip_if):
-                return _Verdict("step", "skip")
+                return _Verdict("step", "skip", reason="the step was removed" if definition.removed else None)
             children_go_on = definition.wait_for_children and _has_ongoing_children(self.drive, workflow)
             if children_go_on or (definition.wait_for and not self._find_signal(definition)):
                 limit = execution.times_out_at
@@ -5455,7 +5455,8 @@ class _Reports:
             definition = cls and cls._find(step_name)
             if cls is None or (definition.wait_for == signal_name if definition else of_defined_steps):
                 continue
-            kind, now, fix = "wait", "no step of the class waits for", "pause() and resume() them after the deploy"
+            kind, now = "wait", "no step of the class waits for"
+            fix = "skip() the step for them, or pause() and resume() them after the deploy"
             if signal_name in cls._signal_names():
                 kind, now = "changed wait", "that step does not wait for any more"
             if definition is None:
@@ -7196,7 +7197,7 @@ class _CommandLine:
         """The ids that are given; or of what is selected those that allow the call, unless a state is selected too."""
         call, ids, query = self.options.command, self.options.ids, self._selected
         if bool(ids) == bool(query._where):
-            raise ConfigurationError(f"{call}: give either ids or some of {', '.join(_SELECTIONS)}")
+            raise ConfigurationError(f"{call}: give ids, or some of {', '.join(_SELECTIONS)}, and not both")
         if not self.options.state:
             query = query.where(_is_in(*ALLOWED_FROM[call]))
             if call == "reschedule":  # what an error paused has nothing that is scheduled

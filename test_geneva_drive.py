@@ -10105,8 +10105,8 @@ def test_what_waits_for_a_signal_that_a_deploy_renamed_is_named_until_it_is_resu
     assert stranded(drive) == [("wait", "Claim", "paid", 3)]
     status, output, _ = command_line("doctor", "--deploy")
     line = "3 ongoing workflows of Claim wait at the step 'step_1' for the signal 'paid', which no step of the class "
-    line += "waits for: keep wait_for='paid', or pause() and resume() them after the deploy\n"
-    assert (status, output) == (1, line)
+    advice = "keep wait_for='paid', or skip() the step for them, or pause() and resume() them after the deploy"
+    assert (status, output) == (1, f"{line}waits for: {advice}\n")
     assert command_line("doctor") == (1, f"{output}violations: 1\n", "")
     Workflow.update(type="Unknown").where(Workflow.id == first.id).execute()  # what it waits for, nobody knows here
     assert drive.doctor()[0].startswith("2 ongoing workflows of Claim wait at")
@@ -10133,7 +10133,7 @@ def test_what_waits_where_a_deploy_took_the_signal_away_or_changed_it_for_anothe
     waits_for(None, "sent")
     assert stranded(drive) == [("wait", "Claim", "paid", 2)]
     assert drive.doctor() == [each.problem for each in drive._reports.stranded()]
-    advice = "keep wait_for='paid', or pause() and resume() them after the deploy"
+    advice = "keep wait_for='paid', or skip() the step for them, or pause() and resume() them after the deploy"
     assert drive.doctor()[0].endswith(advice)
     waits_for()  # the step is gone
     assert drive.doctor()[0].endswith("keep wait_for='paid', or pause() them, and resume_at() another step")
@@ -15627,7 +15627,7 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (["list", "--hero", "User"], "shop", "it must be TYPE:ID, such as User:7"),
         (["list", "--type", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
         (["graph", "Nobody"], "shop", "no workflow class is called 'Nobody': use "),
-        (["cancel"], "shop", "cancel: give either ids or some of --state, --type, --hero, --step"),
+        (["cancel"], "shop", "cancel: give ids, or some of --state, --type, --hero, --step"),
         (["cancel", "--why", ""], "shop", "--why: it must not be empty; leave it out to select whatever it is"),
         (["list", "--older-than", "soon"], "shop", "'soon' is no duration such as 2d"),
         (["list", "--parent", "mine"], "shop", "argument --parent: invalid int value: 'mine'"),
@@ -15638,7 +15638,7 @@ def test_stats_housekeeping_and_doctor_speak_to_people(command_line, drive, cloc
         (["reschedule", "7", "--in", "soon"], "shop", "'soon' is no duration such as"),
         (["reschedule", "7", "--at", "2026-03-01T12:00"], "shop", "'2026-03-01T12:00' is no moment such as"),
         (["reschedule", "7", "--at", "noon"], "shop", "'noon' is no moment such as 2026-03-01T12:00Z"),
-        (["cancel", "7", "--state", "ready"], "shop", "cancel: give either ids or some of"),
+        (["cancel", "7", "--state", "ready"], "shop", "cancel: give ids, or some of"),
         (["worker", "--queue", "nowhere"], "shop", "asks for the queue 'nowhere'"),
         (["worker", "--workers", "0"], "shop", "workers must be a positive int"),
         (["list"], "nowhere:drive", "'nowhere:drive': no module named 'nowhere'; call it in the application's folder"),
