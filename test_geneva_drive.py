@@ -17276,6 +17276,9 @@ class Order(Model):
     def send(self, receipt):
         print("sent,", receipt)
 
+    def keep_for_a_person(self, event):
+        print("too late,", event["receipt"])
+
 db.create_tables([Order])
 drive.create_tables()
 order = Order.create()
@@ -17284,6 +17287,8 @@ TestHelpers().speedrun_workflow(workflow)
 for _ in range(2):
     payment_webhook(order, {"id": "event 1", "receipt": "receipt 7"})
 TestHelpers().speedrun_workflow(workflow)
+for number in (1, 2):
+    payment_webhook(order, {"id": f"event {number}", "receipt": "receipt 8"})
 """
 
 # One of the three parcels gets lost.
@@ -17341,8 +17346,8 @@ from geneva_drive import TestHelpers
 from invoices import InvoiceWorkflow
 
 workflow = InvoiceWorkflow.create(hero=Order.create(total=30))
-for amount in (10, 40):
-    workflow.signal("paid", {"amount": amount})
+for payload in ({"cents": 40}, None, {"amount": 10}, {"amount": 40}):
+    workflow.signal("paid", payload)
 TestHelpers().speedrun_workflow(workflow)
 """
 
@@ -17607,10 +17612,12 @@ PROGRAMS = {
         "The bank": Program("bank.py", ["bank.py"]),
     },
     "signals.md": {
-        "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\n"),
+        "Wait, and tell": Program("delivery.py", ["-c", TRY_THE_DELIVERY], "sent, receipt 7\ntoo late, receipt 8\n"),
         "What may come first": Program("loans.py", ["-c", TRY_EARLY], "thank you\n"),
         "Time limits": Program("renewals.py", ["-c", TRY_THE_LIMIT], "thank you\n1500\ngoodbye\n"),
-        "A wrong payload": Program("tickets.py", ["tickets.py"], "paused - KeyError: 'cents'\nbooked 3000\n"),
+        "A wrong payload": Program(
+            "tickets.py", ["tickets.py"], "paused - KeyError: 'cents'\n{'amount': 30}\nbooked 3000\n"
+        ),
         "Only some of the signals": Program("invoices.py", ["-c", TRY_MATCHING], "closed with 40\n"),
     },
     "states.md": {
