@@ -17291,53 +17291,18 @@ for number in (1, 2):
     payment_webhook(order, {"id": f"event {number}", "receipt": "receipt 8"})
 """
 
-# One of the three parcels gets lost.
-TRY_THE_ORDER = """
-from geneva_drive import TestHelpers
-from orders import OrderWorkflow
-from shop import Order, Parcel
+# The manual's two test files stand in one folder, and leave nothing in the application's database.
+TRY_BOTH_ORDERS = """
+import subprocess, sys
 
-order, helpers = Order.create(), TestHelpers()
-for _ in range(3):
-    Parcel.create(order=order)
-workflow = OrderWorkflow.create(hero=order)
-helpers.speedrun_workflow(workflow)
-for parcel in workflow.children:
-    helpers.speedrun_workflow(parcel, raise_errors=False)
-helpers.speedrun_workflow(workflow)
-"""
+files = ["test_app.py", "test_with_pytest.py"]
+for order in (files, files[::-1], files[1:]):
+    subprocess.run([sys.executable, "-W", "error", "-m", "pytest", "-p", "no:terminal", *order], check=True)
 
-TRY_THE_MONTH_END = """
-from bank import *
-from geneva_drive import GenevaDrive, TestHelpers
-from month_end import MonthEndWorkflow
+import app
 
-drive = GenevaDrive(db)
-db.create_tables([Account, Month])
-drive.create_tables()
-Account.insert_many([{"is_open": number % 50 > 0} for number in range(250)]).execute()
-workflow = MonthEndWorkflow.create(hero=Month.create())
-while workflow.state != "finished":
-    TestHelpers().speedrun_workflow(workflow, raise_errors=False)
-    if workflow.state == "paused":
-        workflow.resume()
-print(len(statements), len(set(statements)), {account.balance for account in Account}, len(payments))
-print([(each.outcome, each.cursor) for each in workflow.execution_history])
-"""
-
-# Two looks for what recurs, as the manual's report does, and its steps.
-TRY_THE_NIGHT = """
-from datetime import datetime, timezone
-from peewee import SqliteDatabase
-from geneva_drive import GenevaDrive, TestHelpers
-from nightly import NightlyReport
-
-drive = GenevaDrive(SqliteDatabase(":memory:"), clock=lambda: datetime(2026, 7, 1, 2, 59, tzinfo=timezone.utc))
-drive.create_tables()
-for _ in range(2):
-    drive.housekeeping()
-for report in NightlyReport.ready():
-    TestHelpers().speedrun_workflow(report)
+print(app.SignupWorkflow.select().count(), app.User.select().count())
+app.db.close()
 """
 
 TRY_MATCHING = """
@@ -17520,7 +17485,11 @@ def blocks(document):
 
 
 def python_below(document, heading):
-    return "".join(text for *place, text in blocks(document) if place == [heading, "python"])
+    return shown_below(document, heading, "python")
+
+
+def shown_below(document, heading, language="text"):
+    return "".join(text for *place, text in blocks(document) if place == [heading, language])
 
 
 # What each document's folder holds from the start: the application that it is about, as the manual shows it.
@@ -17535,7 +17504,10 @@ PROGRAMS = {
     "README.md": {
         "A complete program": Program("app.py", ["app.py"], "welcome, ada@example.com\nstill there, ada@example.com\n")
     },
-    "children.md": {"Start them, and wait": Program("orders.py", ["-c", TRY_THE_ORDER], "closed, lost: 1\n")},
+    "children.md": {
+        "Start them, and wait": Program("orders.py"),
+        "Watch it work": Program("watch.py", ["watch.py"], "closed, lost: 1\n"),
+    },
     "databases.md": {
         each: Program("app.py", ["app.py"], "default\n") for each in ("PostgreSQL", "MySQL and MariaDB", "SQLite")
     },
@@ -17566,11 +17538,10 @@ PROGRAMS = {
         )
     },
     "loops.md": {
-        "Two ways": Program(
-            "month_end.py",
-            ["-c", TRY_THE_MONTH_END],
-            "270 245 {1005} 320\n[('failed', 205), ('success', 250), ('failed', 100), ('success', 250)]\n",
-        )
+        "Two ways": Program("month_end.py"),
+        "Watch it fail and go on": Program(
+            "watch.py", ["watch.py"], shown_below("loops.md", "Watch it fail and go on")
+        ),
     },
     "operating.md": {
         "A morning after the mail server was down": Program("app.py", ["-c", "import app; app.setup()"], text=MORNING)
@@ -17598,7 +17569,8 @@ PROGRAMS = {
         "A DateField as a wait": Program("renewals.py", ["renewals.py"], "2199-07-01 07:00:00+00:00\n"),
     },
     "recurring.md": {
-        "A report each night": Program("nightly.py", ["-c", TRY_THE_NIGHT], "the report of 2026-07-01 01:00\n"),
+        "A report each night": Program("nightly.py"),
+        "Try it": Program("try_it.py", ["try_it.py"], "the report of 2026-07-01 01:00:00+00:00\n"),
         "For each hero, each month": Program("monthly.py", ["-c", TRY_MONTHLY], "an invoice for ada@example.com\n"),
     },
     "running.md": {
@@ -17652,9 +17624,7 @@ PROGRAMS = {
             "welcome, ada@example.com\nstill there, ada@example.com\n",
         ),
         "With pytest": Program("conftest.py"),
-        "A test that uses it": Program(
-            "test_with_pytest.py", ["-m", "pytest", "-p", "no:terminal", "test_with_pytest.py"]
-        ),
+        "A test that uses it": Program("test_with_pytest.py", ["-c", TRY_BOTH_ORDERS], "0 0\n"),
     },
     "transactions.md": {
         "Writes to your own database: `transactional`": Program(
