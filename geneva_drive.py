@@ -1011,6 +1011,10 @@ class _ExactField(_OwnTypeField, peewee.CharField):
 
     kind = "exact"
 
+    def db_value(self, value: Any) -> Any:
+        text = super().db_value(value)
+        return text and _dialect(self.model._meta.get_database_instance()).store_exact(text)
+
     def python_value(self, value: Any) -> Any:
         return _as_text(value)
 
@@ -2708,7 +2712,9 @@ def _as_declared(definition: StepDefinition, active: StepExecution, now: datetim
         return {"state": SCHEDULED, "scheduled_for": due, "asks_wait": asks_wait, **limit}
     since = since if since <= now else due  # its wait is not over
     times_out_at = None if definition.timeout is None else max(since + definition.timeout, now)
-    return {"scheduled_for": since, "waits_since": since, "times_out_at": times_out_at}
+    # What waits for something else by now runs, to see whether that is there.
+    state = WAITING if active.waiting_for == definition.wait_for else SCHEDULED
+    return {"state": state, "scheduled_for": since, "waits_since": since, "times_out_at": times_out_at}
 
 
 def _drop(drive: GenevaDrive, active: StepExecution | None, reason: str | None = None) -> None:
@@ -5503,7 +5509,7 @@ class _Reports:
             why = (error or "").rpartition(".")[2]
             if not why:
                 # Of a reason, words with digits in them are left out: ids, amounts and dates would make many groups.
-                beginning = re.sub(r"\S*\d\S*", "…", reason or "")[:GROUPED_CHARS]
+                beginning = re.sub(r"\S*\d\S*", "…", (reason or "")[: 5 * GROUPED_CHARS])[:GROUPED_CHARS]
                 why = _why("" if outcome in FAILURES else A_PERSON, beginning)
             groups.setdefault((name, step_name, why), PausedGroup(name, step_name, why, [])).ids.append(workflow_id)
         return sorted(groups.values(), key=lambda each: (-len(each.ids), each))
@@ -5639,6 +5645,8 @@ class _Dialect:
     column_types: Mapping[str, str] = {}
     #: Stores a moment, naive and in UTC.
     store_moment: Callable[[datetime | None], Any] = staticmethod(_as_utc)
+    #: Stores text that is compared byte by byte.
+    store_exact: Callable[[str], Any] = staticmethod(str)
     #: What makes an insertion pass over rows that are there.
     ignore = "NOTHING"
     #: Conditions for the workflows that are over, each of which an index holds.
@@ -5733,22 +5741,18 @@ class _Dialect:
 
     def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
         """The execution that is due first, but for so many that are passed, and its workflow."""
+        values = self._look(drive, queue, passed)
+        return StepExecution._from_joined(values) if values else None
+
+    def _look(self, drive: GenevaDrive, queue: str, passed: int, select: Any = lambda query: query) -> Any:
+        """The columns of both, or what is selected in their place; None if there is none."""
         priorities, access = drive.queues[queue].storage.priorities(), drive._access
         built = access.statement(
             access.database,
-            ("first due", priorities, passed),
-            lambda: _due_now(self.packed(StepExecution._joined()), priorities).offset(SQL(str(passed))),
+            ("first due", select, priorities, passed),
+            lambda: _due_now(select(StepExecution._joined()), priorities).offset(SQL(str(passed))),
         )
-        values = built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
-        return self.unpacked(values) if values else None
-
-    def packed(self, query: Any) -> Any:
-        """A query of `StepExecution._joined()`, in the form that is read fastest."""
-        return query
-
-    def unpacked(self, values: Any) -> StepExecution | None:
-        """The execution, and its workflow, of a row of such a query."""
-        return StepExecution._from_joined(values)
+        return built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
 
 
 def _due_now(query: Any, priorities: Sequence[int]) -> Any:
@@ -5953,6 +5957,7 @@ class _Mysql(_Dialect):
         "text": "LONGTEXT CHARACTER SET utf8mb4",  # TEXT ends at 64 KB
         "moment": "DATETIME(6)",
     }
+    store_exact = staticmethod(str.encode)  # as text, it would be kept in the connection's character set
     ignore = "IGNORE"
     over = tuple(f"state = '{state}'" for state in OVER)  # one index holds either, and would sort both together
     updates_two, ddl_commits = True, True
@@ -5995,21 +6000,11 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
-    def packed(self, query: Any) -> Any:
-        # PyMySQL reads one long text in a third of the time that it takes for fifty columns.
-        return query.select(StepExecution.id, peewee.fn.JSON_ARRAY(*map(self._as_text, query._returning)))
-
-    def unpacked(self, values: Any) -> StepExecution | None:
-        execution_id, text = values
-        if text is None:  # it was longer than max_allowed_packet
-            return StepExecution._with_workflow(execution_id)
-        return StepExecution._from_joined(json.loads(text))
-
-    @staticmethod
-    def _as_text(column: Any) -> Any:
-        # Of bytes, MySQL's function makes base64; beside bytes, MariaDB's garbles text.
-        is_bytes = isinstance(column, _ExactField)
-        return peewee.fn.CONVERT(peewee.NodeList((column, SQL("using utf8mb4")))) if is_bytes else column
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
+        values = self._look(drive, queue, passed, _as_one_text)
+        if values and values[0] is None:  # it would be longer than max_allowed_packet
+            return super()._first_due(drive, queue, passed)
+        return StepExecution._from_joined(_of_one_text(values[0])) if values else None
 
     @staticmethod
     def _is_mariadb(database: Database) -> bool:
@@ -6048,6 +6043,21 @@ class _Mysql(_Dialect):
         at_once = "set statement innodb_lock_wait_timeout = 0 for " if hurries else ""
         begin = SQL(f"{at_once}{tables} set")
         return peewee.NodeList((begin, peewee.CommaNodeList(assignments), SQL("where"), where))
+
+
+def _as_one_text(query: Any) -> Any:
+    """A query whose columns come as one JSON text: PyMySQL reads that in a third of the time."""
+    # Bytes as such, MySQL makes base64 of, and MariaDB garbles the text beside them. As text, they would come in the
+    # connection's character set, which may lack some of it.
+    fn = peewee.fn
+    columns = [fn.JSON_ARRAY(fn.HEX(each)) if isinstance(each, _ExactField) else each for each in query._returning]
+    return query.select(fn.JSON_ARRAY(*columns))
+
+
+def _of_one_text(text: str) -> list[Any]:
+    """The columns of a row of such a query."""
+    values = ((each[0] and bytes.fromhex(each[0])) if isinstance(each, list) else each for each in json.loads(text))
+    return list(values)
 
 
 DIALECTS: dict[type[Database], _Dialect] = {
@@ -6889,10 +6899,10 @@ def _of_hero(hero: str) -> Any:
 
 
 def _of_error(text: str) -> Any:
-    name, colon, message = text.partition(": ")  # as WHY shows it, `KeyError: 'cents'`
-    named = peewee.fn.LOWER(StepExecution.error_class_name)  # which MySQL tells apart by case
-    both = named.endswith(name.lower()) & StepExecution.error_message.startswith(message) & bool(colon)
-    return named.contains(text.lower()) | StepExecution.error_message.contains(text) | both
+    name = StepExecution.error_class_name
+    named = peewee.fn.LOWER(name).contains(text.lower()) | name.contains(text)  # SQLite lowers ASCII alone
+    shown = name.is_null(False) & Workflow.reason.contains(text)  # as WHY has it, `KeyError: 'cents'`
+    return named | StepExecution.error_message.contains(text) | shown
 
 
 def _of_wait(signal_name: str) -> Any:

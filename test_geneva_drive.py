@@ -2678,6 +2678,36 @@ def test_what_is_claimed_is_read_as_it_was_written_whatever_is_in_it(drive):
     assert claimed.workflow.hero == Country.get()
 
 
+@pytest.mark.parametrize(("charset", "name"), [("utf8", "W𠮷 😀"), ("latin1", "Wë"), ("utf8mb4", "W𠮷 😀")])
+def test_types_and_heroes_keep_their_names_whatever_character_set_the_connection_has(servers, charset, name):
+    db = connect(servers.empty("mysql"), charset=charset)
+    with driven(db) as drive:
+
+        class Odd(Workflow):
+            workflow_type = name
+
+            @step
+            def one(self):
+                did(self.hero.code == name[1:])
+
+        class Far(Model):
+            code = CharField(primary_key=True)
+
+            class Meta:
+                database = SqliteDatabase(":memory:")
+
+        Far.create_table()
+        far = Far.create(code=name[1:])
+        workflow = Odd.create(hero=far)
+        with pytest.raises(gd.AlreadyOngoingError):
+            Odd.create(hero=far)
+        work_off(drive)
+        assert (reload(workflow).state, effects()) == ("finished", ["True"])
+        stored = db.execute_sql("select hex(type), hex(hero_id) from geneva_drive_workflows").fetchall()
+        assert stored == ((name.encode().hex().upper(), name[1:].encode().hex().upper()),)
+        Far._meta.database.close()
+
+
 @pytest.mark.parametrize("database", ["mysql"], indirect=True)
 def test_what_is_too_long_to_be_read_as_one_text_is_claimed_all_the_same(database, db, drive, hero):
     workflow = Quick.create(hero=hero, context={"long": '"' * 60_000})
@@ -4984,6 +5014,30 @@ def test_reschedule_without_a_time_takes_what_the_class_declares_by_now(drive, c
     deploy(5)
     reload(waits).reschedule()
     assert (waiting(waits).times_out_at, waiting(waits).queue) == (None, None)
+
+
+@pytest.mark.parametrize("now", ["children", "another signal"])
+def test_reschedule_without_a_time_has_a_step_wait_for_what_it_is_to_wait_for_by_now(drive, hero, now):
+    def deploy(**waits):
+        class Deployed(Workflow):
+            @step(**waits)
+            def one(self):
+                did("one")
+
+            @step(wait_for="paid")
+            def two(self):
+                did("two")
+
+        return Deployed
+
+    workflow = deploy(wait_for="go", timeout=7200).create(hero=hero)
+    if now == "another signal":
+        workflow.signal("paid")
+    deploy(**({"wait_for_children": True} if now == "children" else {"wait_for": "paid"}))
+    reload(workflow).reschedule()
+    work_off(drive)
+    assert (effects(), drive.doctor()) == (["one"], [])
+    assert waiting(workflow).waiting_for == "paid"
 
 
 @pytest.mark.parametrize("now", ["a plain step", "removed"])
@@ -15452,6 +15506,7 @@ def test_what_changed_since_it_was_selected_is_left_alone(command_line, drive, m
             StepExecution.update(error_class_name="Other", error_message="").where(
                 StepExecution.workflow == second
             ).execute()
+            Workflow.update(reason="Other").where(Workflow.id == second).execute()
             before[:] = rows(second)
         return inner(self, workflow_id, make)
 
@@ -16714,7 +16769,7 @@ def test_the_console_refuses_what_cannot_be(browsing, helpers):
     browsing.post("/workflows/999999/cancel", 404, **form)
     for gone in ("/workflows/999999", "/workflows/99999999999999999999", "/workflows/x", "/nothing"):
         browsing.get(gone, 404)
-    for wrong in ({"parent": "x"}, {"before": "-1"}, {"older_than": "long"}):
+    for wrong in ({"parent": "x"}, {"before": "-1"}, {"older_than": "long"}, {"older_than": "999999d"}, {"step": "\0"}):
         browsing.get("/workflows", 400, **wrong)
     browsing.get("/group", 400, call="delete")
     helpers.travel(workflow, timedelta(days=3))  # it stands at another step, or no more

@@ -144,6 +144,8 @@ def check(drive, read_only, hosts, key):
     token = hmac.new(key, session.encode(), "sha256").hexdigest()
     request.drive, request.read_only, request.session, request.token = drive, read_only, session, token
     request.now = drive.clock()
+    if "%00" in request.query_string:
+        raise HTTPError(400, "No text in the tables holds a NUL.")
     if request.method in ("GET", "HEAD"):
         return
     if read_only:
@@ -511,7 +513,10 @@ def duration(text):
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1, "ms": 0.001}
     if not re.fullmatch(r"(\s*\d{1,6}\s*(d|h|min|s|ms))+\s*", text):
         raise HTTPError(400, f"{text!r} is no duration such as 2d, 90min or 1h30min.")
-    return timedelta(seconds=sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)\s*([a-z]+)", text)))
+    seconds = sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)\s*([a-z]+)", text))
+    if seconds > 36500 * units["d"]:
+        raise HTTPError(400, f"{text!r} is over a hundred years.")
+    return timedelta(seconds=seconds)
 
 
 def time_of(text):
