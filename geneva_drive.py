@@ -1012,8 +1012,11 @@ class _ExactField(_OwnTypeField, peewee.CharField):
     kind = "exact"
 
     def db_value(self, value: Any) -> Any:
-        text = super().db_value(value)
-        return text and _dialect(self.model._meta.get_database_instance()).store_exact(text)
+        return self.storing()(super().db_value(value))
+
+    def storing(self) -> Callable[[str | None], Any]:
+        """What stores a text in the database in use."""
+        return _dialect(self.model._meta.get_database_instance()).store_exact
 
     def python_value(self, value: Any) -> Any:
         return _as_text(value)
@@ -1292,7 +1295,7 @@ class _Blank:
     """
 
     def __init__(self, field: peewee.Field[Any], name: str, place: int) -> None:
-        stores = field.storing() if isinstance(field, _UtcField) else field.db_value
+        stores = field.storing() if isinstance(field, (_UtcField, _ExactField)) else field.db_value
         self.convert, self.name, self.place = None if _is_plain(field) else stores, name, place
 
     @classmethod
@@ -5646,7 +5649,7 @@ class _Dialect:
     #: Stores a moment, naive and in UTC.
     store_moment: Callable[[datetime | None], Any] = staticmethod(_as_utc)
     #: Stores text that is compared byte by byte.
-    store_exact: Callable[[str], Any] = staticmethod(str)
+    store_exact: Callable[[str | None], Any] = staticmethod(lambda text: text)
     #: What makes an insertion pass over rows that are there.
     ignore = "NOTHING"
     #: Conditions for the workflows that are over, each of which an index holds.
@@ -5957,7 +5960,8 @@ class _Mysql(_Dialect):
         "text": "LONGTEXT CHARACTER SET utf8mb4",  # TEXT ends at 64 KB
         "moment": "DATETIME(6)",
     }
-    store_exact = staticmethod(str.encode)  # as text, it would be kept in the connection's character set
+    # As text, it would be kept in the connection's character set.
+    store_exact = staticmethod(lambda text: text and text.encode())
     ignore = "IGNORE"
     over = tuple(f"state = '{state}'" for state in OVER)  # one index holds either, and would sort both together
     updates_two, ddl_commits = True, True
