@@ -2204,12 +2204,11 @@ class Workflow(_Record, metaclass=_WorkflowType):
 
     @classmethod
     def undefined_steps_in_flight(cls) -> list[UndefinedStep]:
-        """The steps that ongoing workflows stand at and that this code does not define: for a look before a deploy.
+        """What a deploy of this code would strand: the steps that ongoing workflows stand at and that it lacks.
 
-        Over this class and its subclasses. A removed step is defined by `removed_step()`; of a type without a class, no
-        step is. Reads all rows.
+        Over this class and its subclasses. A step under `removed_step()` is defined. Reads all rows.
 
-        :returns: these steps, sorted.
+        :returns: these steps, sorted; of a type that no class defines, all.
         """
         found = _count_ongoing(cls.select(), Workflow.type, Workflow.current_step_name)
         defined = {(key, each.name) for key, known in _workflow_classes.items() for each in known._blueprint.steps}
