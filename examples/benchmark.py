@@ -654,7 +654,9 @@ IN_BACKLOG = {
 
 
 def perform(app, steps):
-    app.drive.huey.execute(app.drive.huey.dequeue())
+    while (task := app.drive.huey.dequeue()) is None:  # on MariaDB, who deletes may have locked what is due
+        pass
+    app.drive.huey.execute(task)
     return steps
 
 
