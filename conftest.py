@@ -177,7 +177,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is exhaustive, unless that is asked for; put the longest tests first."""
+    """Leave out what is exhaustive, unless that is asked for."""
 
     def is_left_out(item: pytest.Item) -> bool:
         parameters = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
@@ -188,8 +188,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if is_left_out(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    # The longest first: else one process is busy with them while the others have nothing left to do.
-    items.sort(key=lambda item: "every_program_and_session_of_the_manual" not in item.name)
 
 
 @pytest.fixture(scope="session")

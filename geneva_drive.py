@@ -995,9 +995,18 @@ class _OwnTypeField(peewee.Field):
 
     kind = ""
 
+    @property
+    def dialect(self) -> _Dialect:
+        """Of the database in use."""
+        return _dialect(self.model._meta.get_database_instance())
+
     def ddl_datatype(self, ctx: Any) -> Any:
-        own = _dialect(self.model._meta.get_database_instance()).column_types.get(self.kind)
+        own = self.dialect.column_types.get(self.kind)
         return SQL(own) if own else super().ddl_datatype(ctx)
+
+    def storing(self) -> Callable[[Any], Any]:
+        """What stores a value in the database in use, for many of them."""
+        return self.db_value
 
 
 class _NameField(_OwnTypeField, peewee.CharField):
@@ -1014,9 +1023,8 @@ class _ExactField(_OwnTypeField, peewee.CharField):
     def db_value(self, value: Any) -> Any:
         return self.storing()(super().db_value(value))
 
-    def storing(self) -> Callable[[str | None], Any]:
-        """What stores a text in the database in use."""
-        return _dialect(self.model._meta.get_database_instance()).store_exact
+    def storing(self) -> Callable[[Any], Any]:
+        return self.dialect.store_exact
 
     def python_value(self, value: Any) -> Any:
         return _as_text(value)
@@ -1077,8 +1085,7 @@ class _JsonObjectField(_JsonField):
 
     def __eq__(self, other: Any) -> Any:
         # It is compared with what was read: byte by byte, where a collation would take "Ada" for "ADA".
-        exact = _dialect(self.model._meta.get_database_instance()).exactly(self)
-        return peewee.Expression(exact, peewee.OP.EQ, other)
+        return peewee.Expression(self.dialect.exactly(self), peewee.OP.EQ, other)
 
     def db_value(self, value: Any) -> str | None:
         return value if value is None or isinstance(value, _ReadText) else _dump_object(value)
@@ -1180,9 +1187,8 @@ class _UtcField(_OwnTypeField, peewee.DateTimeField):
     def db_value(self, value: datetime | None) -> Any:
         return self.storing()(value)
 
-    def storing(self) -> Callable[[datetime | None], Any]:
-        """What stores a value in the database in use, for many of them."""
-        return _dialect(self.model._meta.get_database_instance()).store_moment
+    def storing(self) -> Callable[[Any], Any]:
+        return self.dialect.store_moment
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
@@ -1295,7 +1301,7 @@ class _Blank:
     """
 
     def __init__(self, field: peewee.Field[Any], name: str, place: int) -> None:
-        stores = field.storing() if isinstance(field, (_UtcField, _ExactField)) else field.db_value
+        stores = field.storing() if isinstance(field, _OwnTypeField) else field.db_value
         self.convert, self.name, self.place = None if _is_plain(field) else stores, name, place
 
     @classmethod
@@ -2708,7 +2714,8 @@ def _as_declared(definition: StepDefinition, active: StepExecution, now: datetim
     """The time of an execution, and its limit, as its step has them by now."""
     first = definition._first(active.reached_at or active.created_at)
     due, asks_wait, since = max(first["due"], now), first.get("asks_wait"), active.waits_since or active.scheduled_for
-    is_plain = not definition._waits or (asks_wait and since > now)  # by now; or its wait, before that, is not over
+    # The step does not wait for anything any more; or there is a wait before that, which is not over.
+    is_plain = not definition._waits or (asks_wait and since > now)
     if active.state != WAITING or is_plain:
         limit = {"waits_since": None, "times_out_at": None} if asks_wait else {}  # it counts from the wait's end
         return {"state": SCHEDULED, "scheduled_for": due, "asks_wait": asks_wait, **limit}
@@ -4713,7 +4720,7 @@ def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_
                     checked = time.monotonic()
                     for consumer in consumers:
                         consumer.check_worker_health()
-                time.sleep(0.1 if until else 0.5)
+                time.sleep(0.1 if until else 0.5)  # a signal alone may be seen a little later
         finally:
             logger.info("draining: the steps under way are ended, the next ones wait in the tables")
             for consumer in started:
@@ -6059,8 +6066,7 @@ def _as_one_text(query: Any) -> Any:
 
 def _of_one_text(text: str) -> list[Any]:
     """The columns of a row of such a query."""
-    values = ((each[0] and bytes.fromhex(each[0])) if isinstance(each, list) else each for each in json.loads(text))
-    return list(values)
+    return [each[0] and bytes.fromhex(each[0]) if isinstance(each, list) else each for each in json.loads(text)]
 
 
 DIALECTS: dict[type[Database], _Dialect] = {
