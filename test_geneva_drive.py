@@ -13230,7 +13230,7 @@ HEALING = {"APP_THRESHOLD": "3", "APP_OVERDUE": "1"}  # finds in seconds what th
 # errors. Over the socket go what to run, where and with what environment; and back the process's id, its stops and its
 # end, which a process for each request waits for: this one stays without threads, since it forks.
 NURSERY = """
-import contextlib, importlib, json, os, runpy, signal, socket, sys, time
+import contextlib, importlib, json, os, runpy, signal, socket, sys, time, warnings
 
 for name in ("geneva_drive", "huey.consumer", "huey.consumer_options", "psycopg2", "pymysql", "redis"):
     with contextlib.suppress(ImportError):  # a test that needs it says so
@@ -13273,6 +13273,9 @@ os.environ.update(what["env"])
 time.tzset()
 os.chdir(what["cwd"])
 sys.argv, sys.path[0] = what["arguments"], what["cwd"]
+if sys.argv[:2] == ["-W", "error"]:
+    del sys.argv[:2]
+    warnings.simplefilter("error")
 if sys.argv[0] == "-m":
     sys.argv.pop(0)
     runpy._run_module_as_main(sys.argv[0])
@@ -17639,7 +17642,7 @@ PROGRAMS = {
         "Start a consumer": Program("logs.py", ["logs.py"]),
         "Several queues, and priorities": Program("queues.py", ["queues.py"], "news for ada@example.com\ncounted\n"),
     },
-    "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n", needs="redis")},
+    "security.md": {"Queues": Program("signed.py", ["signed.py"], "shop\n")},
     "shop.md": {
         "The shop": Program("shop.py", ["shop.py"]),
         "Watch a class work": Program("thanks.py", ["thanks.py"], "thank you for 30\nfinished\n"),
@@ -17763,10 +17766,8 @@ def test_every_program_and_session_of_the_manual_prints_what_it_says(tmp_path, d
         if program := programs.get(heading):
             (tmp_path / program.file).write_text(program.text or python_below(document, heading))
             if program.arguments and program.needs not in missing:
-                how = {"stdout": subprocess.PIPE, "text": True, "env": FULL if program.needs == "redis" else {}}
-                process = python("-W", "error", *program.arguments, cwd=tmp_path, **how)
-                output, _ = process.communicate(timeout=240)
-                assert (process.returncode, output) == (0, program.output), heading
+                status, output, errors = completed("-W", "error", *program.arguments, cwd=tmp_path)
+                assert (status, output) == (0, program.output), (heading, errors)
         for session in (text for _, language, text in below if language == "console"):
             lines = re.findall(r"^\$ (.*)$", session, re.MULTILINE)
             printed = "".join(f"$ {line}\n{typed(line, tmp_path)}" for line in lines)
