@@ -5739,7 +5739,7 @@ class _Dialect:
                     return None
                 if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
                     return execution
-                passed = random.randint(0, tries) if execution else 0
+                passed = passed + random.randint(1, 1 + tries // 4) if execution else 0
             return None
         finally:
             looking.discard(me)

@@ -1463,7 +1463,7 @@ def test_threads_that_look_at_once_begin_with_another_execution_each(drive):
 
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # on SQLite, there is one lock for all
 def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, db, drive, hero):
-    locked, other = Plain.create(hero=hero), Quick.create(hero=User.create())
+    locked, other = [Plain.create(hero=User.create()) for _ in range(5)], Quick.create(hero=hero)
 
     def take():
         with db.connection_context():
@@ -1472,13 +1472,14 @@ def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, 
 
     with ThreadPoolExecutor(1) as threads:
         with drive._access.begin():
-            locked.pause()
+            for each in locked:
+                each.pause()
             attempt = threads.submit(take).result(timeout=10).attempt
             assert attempt.workflow.id == other.id
             assert threads.submit(take).result(timeout=10) is None
         threads.submit(attempt.run).result()
     drive.run(until=drive.is_idle)
-    assert [reload(each).state for each in (locked, other)] == ["paused", "finished"]
+    assert [reload(each).state for each in (*locked, other)] == [*["paused"] * 5, "finished"]
 
 
 def test_what_is_due_and_locked_by_others_is_looked_for_now_and_then(db, drive, hero, monkeypatch):
