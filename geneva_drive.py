@@ -1199,9 +1199,11 @@ def _as_utc(moment: datetime | None) -> datetime | None:
     return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment and moment.tzinfo else moment
 
 
-@functools.lru_cache(maxsize=32)  # one moment goes into several columns, and into many rows
 def _as_utc_text(moment: datetime | None) -> str | None:
-    return None if moment is None else str(_as_utc(moment))  # as sqlite3 would store it
+    return None if moment is None else _text_of(_as_utc(moment))
+
+
+_text_of = functools.lru_cache(maxsize=32)(str)  # as sqlite3 would; one moment goes into several columns and many rows
 
 
 def _dump_object(value: Any) -> str:

@@ -53,6 +53,7 @@ import types
 import typing
 import unittest
 import uuid
+import zoneinfo
 from collections import Counter, deque
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
@@ -10522,6 +10523,16 @@ def test_times_are_aware_utc_with_microseconds_and_compare(drive, clock, hero):
     assert Plain.ready().where(Workflow.created_at >= datetime(2026, 7, 1, 12, 30, 0, 123456)).count() == 1
     clock.now = clock.now.replace(microsecond=0)
     assert reload(Plain.create(hero=User.create())).created_at == clock.now
+
+
+def test_an_hour_that_comes_twice_is_two_moments(drive, clock, hero):
+    first = datetime(2026, 10, 25, 2, 30, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
+    second = first.replace(fold=1)
+    assert first == second  # to Python, within one time zone
+    clock.now = first.astimezone(timezone.utc)
+    Plain.create(hero=hero)
+    created = [Plain.select().where(Workflow.created_at == each).count() for each in (first, second, first)]
+    assert created == [1, 0, 1]
 
 
 def test_neighbours_and_keys_of_a_workflow(drive, hero, helpers):
