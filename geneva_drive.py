@@ -2612,13 +2612,14 @@ def _columns_of_canceled(drive: GenevaDrive, reason: str | None) -> dict[str, An
 def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None) -> None:
     """Cancel the ongoing children and theirs, level by level: so parents are locked before children."""
     reason = reason or f"canceled with {workflow._label}"
-    parents, columns = [workflow], {**_columns_of_canceled(drive, reason), "ongoing_children": 0}
+    parents, columns = [workflow.id], {**_columns_of_canceled(drive, reason), "ongoing_children": 0}
     workflow._write(ongoing_children=0)
     ongoing = Workflow.select().where(Workflow.state.in_(ONGOING))
     while parents:
-        children: list[Any] = []
-        for batch in _locked_children(ongoing, [parent.id for parent in parents]):
+        next_parents: list[int] = []
+        for batch in _locked_children(ongoing, parents):
             ids = [child.id for child in batch]
+            next_parents += [child.id for child in batch if child.ongoing_children is not None]
             to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
             StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
             Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
@@ -2626,14 +2627,14 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
                 before = child.state
                 child.__data__.update(columns)
                 drive._announce(child, before, CANCELED)
-            children += batch
-        parents = children
+        parents = next_parents
 
 
 def _locked_children(query: Any, parents: list[int]) -> Iterator[list[Any]]:
     """The children that a query selects, locked, in batches; the caller changes each so that it is selected no more."""
-    for some in peewee.chunked(parents, 2000):
-        # Without a limit below the table's size, or in the order of the ids, MariaDB may read, and so lock, all of it.
+    # MySQL and MariaDB look into the index for how many rows up to 199 values have; for more they guess, and may read,
+    # and so lock, the whole table. They may, too, without a limit below its size, or in the order of the ids.
+    for some in peewee.chunked(parents, 100):
         batch, is_full = Workflow._locking(query.where(Workflow.parent.in_(list(some))).limit(2000)), True
         while is_full and (children := sorted(batch.clone(), key=lambda child: child.id)):
             yield children
@@ -5287,10 +5288,12 @@ class _Recovery:
         """Delete those of the workflows that are expired still; returns how many, and how many executions, in pairs."""
 
         def delete() -> tuple[int, int]:
-            locked = Workflow._locking(Workflow.select(Workflow.id).where(Workflow.id.in_(ids) & expired))
+            found = Workflow.select(Workflow.id, Workflow.ongoing_children).where(Workflow.id.in_(ids) & expired)
+            locked = list(Workflow._locking(found))
             over = [each.id for each in locked]
+            parents = [each.id for each in locked if each.ongoing_children is not None]
             WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
-            for orphans in _locked_children(Workflow.select(Workflow.id), over):
+            for orphans in _locked_children(Workflow.select(Workflow.id), parents):
                 Workflow.update(parent=None).where(Workflow.id.in_([each.id for each in orphans])).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
             return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions

@@ -12988,6 +12988,25 @@ def test_what_a_class_keeps_costs_nothing_to_those_who_delete_or_look_for_what_r
             model.delete().execute()
 
 
+@pytest.mark.parametrize("database", ["mysql"], indirect=True)  # where what is read is locked
+@pytest.mark.parametrize("has_had_children", [False, True])
+def test_deletion_locks_what_it_deletes_and_no_others(db, drive, clock, has_had_children):
+    heroes = [User(id=number) for number in range(1, 4001)]
+    Many.create_many(heroes)
+    Plain.create_many(heroes[:300])
+    ended = {"state": "canceled", "outcome": "canceled", "finished_at": START, "queue": None}
+    StepExecution.update(ended).where(StepExecution.workflow.in_(Plain.select(Workflow.id))).execute()
+    ended = {"state": "canceled", "current_step_name": None, "transitioned_at": START - timedelta(days=31)}
+    ended["ongoing_children"] = 0 if has_had_children else None
+    Workflow.update(ended).where(Workflow.type == "Plain").execute()
+    analyze(db, "mysql")
+    with statements_sent(db) as sent:
+        assert drive.housekeeping()["workflows_cleaned_up"] == 300
+    assert len([sql for sql in sent if "`parent_id` IN" in sql]) == has_had_children
+    read = {sql: effort(db, "mysql", sql, params) for sql, params in sent.items()}
+    assert max(read.values()) < 1500, read
+
+
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.exhaustive("postgresql", "mysql")
 def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
