@@ -657,6 +657,7 @@ def test_no_process_recovers_a_step_that_it_performs_whatever_its_clock_did(driv
     assert not gd._heartbeat.beating
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_after_a_hosts_sleep_silence_is_death_once_all_have_had_the_time_to_beat(drive, hero, monkeypatch):
     drive.stuck_in_progress_threshold = 4
     workflow, slept = Plain.create(hero=hero), 600
@@ -695,6 +696,7 @@ def test_a_process_that_is_interrupted_leaves_its_step_to_be_run_again(drive, he
     assert effects() == ["interrupted", "done"]
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(drive, hero):
     drive.stuck_in_progress_threshold = 1
 
@@ -1630,7 +1632,7 @@ def contents(drive):
 
 
 @pytest.mark.parametrize("run_on", [0, 60])
-@pytest.mark.parametrize("wait", [0, 60])
+@pytest.mark.parametrize("wait", [0, pytest.param(60, marks=pytest.mark.exhaustive("postgresql", "mysql"))])
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_move_as_planned_leaves_what_the_amended_one_leaves(drive, monkeypatch, turn, wait, run_on):
     class Turns(Workflow):
@@ -7640,7 +7642,7 @@ def test_a_random_sequence_of_anything_leaves_the_rows_that_the_contract_says(
     db, tables_of_huey, caplog, is_exhaustive
 ):
     caplog.set_level(logging.CRITICAL)
-    usual = (100 if is_exhaustive else 15) if isinstance(db, SqliteDatabase) else (20 if is_exhaustive else 4)
+    usual = (100 if is_exhaustive else 10) if isinstance(db, SqliteDatabase) else (20 if is_exhaustive else 2)
     examples = int(os.environ.get("GENEVA_DRIVE_TEST_EXAMPLES") or usual)
 
     @settings(max_examples=examples, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -7755,7 +7757,7 @@ def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(
     db, tables_of_huey, caplog, queue, is_exhaustive
 ):
     caplog.set_level(logging.CRITICAL)
-    for *before, move in DEADLY:
+    for *before, move in DEADLY if is_exhaustive else DEADLY[::3]:
         for cause in ("statement", "commit"):
             for moment in itertools.count(step=25 if cause == "statement" and not is_exhaustive else 1):
                 sequence = Sequence(db, queue, run_on=True, on_death="reattempt")
@@ -11770,6 +11772,7 @@ def test_flush_leaves_the_steps(drive, hero):
     assert reload(workflow).state == "finished"
 
 
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_periodic_tasks_run_in_the_scheduler_after_housekeeping_and_are_retried(drive, hero, monkeypatch):
     told, sweep = [], gd._Recovery.sweep
 
@@ -12753,8 +12756,14 @@ class Occurring(Workflow):
         pass
 
 
+@pytest.fixture
+def crowd_size(is_exhaustive):
+    """How many others there are of each kind."""
+    return 20_000 if is_exhaustive else 7000
+
+
 @contextlib.contextmanager
-def crowd(servers, kind, monkeypatch):
+def crowd(servers, kind, monkeypatch, size=0):
     """A drive on a database that a test has for itself, and what fills its tables, of which there are no statistics."""
     monkeypatch.setattr(gd._Postgresql, "execute", gd._Dialect.execute)  # the hooks see what is sent, as it is planned
     monkeypatch.setattr(gd, "_heartbeat", silent_heartbeat())
@@ -12767,10 +12776,10 @@ def crowd(servers, kind, monkeypatch):
 
         def fill():
             with db.atomic():
-                for batch in peewee.chunked([{"name": "one of many"}] * 20_000, 1000):
+                for batch in peewee.chunked([{"name": "one of many"}] * size, 1000):
                     User.insert_many(batch).execute()
-            heroes = list(User.select().order_by(User.id.desc()).limit(20_000))
-            for cls, number in ((Many, 20_000), (Pressing, 20_000), (Resting, 20_000), (Asking, 3000)):
+            heroes = list(User.select().order_by(User.id.desc()).limit(size))
+            for cls, number in ((Many, size), (Pressing, size), (Resting, size), (Asking, 3000)):
                 assert cls.create_many(heroes[:number]) == number
             resting = Workflow.type == "Resting"
             ids = Workflow.select(Workflow.id).where(resting)
@@ -12849,8 +12858,10 @@ def effort(db, kind, sql, params):
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.exhaustive("postgresql", "mysql")
-def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_due(servers, kind, monkeypatch):
-    with crowd(servers, kind, monkeypatch) as (drive, fill):
+def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_due(
+    servers, kind, monkeypatch, crowd_size
+):
+    with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, storage = drive._access.database, drive.huey.storage
 
         def costs():
@@ -12896,8 +12907,8 @@ def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.exhaustive("postgresql", "mysql")
-def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
-    with crowd(servers, kind, monkeypatch) as (drive, fill):
+def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch, crowd_size):
+    with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
         for cls, number in ((Plain, 6000), (Quick, 3000)):
             assert cls.create_many(heroes[:number]) == number
@@ -13009,8 +13020,8 @@ def test_deletion_locks_what_it_deletes_and_no_others(db, drive, clock, has_had_
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.exhaustive("postgresql", "mysql")
-def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind, monkeypatch):
-    with crowd(servers, kind, monkeypatch) as (drive, fill):
+def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind, monkeypatch, crowd_size):
+    with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
         parent = Household.create(hero=User.create())
         assert Plain.create_many(heroes[:3000], parent=parent) == 3000
@@ -13050,8 +13061,8 @@ def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind,
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.exhaustive("postgresql", "mysql")
-def test_the_few_that_are_paused_are_found_among_many_without_reading_those(servers, kind, monkeypatch):
-    with crowd(servers, kind, monkeypatch) as (drive, fill):
+def test_the_few_that_are_paused_are_found_among_many_without_reading_those(servers, kind, monkeypatch, crowd_size):
+    with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
         few = [each.id for each in Resting.select(Workflow.id).order_by(Workflow.id).limit(100)]
         others = (Workflow.type == "Resting") & (Workflow.id > few[-1])
@@ -13531,6 +13542,7 @@ kinds = """
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.exhaustive("sqlite", "mysql")
 def test_of_consumers_that_start_at_once_and_are_killed_one_creates_what_recurs(servers, tmp_path, kind):
     app = App(tmp_path, servers.empty(kind), source=APP.replace("\nkinds = ", OFTEN))
     try:
@@ -14200,6 +14212,7 @@ def is_unharmed(app, consumer, number=0):
 
 
 @pytest.mark.parametrize(("kind", "way"), [("postgresql", "run"), ("postgresql", "processes"), ("mysql", "threads")])
+@pytest.mark.exhaustive("processes")
 def test_a_database_that_is_killed_and_restarted_under_a_consumer_costs_nothing(servers, tmp_path, kind, way):
     server = servers.breakable(kind)
     with running_app(tmp_path, server.empty()) as app:
@@ -14312,6 +14325,7 @@ def test_a_claim_waits_for_a_database_that_restarts_since_its_message_is_gone(se
 
 
 @pytest.mark.parametrize(("kind", "way"), [("postgresql", "processes"), ("mysql", "threads")])
+@pytest.mark.exhaustive("mysql")
 def test_connections_that_are_dropped_all_the_time_cost_attempts_and_no_workflow(servers, tmp_path, kind, way):
     listing, drop = {
         "postgresql": (
@@ -14462,6 +14476,7 @@ def stop(app, process):
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
+@pytest.mark.exhaustive("postgresql", "mysql")
 def test_a_process_stopped_past_its_threshold_records_nothing_and_works_on(app, way):
     short = {"APP_THRESHOLD": "3"}
     workflow = app.create("Aloof")
@@ -14572,6 +14587,7 @@ def test_the_step_of_a_consumer_that_is_killed_runs_again_at_once_in_the_next_on
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH[:2], indirect=["app"])
+@pytest.mark.exhaustive("postgresql")
 def test_the_step_of_a_process_that_exits_is_soon_recovered_on_another_host_but_not_while_it_goes_on(app, way):
     workflow = app.create("Aloof")
     consumer = app.start(*WAYS[way], APP_EXIT="5", APP_PATIENCE="3")
@@ -14737,13 +14753,13 @@ GenevaDrive(SqliteDatabase(database)).run(until=lambda: sys.setprofile(count))
 """
 
 
-def test_run_ends_on_a_signal_at_any_instant_of_its_loop(tmp_path):
+def test_run_ends_on_a_signal_at_any_instant_of_its_loop(tmp_path, is_exhaustive):
     path = str(tmp_path / "app.db")
     database = SqliteDatabase(path)
     GenevaDrive(database).create_tables()
     database.close()
     where = {"output": sys.__stderr__, "errors": sys.__stderr__, "cwd": tmp_path, "env": {}}
-    for first in range(1, 25, 4):  # a call, or a return from one, in the main thread
+    for first in range(1, 25, 4 if is_exhaustive else 8):  # a call, or a return from one, in the main thread
         some = [Process("-c", SIGNALS_ITSELF, path, instant, **where) for instant in range(first, first + 4)]
         try:
             assert [each.wait(timeout=20) for each in some] == [0] * 4
@@ -17222,7 +17238,7 @@ def open_to_browsers(console, app):
             thread.join()
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@pytest.mark.exhaustive
 def test_a_night_is_mended_in_a_browser_and_nothing_else_is_touched(console, browser, drive, clock, mails, monkeypatch):
     failed = []
     for _ in range(5):  # over an hour
