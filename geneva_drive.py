@@ -6685,8 +6685,8 @@ def _span(duration: timedelta, parts: int | None = None) -> str:
 
 def _name_of(function: Any) -> str:
     """How a condition or a handler is called; a lambda has no name to speak of."""
-    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
-    return name.replace("<lambda>", "…")
+    name = function if isinstance(function, str) else getattr(function, "__name__", None)
+    return (name or str(function)).replace("<lambda>", "…")
 
 
 def _flowchart(cls: type[Workflow]) -> str:
