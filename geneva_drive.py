@@ -189,6 +189,7 @@ SCHEMA_PATIENCE_SECONDS = 600  # how long a change of the schema waits for the e
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.25  # seconds between two looks into an empty queue
 MAX_COUNTED, MAX_SHOWN = 100_000, 20  # by the command line: workflows that match, groups of paused ones
 MAX_GROUPED, GROUPED_CHARS = 10_000, 40  # the newest paused workflows; how much of a reason tells groups apart
+MAX_LISTED = 100  # ids in a condition: of 200 on, MySQL and MariaDB may read, and so lock, the whole table instead
 MAX_KNOWN_PRIORITIES = 20  # that are looked for even when the queue holds nothing of them
 STOP_SECONDS = 0.5  # until a worker that waits to be told sees that its consumer stops
 
@@ -2632,9 +2633,8 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
 
 def _locked_children(query: Any, parents: list[int]) -> Iterator[list[Any]]:
     """The children that a query selects, locked, in batches; the caller changes each so that it is selected no more."""
-    # MySQL and MariaDB look into the index for how many rows up to 199 values have; for more they guess, and may read,
-    # and so lock, the whole table. They may, too, without a limit below its size, or in the order of the ids.
-    for some in peewee.chunked(parents, 100):
+    for some in peewee.chunked(parents, MAX_LISTED):
+        # Without a limit below the table's size, or in the order of the ids, MariaDB may read, and so lock, all of it.
         batch, is_full = Workflow._locking(query.where(Workflow.parent.in_(list(some))).limit(2000)), True
         while is_full and (children := sorted(batch.clone(), key=lambda child: child.id)):
             yield children
@@ -5257,10 +5257,11 @@ class _Recovery:
             is_free = SQL(_has_no_ongoing("id = t1.parent_id"))
             expired = SQL(condition) & (Workflow.type == type_name) & is_old & is_free
             for workflows in self._batches(Workflow.select(Workflow.id).where(expired), Workflow.transitioned_at):
-                began = time.monotonic()
-                deleted += self._delete([each.id for each in workflows], expired)
-                # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
-                time.sleep(min(1, time.monotonic() - began))
+                for some in peewee.chunked(workflows, MAX_LISTED):
+                    began = time.monotonic()
+                    deleted += self._delete([each.id for each in some], expired)
+                    # Half of the time is the others': on SQLite, who waits for the lock looks for it now and then only.
+                    time.sleep(min(1, time.monotonic() - began))
         return {
             "workflows_cleaned_up": sum(workflows for workflows, _ in deleted),
             "step_executions_cleaned_up": sum(executions for _, executions in deleted),
@@ -5735,16 +5736,16 @@ class _Dialect:
         Of several threads that look at once, each begins with another one; who met a process at it looks further.
         """
         looking, me = drive.queues[queue].storage.looking, threading.get_ident()
-        passed = len(looking)
+        passed, has_met = len(looking), False
         looking.add(me)
         try:
-            for tries in range(1, TRANSACTION_TRIES + 1):
-                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed))
+            for _ in range(TRANSACTION_TRIES):
+                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed, has_met))
                 if execution is None and not passed:
                     return None
                 if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
                     return execution
-                passed = passed + random.randint(1, 1 + tries // 4) if execution else 0
+                passed, has_met = (passed + 1, True) if execution else (0, has_met)
             return None
         finally:
             looking.discard(me)
@@ -5753,8 +5754,11 @@ class _Dialect:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
-        """The execution that is due first, but for so many that are passed, and its workflow."""
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, has_met: bool) -> StepExecution | None:
+        """The execution that is due first, but for so many that are passed, and its workflow.
+
+        :param has_met: whether the one that was found before could not be claimed.
+        """
         values = self._look(drive, queue, passed)
         return StepExecution._from_joined(values) if values else None
 
@@ -6015,10 +6019,13 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int) -> StepExecution | None:
-        values = self._look(drive, queue, passed, _as_one_text)
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, has_met: bool) -> StepExecution | None:
+        if has_met and self._skips_locked(drive._access.database):  # there may be any number of them
+            values = self._look(drive, queue, 0, _as_one_text_unless_locked)
+        else:
+            values = self._look(drive, queue, passed, _as_one_text)
         if values and values[0] is None:  # it would be longer than max_allowed_packet
-            return super()._first_due(drive, queue, passed)
+            return super()._first_due(drive, queue, passed, has_met)
         return StepExecution._from_joined(_of_one_text(values[0])) if values else None
 
     @staticmethod
@@ -6067,6 +6074,10 @@ def _as_one_text(query: Any) -> Any:
     fn = peewee.fn
     columns = [fn.JSON_ARRAY(fn.HEX(each)) if isinstance(each, _ExactField) else each for each in query._returning]
     return query.select(fn.JSON_ARRAY(*columns))
+
+
+def _as_one_text_unless_locked(query: Any) -> Any:
+    return _as_one_text(query).for_update("FOR UPDATE SKIP LOCKED")
 
 
 def _of_one_text(text: str) -> list[Any]:

@@ -1473,7 +1473,8 @@ def test_threads_that_look_at_once_begin_with_another_execution_each(drive):
 
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)  # on SQLite, there is one lock for all
 def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, db, drive, hero):
-    locked, other = [Plain.create(hero=User.create()) for _ in range(5)], Quick.create(hero=hero)
+    Plain.create_many([User(id=number) for number in range(1, 101)])
+    locked, other = list(Plain.select()), Quick.create(hero=hero)
 
     def take():
         with db.connection_context():
@@ -1489,7 +1490,7 @@ def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, 
             assert threads.submit(take).result(timeout=10) is None
         threads.submit(attempt.run).result()
     drive.run(until=drive.is_idle)
-    assert [reload(each).state for each in (*locked, other)] == [*["paused"] * 5, "finished"]
+    assert [reload(each).state for each in (*locked, other)] == [*["paused"] * 100, "finished"]
 
 
 def test_what_is_due_and_locked_by_others_is_looked_for_now_and_then(db, drive, hero, monkeypatch):
@@ -7766,7 +7767,7 @@ def test_a_death_at_any_moment_leaves_the_rows_of_one_commit_or_the_other(
     caplog.set_level(logging.CRITICAL)
     for *before, move in DEADLY if is_exhaustive else DEADLY[::3]:
         for cause in ("statement", "commit"):
-            for moment in itertools.count(step=25 if cause == "statement" and not is_exhaustive else 1):
+            for moment in itertools.count(step=5 if cause == "statement" and not is_exhaustive else 1):
                 sequence = Sequence(db, queue, run_on=True, on_death="reattempt")
                 assert all(sequence.make(each) for each in before)
                 if sequence.make(move._replace(dies=(cause, moment))):
