@@ -3980,7 +3980,7 @@ class GenevaDrive:
     :param stuck_scheduled_threshold: (1 min) how long a step may be due, in a Huey of yours, before it is queued again.
     :param stuck_recovery_action: ("reattempt") what follows when a step's process died; or "cancel".
     :param max_recoveries: (5) when a step's process died more often than that, its workflow is paused.
-    :param housekeeping_batch_size: (1000) how many rows are deleted or recovered at a time.
+    :param housekeeping_batch_size: (1000) how many rows are read at a time, to be deleted or recovered.
     :param housekeeping_schedule: (every minute) a Huey crontab.
     :param undefined_step_grace: (10 min) how long a step that no code here defines is put off; then it fails.
     :param run_on: (1 s) how long a task goes on with steps that follow at once; 0 turns it off.
@@ -5736,16 +5736,16 @@ class _Dialect:
         Of several threads that look at once, each begins with another one; who met a process at it looks further.
         """
         looking, me = drive.queues[queue].storage.looking, threading.get_ident()
-        passed, has_met = len(looking), False
+        passed, met = len(looking), 0
         looking.add(me)
         try:
             for _ in range(TRANSACTION_TRIES):
-                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed, has_met))
+                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed, met))
                 if execution is None and not passed:
                     return None
                 if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
                     return execution
-                passed, has_met = (passed + 1, True) if execution else (0, has_met)
+                passed, met = (passed + 1, met + 1) if execution else (0, met)
             return None
         finally:
             looking.discard(me)
@@ -5754,10 +5754,10 @@ class _Dialect:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, has_met: bool) -> StepExecution | None:
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, met: int) -> StepExecution | None:
         """The execution that is due first, but for so many that are passed, and its workflow.
 
-        :param has_met: whether the one that was found before could not be claimed.
+        :param met: how many were found before that could not be claimed.
         """
         values = self._look(drive, queue, passed)
         return StepExecution._from_joined(values) if values else None
@@ -6019,13 +6019,13 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, has_met: bool) -> StepExecution | None:
-        if has_met and self._skips_locked(drive._access.database):  # there may be any number of them
+    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, met: int) -> StepExecution | None:
+        if met > 4 and self._skips_locked(drive._access.database):  # there may be any number; a few cost less passed
             values = self._look(drive, queue, 0, _as_one_text_unless_locked)
         else:
             values = self._look(drive, queue, passed, _as_one_text)
         if values and values[0] is None:  # it would be longer than max_allowed_packet
-            return super()._first_due(drive, queue, passed, has_met)
+            return super()._first_due(drive, queue, passed, met)
         return StepExecution._from_joined(_of_one_text(values[0])) if values else None
 
     @staticmethod
