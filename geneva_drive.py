@@ -3031,9 +3031,9 @@ class _Attempt:
     # -- claiming ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def take(cls, drive: GenevaDrive, queue: str) -> _Attempt | None:
-        """Claim what is due first in a queue of the drive's own; None if nothing is."""
-        while execution := drive._access.dialect.take(drive, queue):
+    def take(cls, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> _Attempt | None:
+        """Claim what is due first in a queue of the drive's own, with one of these priorities; None if nothing is."""
+        while execution := drive._access.dialect.take(drive, queue, priorities):
             if attempt := cls(drive, execution)._accepted(queue):
                 _heartbeat.add(attempt)  # it has to outlive Huey's hooks
                 return attempt
@@ -4531,7 +4531,10 @@ class _OwnStorage(BaseStorage):
             self.drive._access.connect_worker()
             was_empty = False
             while not self._drains():
-                attempt = _Attempt.take(self.drive, self.name)
+                priorities = self.priorities()
+                # What is due was not to be had: others have locked it, and may have locked nothing of a lower priority.
+                looks = [priorities[place:] for place in range(len(priorities) if was_empty else 1)]
+                attempt = next(filter(None, (_Attempt.take(self.drive, self.name, each) for each in looks)), None)
                 if attempt:
                     self.idle.nap = SHORTEST_NAP
                 if attempt or not self._wait(was_empty):
@@ -5730,8 +5733,11 @@ class _Dialect:
             raise _Overtaken
         return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
 
-    def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
+    def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
+
+        :param priorities: those to look for, the highest first.
+
 
         Of several threads that look at once, each begins with another one; who met a process at it looks further.
         """
@@ -5740,7 +5746,8 @@ class _Dialect:
         looking.add(me)
         try:
             for _ in range(TRANSACTION_TRIES):
-                execution = drive._access.repeat(functools.partial(self._first_due, drive, queue, passed, met))
+                look = functools.partial(self._first_due, drive, queue, priorities, passed, met)
+                execution = drive._access.repeat(look)
                 if execution is None and not passed:
                     return None
                 if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
@@ -5754,17 +5761,26 @@ class _Dialect:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, met: int) -> StepExecution | None:
+    def _first_due(
+        self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...], passed: int, met: int
+    ) -> StepExecution | None:
         """The execution that is due first, but for so many that are passed, and its workflow.
 
         :param met: how many were found before that could not be claimed.
         """
-        values = self._look(drive, queue, passed)
+        values = self._look(drive, queue, priorities, passed)
         return StepExecution._from_joined(values) if values else None
 
-    def _look(self, drive: GenevaDrive, queue: str, passed: int, select: Any = lambda query: query) -> Any:
+    def _look(
+        self,
+        drive: GenevaDrive,
+        queue: str,
+        priorities: tuple[int, ...],
+        passed: int,
+        select: Any = lambda query: query,
+    ) -> Any:
         """The columns of both, or what is selected in their place; None if there is none."""
-        priorities, access = drive.queues[queue].storage.priorities(), drive._access
+        access = drive._access
         built = access.statement(
             access.database,
             ("first due", select, priorities, passed),
@@ -5773,7 +5789,7 @@ class _Dialect:
         return built.execute({}, {"queue": queue, "now": drive._now()}).fetchone()
 
 
-def _due_now(query: Any, priorities: Sequence[int]) -> Any:
+def _due_now(query: Any, priorities: tuple[int, ...]) -> Any:
     """What is due first, of the highest priority of which anything is. Each priority is asked for by itself: so all is
     read in the order of an index, and of what is due later, or is in no queue, nothing.
 
@@ -5890,23 +5906,23 @@ class _Postgresql(_Dialect):
         ended = Workflow.id == SQL("(select workflow_id from ended)")
         return Workflow.update(_blanks(Workflow, changes, 0)).where(ended).returning(*returned)
 
-    def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
-        while row := drive._access.repeat(functools.partial(self._taken, drive, queue)):
+    def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
+        while row := drive._access.repeat(functools.partial(self._taken, drive, queue, priorities)):
             if row[0] is not None:
                 return StepExecution._from_joined(row)
             # Another one got it between our look, which is at how things stood then, and the lock.
         return None
 
-    def _taken(self, drive: GenevaDrive, queue: str) -> Any:
+    def _taken(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> Any:
         """The rows that are claimed; nulls, if the first that was free is another's by now; None if nothing is due."""
-        priorities, now, changes = drive.queues[queue].storage.priorities(), drive._now(), {"state": PERFORMING}
+        now, changes = drive._now(), {"state": PERFORMING}
         claim, access = _claim_columns(now), drive._access
         built = access.statement(
             access.database, ("take", priorities), lambda: self._taking(priorities, changes, claim)
         )
         return built.execute(changes, {"queue": queue, "now": now}, claim).fetchone()
 
-    def _taking(self, priorities: Sequence[int], changes: dict[str, Any], claim: dict[str, Any]) -> Any:
+    def _taking(self, priorities: tuple[int, ...], changes: dict[str, Any], claim: dict[str, Any]) -> Any:
         query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
         found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
         # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
@@ -5946,7 +5962,7 @@ class _Sqlite(_Dialect):
         # A transaction that reads before it writes fails at once if another one wrote in between.
         return _InTurn(database, turn)
 
-    def take(self, drive: GenevaDrive, queue: str) -> StepExecution | None:
+    def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         # Who would claim gives way to who ends a step, for some milliseconds: else workers wait for each other's turns,
         # and two or four of them do a third less. With the turn, none looks at what another one is about to claim.
         turn, has_turn = drive._access.turn, False
@@ -5955,7 +5971,7 @@ class _Sqlite(_Dialect):
                 break
             time.sleep(0.001)
         try:
-            return super().take(drive, queue)
+            return super().take(drive, queue, priorities)
         finally:
             if has_turn:
                 turn.release()
@@ -6019,13 +6035,15 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
-    def _first_due(self, drive: GenevaDrive, queue: str, passed: int, met: int) -> StepExecution | None:
+    def _first_due(
+        self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...], passed: int, met: int
+    ) -> StepExecution | None:
         if met > 4 and self._skips_locked(drive._access.database):  # there may be any number; a few cost less passed
-            values = self._look(drive, queue, 0, _as_one_text_unless_locked)
+            values = self._look(drive, queue, priorities, 0, _as_one_text_unless_locked)
         else:
-            values = self._look(drive, queue, passed, _as_one_text)
+            values = self._look(drive, queue, priorities, passed, _as_one_text)
         if values and values[0] is None:  # it would be longer than max_allowed_packet
-            return super()._first_due(drive, queue, passed, met)
+            return super()._first_due(drive, queue, priorities, passed, met)
         return StepExecution._from_joined(_of_one_text(values[0])) if values else None
 
     @staticmethod

@@ -1493,6 +1493,27 @@ def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, 
     assert [reload(each).state for each in (*locked, other)] == [*["paused"] * 100, "finished"]
 
 
+@pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)
+def test_what_others_have_locked_holds_up_no_step_of_a_lower_priority(database, db, drive, hero):
+    locked, other = Plain.create(hero=hero, options={"priority": 10}), Quick.create(hero=User.create())
+    is_locked, is_done, deadline = threading.Event(), threading.Event(), time.monotonic() + 20
+
+    def lock():
+        with db.connection_context(), drive._access.begin():
+            locked.pause()
+            is_locked.set()
+            is_done.wait(60)
+
+    with ThreadPoolExecutor(1) as threads:
+        locking = threads.submit(lock)
+        is_locked.wait(10)
+        drive.run(until=lambda: reload(other).state == "finished" or time.monotonic() > deadline)
+        found = reload(other).state
+        is_done.set()
+        locking.result()
+    assert (found, reload(locked).state) == ("finished", "paused")
+
+
 def test_what_is_due_and_locked_by_others_is_looked_for_now_and_then(db, drive, hero, monkeypatch):
     workflow, take, looks = Plain.create(hero=hero), gd._Attempt.take, []
     monkeypatch.setattr(gd._Attempt, "take", lambda *arguments: looks.append(1) or take(*arguments))
@@ -2687,7 +2708,7 @@ def test_what_is_claimed_is_read_as_it_was_written_whatever_is_in_it(drive):
     context["long"] = "ä" * 15_000
     Odd.create(hero=Country.create(code=f" Ä\\'\"😀{text[200:300]} "), context=context)
     written = StepExecution.select().get()
-    claimed = drive._access.dialect.take(drive, "default")
+    claimed = drive._access.dialect.take(drive, "default", (7,))
     assert claimed.__data__ == {**written.__data__, **gd._claim_columns(claimed.started_at)}
     assert claimed.workflow.__data__ == {**written.workflow.__data__, "state": "performing"}
     assert claimed.workflow.context == context
@@ -2733,7 +2754,7 @@ def test_what_is_too_long_to_be_read_as_one_text_is_claimed_all_the_same(databas
     try:
         db.close()
         db.connect()
-        claimed = drive._access.dialect.take(drive, "default")
+        claimed = drive._access.dialect.take(drive, "default", (0,))
         assert claimed.workflow.context == workflow.context
     finally:
         db.execute_sql(f"set global max_allowed_packet = {limit}")
