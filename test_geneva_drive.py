@@ -108,6 +108,7 @@ from geneva_drive import (
 
 HERE = Path(__file__).resolve().parent
 START = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+ELSEWHERE = pytest.mark.exhaustive("postgresql", "mysql")  # what is tried on SQLite always, is tried there on demand
 fork = multiprocessing.get_context("fork")
 
 
@@ -657,7 +658,7 @@ def test_no_process_recovers_a_step_that_it_performs_whatever_its_clock_did(driv
     assert not gd._heartbeat.beating
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_after_a_hosts_sleep_silence_is_death_once_all_have_had_the_time_to_beat(drive, hero, monkeypatch):
     drive.stuck_in_progress_threshold = 4
     workflow, slept = Plain.create(hero=hero), 600
@@ -696,7 +697,7 @@ def test_a_process_that_is_interrupted_leaves_its_step_to_be_run_again(drive, he
     assert effects() == ["interrupted", "done"]
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_the_heartbeat_keeps_a_step_alive_that_is_longer_than_the_threshold(drive, hero):
     drive.stuck_in_progress_threshold = 1
 
@@ -1302,12 +1303,12 @@ def bring_on(drive):
 
 
 @pytest.mark.parametrize("name", CRASHES)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_wherever_a_process_dies_the_workflow_goes_on(db, drive, clock, name, is_exhaustive):
     prepare, act, endings = CRASHES[name]
     if name == "housekeeping":  # which has nothing to queue again where no message can be lost
         drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False), clock=clock)
-    for moment in itertools.count(step=1 if is_exhaustive else 3):
+    for moment in itertools.count(step=1 if is_exhaustive else 4):
         prepared = prepare()
         if not dies_at(moment, db, lambda: act(drive, prepared)):  # noqa: B023
             break
@@ -1661,7 +1662,7 @@ def contents(drive):
 
 
 @pytest.mark.parametrize("run_on", [0, 60])
-@pytest.mark.parametrize("wait", [0, pytest.param(60, marks=pytest.mark.exhaustive("postgresql", "mysql"))])
+@pytest.mark.parametrize("wait", [0, pytest.param(60, marks=ELSEWHERE)])
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_move_as_planned_leaves_what_the_amended_one_leaves(drive, monkeypatch, turn, wait, run_on):
     class Turns(Workflow):
@@ -2214,7 +2215,7 @@ def test_a_queue_that_is_down_costs_a_log_line_and_no_workflow(db, drive, hero, 
     assert reload(workflow).state == "finished"
 
 
-@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("outside", [False, pytest.param(True, marks=ELSEWHERE)])
 def test_create_many_creates_all(db, drive, outside):
     if outside:
         drive = GenevaDrive(db, huey=MemoryHuey("outside", results=False))
@@ -6129,7 +6130,7 @@ def key_fields():
 
 
 @pytest.mark.parametrize("kind", key_fields())
-@pytest.mark.parametrize("is_descending", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("is_descending", [False, pytest.param(True, marks=ELSEWHERE)], ids=["ascending", "descending"])
 def test_a_query_is_gone_over_along_any_unique_key(drive, table, monkeypatch, kind, is_descending):
     field, values = key_fields()[kind]
 
@@ -10271,7 +10272,7 @@ def test_what_stands_at_a_removed_step_is_shown_as_any_other(command_line, drive
     assert "define it again, put removed_step() in its place, or move on with resume_at()" in " ".join(output.split())
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_wherever_a_process_dies_that_skips_a_removed_step_the_workflow_goes_on(db, drive, clock):
     for moment in itertools.count():
         work_off_at(drive)
@@ -10389,7 +10390,7 @@ def test_a_step_that_nobody_defines_pauses_in_the_end_though_each_message_is_los
     assert history(workflow) == [("zero", "failed", "failed")]
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_wherever_a_process_dies_that_puts_off_a_step_it_is_taken_up_again(db, drive, clock):
     for moment in itertools.count():
         create_by_new_code()
@@ -10532,6 +10533,7 @@ def test_executions_are_deleted_with_their_workflow(drive, hero):
         ) if drive._access.dialect.section == "sqlite" else None
 
 
+@ELSEWHERE
 def test_rows_can_be_changed_while_a_query_is_iterated(drive):
     User.insert_many([{"name": str(number)} for number in range(300)]).execute()
     Plain.create_many(User.select())
@@ -11453,7 +11455,7 @@ def test_create_tables_adds_what_is_missing_and_workflows_go_on(earlier, monkeyp
     assert (reload(drive.workflow).state, effects()) == ("finished", ["one", "two", "three"])
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_an_upgrade_that_dies_anywhere_is_completed_by_the_next_one(earlier):
     for moment in itertools.count():
         drive = earlier()
@@ -11801,7 +11803,7 @@ def test_flush_leaves_the_steps(drive, hero):
     assert reload(workflow).state == "finished"
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_periodic_tasks_run_in_the_scheduler_after_housekeeping_and_are_retried(drive, hero, monkeypatch):
     told, sweep = [], gd._Recovery.sweep
 
@@ -12424,7 +12426,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_of_local_times_that_a_change_of_the_clock_skips_or_repeats_there_is_one(drive, clock, recurring, name):
     change, zone, is_forward, half_past = CHANGES[name]
     begin, end = change - timedelta(minutes=150), change + timedelta(minutes=150)
@@ -12537,7 +12539,7 @@ def test_of_processes_that_look_at_the_same_second_one_creates(database, drive, 
         assert START + timedelta(minutes=10 * place) - minutes[place] in (timedelta(0), timedelta(minutes=1))
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_wherever_a_process_dies_in_a_look_the_workflow_is_there_once(db, drive, clock, recurring):
     Often, other = recurring(**EVERY_MINUTE), recurring("Other", **EVERY_MINUTE)
     for moment in itertools.count():
@@ -12886,7 +12888,7 @@ def effort(db, kind, sql, params):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_due(
     servers, kind, monkeypatch, crowd_size
 ):
@@ -12935,7 +12937,7 @@ def test_what_waits_and_what_is_paused_costs_those_nothing_who_look_for_what_is_
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_no_statement_reads_or_sorts_a_large_table(servers, kind, monkeypatch, crowd_size):
     with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
@@ -13048,7 +13050,7 @@ def test_deletion_locks_what_it_deletes_and_no_others(db, drive, clock, has_had_
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind, monkeypatch, crowd_size):
     with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
@@ -13089,7 +13091,7 @@ def test_no_statement_about_children_reads_or_sorts_a_large_table(servers, kind,
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_the_few_that_are_paused_are_found_among_many_without_reading_those(servers, kind, monkeypatch, crowd_size):
     with crowd(servers, kind, monkeypatch, crowd_size) as (drive, fill):
         db, heroes = drive._access.database, fill()
@@ -13596,7 +13598,7 @@ def test_of_consumers_that_start_at_once_and_are_killed_one_creates_what_recurs(
         app.close()
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_a_named_queue_is_served_by_its_own_consumer(app):
     workflow = app.create("Welcome", "premium")
     (app.folder / "premium.py").write_text("import app\nhuey = app.drive.queues['premium']\n")
@@ -14165,7 +14167,7 @@ def test_every_driver_tells_of_a_lost_connection_which_is_replaced(connects):
     gc.collect()  # mysql-connector does not close the socket of a connection that the server has ended
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")  # the drive's own database, not the driver's
+@ELSEWHERE  # the drive's own database, not the driver's
 @pytest.mark.filterwarnings("ignore:unclosed <(socket|ssl):ResourceWarning")
 def test_with_every_driver_a_lost_connection_to_a_heros_own_database_is_replaced(db, drive, connects):
     connect_anew, kind = connects
@@ -14505,7 +14507,7 @@ def stop(app, process):
 
 
 @pytest.mark.parametrize(("app", "way"), ONE_WAY_EACH, indirect=["app"])
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_a_process_stopped_past_its_threshold_records_nothing_and_works_on(app, way):
     short = {"APP_THRESHOLD": "3"}
     workflow = app.create("Aloof")
@@ -14976,7 +14978,7 @@ def standing_later():
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_a_rolling_deploy_that_removes_adds_and_renames_steps_strands_no_workflow(servers, tmp_path, kind):
     url = servers.empty(kind)
     with running_app(tmp_path / "old", url) as old:
@@ -15387,7 +15389,7 @@ def rows(*ids):
 KEYS = ((Workflow, Workflow.id), (StepExecution, StepExecution.workflow))
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_a_night_is_mended_from_the_terminal_and_nothing_else_is_touched(command_line, drive, clock, mails):
     before = mails(40)  # they wait for their second step
     refused = mails(300, ConnectionRefusedError(111, "Connection refused"))
@@ -15811,7 +15813,7 @@ def test_ids_that_no_database_takes_are_refused_in_a_line(command_line):
         assert (status, output, errors.count("\n")) == (1, "", 1)
 
 
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_a_worker_on_the_command_line_drains_on_sigterm(app):
     workflow = app.create("Slow", "premium")
     # As __main__ the module is loaded a second time; the application's classes are of the one that it imports.
@@ -16486,7 +16488,7 @@ def benchmark(*options, status=0):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_the_benchmark_example_measures_all_contenders_and_leaves_the_database_empty(servers, kind):
     url = servers.empty(kind)
     results = json.loads(benchmark(url, "--json"))
@@ -16523,7 +16525,7 @@ def test_the_benchmark_example_prints_the_tables_that_the_manual_shows(tmp_path)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-@pytest.mark.exhaustive("postgresql", "mysql")
+@ELSEWHERE
 def test_the_benchmark_example_measures_in_a_crowd(servers, kind):
     url = servers.empty(kind)
     results = json.loads(benchmark(url, "--json", "--crowd=1000,2500"))
