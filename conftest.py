@@ -17,6 +17,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -173,6 +174,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Tell pytest of the mark that says what --exhaustive adds, and prepare the environment."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start would each compile the module
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; tests stop their processes by it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "exhaustive(*ids): run with --exhaustive alone, where a parameter is one of ids")
 
 
