@@ -191,7 +191,7 @@ MAX_COUNTED, MAX_SHOWN = 100_000, 20  # by the command line: workflows that matc
 MAX_GROUPED, GROUPED_CHARS = 10_000, 40  # the newest paused workflows; how much of a reason tells groups apart
 MAX_LISTED = 100  # ids in a condition: of 200 on, MySQL and MariaDB may read, and so lock, the whole table instead
 MAX_KNOWN_PRIORITIES = 20  # that are looked for even when the queue holds nothing of them
-STOP_SECONDS = 0.5  # until a worker that waits to be told sees that its consumer stops
+STOP_SECONDS = 0.5  # until run() sees a signal, and a worker that waits to be told that its consumer stops
 
 # ==== Errors and events ===============================================================================================
 
@@ -2620,7 +2620,7 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
         next_parents: list[int] = []
         for batch in _locked_children(ongoing, parents):
             ids = [child.id for child in batch]
-            next_parents += [child.id for child in batch if child.ongoing_children is not None]
+            next_parents += _parents_among(batch)
             to_claim = StepExecution.workflow.in_(ids) & StepExecution.state.in_(TO_CLAIM)
             StepExecution.update(_columns_of_dropped(drive, reason)).where(to_claim).execute()
             Workflow.update(columns).where(Workflow.id.in_(ids)).execute()
@@ -2629,6 +2629,11 @@ def _cancel_children(drive: GenevaDrive, workflow: Workflow, reason: str | None)
                 child.__data__.update(columns)
                 drive._announce(child, before, CANCELED)
         parents = next_parents
+
+
+def _parents_among(workflows: Iterable[Workflow]) -> list[int]:
+    """The ids of those that ever had a child; the others need not be asked for children."""
+    return [each.id for each in workflows if each.ongoing_children is not None]
 
 
 def _locked_children(query: Any, parents: list[int]) -> Iterator[list[Any]]:
@@ -4531,10 +4536,7 @@ class _OwnStorage(BaseStorage):
             self.drive._access.connect_worker()
             was_empty = False
             while not self._drains():
-                priorities = self.priorities()
-                # What is due was not to be had: others have locked it, and may have locked nothing of a lower priority.
-                looks = [priorities[place:] for place in range(len(priorities) if was_empty else 1)]
-                attempt = next(filter(None, (_Attempt.take(self.drive, self.name, each) for each in looks)), None)
+                attempt = self._take(was_empty)
                 if attempt:
                     self.idle.nap = SHORTEST_NAP
                 if attempt or not self._wait(was_empty):
@@ -4547,6 +4549,14 @@ class _OwnStorage(BaseStorage):
                     self.drive._access.close_own()
             time.sleep(1)  # Huey logs a traceback each time, and polls often
             raise
+
+    def _take(self, was_empty: bool) -> _Attempt | None:
+        """Claim what is due first; where others have locked all of a priority, what is due of a lower one."""
+        priorities = self.priorities()
+        for place in range(len(priorities) if was_empty else 1):
+            if attempt := _Attempt.take(self.drive, self.name, priorities[place:]):
+                return attempt
+        return None
 
     def _wait(self, was_empty: bool) -> bool:
         """In a worker, wait until something may be due; False elsewhere, and if the consumer stops, or is gone.
@@ -4726,7 +4736,7 @@ def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_
                     checked = time.monotonic()
                     for consumer in consumers:
                         consumer.check_worker_health()
-                time.sleep(0.1 if until else 0.5)  # a signal alone may be seen a little later
+                time.sleep(0.1 if until else STOP_SECONDS)
         finally:
             logger.info("draining: the steps under way are ended, the next ones wait in the tables")
             for consumer in started:
@@ -5295,9 +5305,8 @@ class _Recovery:
             found = Workflow.select(Workflow.id, Workflow.ongoing_children).where(Workflow.id.in_(ids) & expired)
             locked = list(Workflow._locking(found))
             over = [each.id for each in locked]
-            parents = [each.id for each in locked if each.ongoing_children is not None]
             WorkflowSignal.delete().where(WorkflowSignal.workflow.in_(over)).execute()
-            for orphans in _locked_children(Workflow.select(Workflow.id), parents):
+            for orphans in _locked_children(Workflow.select(Workflow.id), _parents_among(locked)):
                 Workflow.update(parent=None).where(Workflow.id.in_([each.id for each in orphans])).execute()
             executions = StepExecution.delete().where(StepExecution.workflow.in_(over)).execute()
             return Workflow.delete().where(Workflow.id.in_(over)).execute(), executions
@@ -5736,10 +5745,9 @@ class _Dialect:
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
 
-        :param priorities: those to look for, the highest first.
-
-
         Of several threads that look at once, each begins with another one; who met a process at it looks further.
+
+        :param priorities: those to look for, the highest first.
         """
         looking, me = drive.queues[queue].storage.looking, threading.get_ident()
         passed, met = len(looking), 0

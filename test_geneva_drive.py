@@ -108,7 +108,7 @@ from geneva_drive import (
 
 HERE = Path(__file__).resolve().parent
 START = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
-ELSEWHERE = pytest.mark.exhaustive("postgresql", "mysql")  # what is tried on SQLite always, is tried there on demand
+ELSEWHERE = pytest.mark.exhaustive("postgresql", "mysql")  # on SQLite in every run, there by --exhaustive alone
 fork = multiprocessing.get_context("fork")
 
 
@@ -1494,43 +1494,43 @@ def test_what_others_have_locked_holds_up_no_step_of_another_workflow(database, 
     assert [reload(each).state for each in (*locked, other)] == [*["paused"] * 100, "finished"]
 
 
+@contextlib.contextmanager
+def paused_elsewhere(db, drive, workflow):
+    """A transaction of another thread pauses a workflow; yields what commits it before the end, and whether it has."""
+    is_paused, is_to_end = threading.Event(), threading.Event()
+
+    def pause():
+        with db.connection_context(), drive._access.begin():
+            workflow.pause()
+            is_paused.set()
+            assert is_to_end.wait(60)
+
+    with ThreadPoolExecutor(1) as threads:
+        pausing = threads.submit(pause)
+        assert is_paused.wait(10)
+        try:
+            yield is_to_end.set, pausing.done
+        finally:
+            is_to_end.set()
+        pausing.result()
+
+
 @pytest.mark.parametrize("database", ["postgresql", "mysql"], indirect=True)
 def test_what_others_have_locked_holds_up_no_step_of_a_lower_priority(database, db, drive, hero):
     locked, other = Plain.create(hero=hero, options={"priority": 10}), Quick.create(hero=User.create())
-    is_locked, is_done, deadline = threading.Event(), threading.Event(), time.monotonic() + 20
-
-    def lock():
-        with db.connection_context(), drive._access.begin():
-            locked.pause()
-            is_locked.set()
-            is_done.wait(60)
-
-    with ThreadPoolExecutor(1) as threads:
-        locking = threads.submit(lock)
-        is_locked.wait(10)
+    with paused_elsewhere(db, drive, locked):
+        deadline = time.monotonic() + 20
         drive.run(until=lambda: reload(other).state == "finished" or time.monotonic() > deadline)
         found = reload(other).state
-        is_done.set()
-        locking.result()
     assert (found, reload(locked).state) == ("finished", "paused")
 
 
 def test_what_is_due_and_locked_by_others_is_looked_for_now_and_then(db, drive, hero, monkeypatch):
     workflow, take, looks = Plain.create(hero=hero), gd._Attempt.take, []
     monkeypatch.setattr(gd._Attempt, "take", lambda *arguments: looks.append(1) or take(*arguments))
-
-    def lock():
-        with db.connection_context(), drive._access.begin():
-            workflow.pause()
-            locked.set()
-            time.sleep(1)
-
-    with ThreadPoolExecutor(1) as threads:
-        locked = threading.Event()
-        locking = threads.submit(lock)
-        locked.wait()
-        drive.run(workers=2, until=locking.done)
-        locking.result()
+    with paused_elsewhere(db, drive, workflow) as (commit, is_committed):
+        threading.Timer(1, commit).start()
+        drive.run(workers=2, until=is_committed)
     assert len(looks) < 150
     assert (reload(workflow).state, effects()) == ("paused", [])
 
