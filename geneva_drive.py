@@ -1180,31 +1180,25 @@ class _ContextField(_JsonObjectField):
         return None if value is None else _Context(value)
 
 
+def _utc_text(moment: datetime | None) -> str | None:
+    """A moment as columns of every database take it. Drivers take several times as long for a datetime, or refuse it."""
+    if moment is None:
+        return None
+    return _text_of(moment.astimezone(timezone.utc).replace(tzinfo=None) if moment.tzinfo else moment)
+
+
+_text_of = functools.lru_cache(maxsize=32)(str)  # one moment goes into several columns and many rows
+
+
 class _UtcField(_OwnTypeField, peewee.DateTimeField):
     """A moment: stored as naive UTC with microseconds, read as an aware datetime. A naive one is in UTC."""
 
     kind = "moment"
-
-    def db_value(self, value: datetime | None) -> Any:
-        return self.storing()(value)
-
-    def storing(self) -> Callable[[Any], Any]:
-        return self.dialect.store_moment
+    db_value = staticmethod(_utc_text)
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment and moment.replace(tzinfo=timezone.utc)
-
-
-def _as_utc(moment: datetime | None) -> datetime | None:
-    return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment and moment.tzinfo else moment
-
-
-def _as_utc_text(moment: datetime | None) -> str | None:
-    return None if moment is None else _text_of(_as_utc(moment))
-
-
-_text_of = functools.lru_cache(maxsize=32)(str)  # as sqlite3 would; one moment goes into several columns and many rows
 
 
 def _dump_object(value: Any) -> str:
@@ -5670,8 +5664,6 @@ class _Dialect:
     section = ""
     #: The types of columns, by the `kind` of the library's fields, where Peewee's own will not do.
     column_types: Mapping[str, str] = {}
-    #: Stores a moment, naive and in UTC.
-    store_moment: Callable[[datetime | None], Any] = staticmethod(_as_utc)
     #: Stores text that is compared byte by byte.
     store_exact: Callable[[str | None], Any] = staticmethod(lambda text: text)
     #: What makes an insertion pass over rows that are there.
@@ -5962,7 +5954,6 @@ def _prepared(sql: str) -> tuple[str, str]:
 
 class _Sqlite(_Dialect):
     section = "sqlite"
-    store_moment = staticmethod(_as_utc_text)  # APSW takes no other
     transient_text = "database (table )?is locked"  # the second, of a shared cache
     missing_text = "no such (table|column)|table .* has no column"
 
