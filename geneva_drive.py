@@ -630,9 +630,10 @@ class StepDefinition:
 
     def _first(self, reached: datetime) -> dict[str, Any]:
         """What its first execution is made of, where a workflow comes to it at this moment."""
+        first = {"step_name": self.name, "reached_at": reached}
         if isinstance(self.wait, timedelta):
-            return {"due": reached + self.wait, "reached_at": reached}
-        return {"due": reached, "reached_at": reached, "asks_wait": True}
+            return {**first, "scheduled_for": reached + self.wait}
+        return {**first, "scheduled_for": reached, "asks_wait": True}
 
 
 class UndefinedStep(NamedTuple):
@@ -1181,13 +1182,18 @@ class _ContextField(_JsonObjectField):
 
 
 def _utc_text(moment: datetime | None) -> str | None:
-    """A moment as columns of every database take it. Drivers take several times as long for a datetime, or refuse it."""
+    """A moment as columns take it; for a datetime, drivers take several times as long, or refuse it."""
     if moment is None:
         return None
-    return _text_of(moment.astimezone(timezone.utc).replace(tzinfo=None) if moment.tzinfo else moment)
+    if moment.tzinfo is not timezone.utc:
+        moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    return _text_of(moment)
 
 
-_text_of = functools.lru_cache(maxsize=32)(str)  # one moment goes into several columns and many rows
+@functools.lru_cache(maxsize=32)  # one moment goes into several columns and many rows
+def _text_of(moment: datetime) -> str:
+    """Of a moment in UTC: in other zones, moments that differ may be equal."""
+    return str(moment.replace(tzinfo=None))
 
 
 class _UtcField(_OwnTypeField, peewee.DateTimeField):
@@ -1273,6 +1279,10 @@ def _finished(result: Any, where: str, must_stay: bool = False) -> Any:
     return _finished(_drive()._access.run_beside(lambda: asyncio.run(wait()), where), where)
 
 
+#: Of most hooks and conditions: nothing of these is left to be run.
+PLAIN_RESULTS = frozenset({type(None), bool, contextlib.nullcontext})
+
+
 def _is_loop_running() -> bool:
     try:
         asyncio.get_running_loop()
@@ -1284,7 +1294,7 @@ def _is_loop_running() -> bool:
 def _own_context() -> contextvars.Context:
     """A copy of the thread's context, for an attempt: what it sets must not reach the next one."""
     context = contextvars.copy_context()
-    context.run(lambda: decimal.setcontext(decimal.getcontext().copy()))  # which is changed in place
+    context.run(decimal.setcontext, decimal.getcontext().copy())  # which is changed in place
     return context
 
 
@@ -2163,9 +2173,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return {each.wait_for for each in cls.steps if each.wait_for}
 
     def _step_after(self, step_name: str) -> StepDefinition | None:
-        steps = self._blueprint.steps
-        place = steps.index(self._definition(step_name)) + 1
-        return next((each for each in steps[place:] if not each.removed), None)
+        place = [*self._blueprint.by_name].index(self._definition(step_name).name) + 1
+        return next((each for each in self._blueprint.steps[place:] if not each.removed), None)
 
     @classmethod
     def _huey_options(cls, step_name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -2373,13 +2382,18 @@ class _Start:
 
     def _inserted(self, values: dict[str, Any], is_again: bool) -> Workflow:
         """Insert it; or find it, where a try before was committed as its connection went."""
-        first, workflow, access = self.cls.steps[0], self.cls._made(values, 0), self.drive._access
-        begins = StepExecution._scheduled_values(workflow, 1, first.name, **first._first(values["created_at"]))
+        workflow, access = self.cls._made(values, 0), self.drive._access
+        begins = self._first_values(workflow, values["created_at"])
         ids = self._ids(values) if is_again else None
         workflow.__data__["id"], execution_id = ids or access.dialect.create(access.database, values, begins)
         self.drive._announce(workflow, None, READY)  # before a worker is woken, which announces what follows
         self.drive._dispatch.send([StepExecution._made({**begins, "workflow": workflow.id}, execution_id)])
         return cast(Workflow, workflow)
+
+    def _first_values(self, workflow: Workflow, now: datetime) -> dict[str, Any]:
+        """The columns of a new workflow's first execution."""
+        begins = {**self.cls.steps[0]._first(now), "number": 1, "created_at": now}
+        return StepExecution._scheduled_values(workflow, READY, begins)
 
     @staticmethod
     def _ids(values: dict[str, Any]) -> tuple[int, int] | None:
@@ -2412,8 +2426,8 @@ class _Start:
 
     def _schedule(self, workflows: list[Workflow]) -> None:
         """Insert the first executions of new workflows."""
-        first, now = self.cls.steps[0], self.drive._now()
-        same = StepExecution._scheduled_values(workflows[0], 1, first.name, **first._first(now))
+        now = self.drive._now()
+        same = self._first_values(workflows[0], now)
         rows = [{**same, "workflow": each.id, "job_id": _job_id(now)} for each in workflows]
         StepExecution._insert_rows(rows, lambda model, new: model.insert(new))
         of_these = StepExecution.workflow.in_([each.id for each in workflows])
@@ -2656,11 +2670,12 @@ def _skipped(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
     if active:
         active._write(**ended)
     else:
-        ended["reached_at"] = StepExecution._newest(workflow).reached_at
-        workflow._write(execution_count=workflow.execution_count + 1)
-        StepExecution._insert(workflow, workflow.execution_count, workflow.current_step_name, now, **ended)
+        reached, number = StepExecution._newest(workflow).reached_at, workflow.execution_count + 1
+        workflow._write(execution_count=number)
+        begun = {"number": number, "step_name": workflow.current_step_name, "scheduled_for": now, "created_at": now}
+        StepExecution._insert_row(StepExecution._new_values(workflow, {**begun, **ended, "reached_at": reached}))
     if following:
-        _enter(workflow, following.name, **following._first(now))
+        _enter(drive, workflow, following._first(now))
     else:
         workflow._write(state=FINISHED, current_step_name=None, transitioned_at=now, reason=None)
 
@@ -2681,7 +2696,8 @@ def _resumed(drive: GenevaDrive, workflow: Workflow, active: StepExecution | Non
         # What goes on at its cursor does not wait for its signal anew.
         of_cursor = () if newest.cursor is None else ("cursor", "waits_since", "times_out_at")
         carried = {name: newest.__data__[name] for name in ("reached_at", "asks_wait", *of_cursor)}
-        _enter(workflow, definition.name, drive._now(), **carried, begun_reason=reason)
+        begins = {"step_name": definition.name, "scheduled_for": drive._now(), "begun_reason": reason}
+        _enter(drive, workflow, {**begins, **carried})
 
 
 def _moved(
@@ -2693,7 +2709,8 @@ def _moved(
         raise InvalidStateError(workflow, "resume_at", "its last attempt is still in progress: wait for its end")
     _drop(drive, active)
     now = drive._now()
-    return _enter(workflow, step_name, now, reached_at=now, begun_reason=reason)
+    begins = {"step_name": step_name, "scheduled_for": now, "reached_at": now, "begun_reason": reason}
+    return _enter(drive, workflow, begins)
 
 
 def _rescheduled(
@@ -2715,7 +2732,8 @@ def _rescheduled(
 def _as_declared(definition: StepDefinition, active: StepExecution, now: datetime) -> dict[str, Any]:
     """The time of an execution, and its limit, as its step has them by now."""
     first = definition._first(active.reached_at or active.created_at)
-    due, asks_wait, since = max(first["due"], now), first.get("asks_wait"), active.waits_since or active.scheduled_for
+    due, asks_wait = max(first["scheduled_for"], now), first.get("asks_wait")
+    since = active.waits_since or active.scheduled_for
     # The step does not wait for anything any more; or there is a wait before that, which is not over.
     is_plain = not definition._waits or (asks_wait and since > now)
     if active.state != WAITING or is_plain:
@@ -2738,11 +2756,15 @@ def _columns_of_dropped(drive: GenevaDrive, reason: str | None) -> dict[str, Any
     return {**ended, "signal_id": None, "queue": None}
 
 
-def _enter(workflow: Workflow, step_name: str, due: datetime, **carried: Any) -> StepExecution:
-    """Schedule a new execution and make the workflow stand at it."""
-    number = workflow.execution_count + 1
+def _enter(drive: GenevaDrive, workflow: Workflow, begins: dict[str, Any]) -> StepExecution:
+    """Schedule a new execution, which begins so, and make the workflow stand at it."""
+    step_name, number = begins["step_name"], workflow.execution_count + 1
     workflow._write(state=READY, current_step_name=step_name, execution_count=number, transitioned_at=None, reason=None)
-    return StepExecution._schedule(workflow, number, step_name, due, **carried)
+    begins = {**begins, "number": number, "created_at": drive._now()}
+    values = StepExecution._scheduled_values(workflow, READY, begins)
+    execution = StepExecution._made(values, StepExecution._insert_row(values))
+    drive._dispatch.send([execution])
+    return cast(StepExecution, execution)
 
 
 # ==== Executions: one row for each attempt at a step ==================================================================
@@ -2881,34 +2903,16 @@ class StepExecution(_Record):
         return cls._lock((cls.number == workflow.execution_count) & (cls.workflow == workflow.id))
 
     @classmethod
-    def _insert(cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any) -> Any:
-        values = cls._new_values(workflow, number, step_name, due, **values)
-        return cls._made(values, cls._insert_row(values))
-
-    @classmethod
-    def _new_values(
-        cls, workflow: Workflow, number: int, step_name: str | None, due: datetime, **values: Any
-    ) -> dict[str, Any]:
+    def _new_values(cls, workflow: Workflow, begins: dict[str, Any]) -> dict[str, Any]:
         """The columns of a new execution."""
-        values.update(workflow=workflow.id, number=number, step_name=step_name, scheduled_for=due)
-        return {**cls._meta.get_default_dict(), **values, "created_at": _drive()._now()}
+        return {**cls._meta.get_default_dict(), **begins, "workflow": workflow.id}
 
     @classmethod
-    def _scheduled_values(
-        cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any
-    ) -> dict[str, Any]:
-        """The columns of one that is to be performed, or to wait; in its queue, if its workflow is ready."""
-        values = cls._new_values(workflow, number, step_name, due, **carried)
+    def _scheduled_values(cls, workflow: Workflow, workflow_state: str, begins: dict[str, Any]) -> dict[str, Any]:
+        """The columns of one that is to be performed, or to wait; in its queue, if its workflow is to be ready."""
+        values = cls._new_values(workflow, begins)
         values.update(_beginning(workflow, values))
-        return {**values, **_place_in_queue(workflow, values, workflow.state)}
-
-    @classmethod
-    def _schedule(cls, workflow: Workflow, number: int, step_name: str, due: datetime, **carried: Any) -> StepExecution:
-        """Insert one that is to be performed, or to wait."""
-        values = cls._scheduled_values(workflow, number, step_name, due, **carried)
-        execution = cls._made(values, cls._insert_row(values))
-        _drive()._dispatch.send([execution])
-        return cast(StepExecution, execution)
+        return {**values, **_place_in_queue(workflow, values, workflow_state)}
 
 
 #: What joins a workflow with its newest execution, by an index.
@@ -3301,7 +3305,7 @@ class _Attempt:
         """Call user code: a condition, a hook, the body, a handler. Returns what it came to."""
         self._leave_after_all()  # what surrounds a body may have swallowed a call before it
         result = function(*arguments)
-        if result is not None:
+        if type(result) not in PLAIN_RESULTS:
             result = _finished(result, f"{self.where}: {_name_of(function)}()", self.must_stay)
         self.drive._access.open()
         self._leave_after_all()
@@ -3513,7 +3517,7 @@ class _Recording:
         execution, progress = self.execution, self.attempt.progress
         if then == "advance":
             definition = self.workflow._step_after(execution.step_name)
-            return {"step_name": definition.name, **definition._first(self.now)} if definition else None
+            return definition._first(self.now) if definition else None
         if then == "repeat":
             cursor = progress.cursor() if progress.has_checkpoint else execution.cursor
             return {
@@ -3521,7 +3525,7 @@ class _Recording:
                 "reached_at": execution.reached_at,
                 "waits_since": execution.waits_since,
                 "step_name": execution.step_name,
-                "due": self.now + verdict.wait,
+                "scheduled_for": self.now + verdict.wait,
                 "reattempts": execution.reattempts + (verdict.cause == "error"),
                 "recoveries": execution.recoveries + (verdict.cause == "death"),
                 "times_out_at": execution.times_out_at,
@@ -3532,7 +3536,7 @@ class _Recording:
     def _runs_on(self, follows: dict[str, Any]) -> bool:
         """Whether the next execution is due now, on the queue and with the priority that we are on."""
         # Whether what a step waits for is there is known under the lock only, after this was decided.
-        if follows["due"] > self.now or self._has_to_wait(follows):
+        if follows["scheduled_for"] > self.now or self._has_to_wait(follows):
             return False
         here, next_one = (self.workflow._find(each) for each in (self.execution.step_name, follows["step_name"]))
         if here and next_one and here.options == next_one.options:
@@ -3642,11 +3646,11 @@ class _Recording:
         """The columns of the next execution, if any, in a workflow of this state: claimed, in its queue, or neither."""
         if self.follows is None:
             return None
-        values = StepExecution._new_values(self.workflow, self.execution.number + 1, **self.follows)
+        begins = {**self.follows, "number": self.execution.number + 1, "created_at": self.now}
         if workflow_state == PERFORMING:
-            return {**values, **_claim_columns(self.now), "job_id": self.execution.job_id}
-        values.update(_beginning(self.workflow, values))
-        return {**values, **_place_in_queue(self.workflow, values, workflow_state)}
+            begins.update(_claim_columns(self.now), job_id=self.execution.job_id)
+            return StepExecution._new_values(self.workflow, begins)
+        return StepExecution._scheduled_values(self.workflow, workflow_state, begins)
 
     # -- what follows -----------------------------------------------------------------------------------------------
 
@@ -4878,14 +4882,14 @@ class _Access:
 
         :param is_atomic: that it is one statement, which needs none.
         """
+        if is_atomic and not self.database.in_transaction():
+            # If the connection is lost, it is repeated: had it been committed, the second try finds no row.
+            return self.repeat(work, insist_seconds)
         is_done = False
 
         def transaction() -> T:
             nonlocal is_done
             is_done = False
-            if is_atomic and not self.database.in_transaction():
-                # If the connection is lost, it is repeated: had it been committed, the second try finds no row.
-                return work()
             with self.begin():
                 result = work()
                 is_done = True  # what fails now is the commit, and may have succeeded all the same
@@ -6111,7 +6115,8 @@ DIALECTS: dict[type[Database], _Dialect] = {
 
 def _dialect(database: Database) -> _Dialect:
     """What is particular to a database; an UnsupportedDatabaseError, if that is not known."""
-    dialect = _dialect_of(cast(Any, type(database)))
+    kind: Any = type(database)
+    dialect = _dialect_of(kind)
     if dialect is None:
         raise UnsupportedDatabaseError(database)
     return dialect
