@@ -1177,6 +1177,9 @@ class _ContextField(_JsonObjectField):
             old = instance.__data__.get(self.name)
             super().__set__(instance, old.replaced(value) if isinstance(old, _Context) and value is not old else value)
 
+    def db_value(self, value: Any) -> str | None:
+        return value.read if isinstance(value, _Context) and not value.is_changed() else super().db_value(value)
+
     def python_value(self, value: Any) -> Any:
         return None if value is None else _Context(value)
 
@@ -1193,7 +1196,7 @@ def _utc_text(moment: datetime | None) -> str | None:
 @functools.lru_cache(maxsize=32)  # one moment goes into several columns and many rows
 def _text_of(moment: datetime) -> str:
     """Of a moment in UTC: in other zones, moments that differ may be equal."""
-    return str(moment.replace(tzinfo=None))
+    return moment.isoformat(" ").removesuffix("+00:00")
 
 
 class _UtcField(_OwnTypeField, peewee.DateTimeField):
@@ -1316,9 +1319,12 @@ class _Blank:
         return peewee.Value(cls(field, name, place), converter=False)
 
 
+PLAIN_FIELDS = _NameField, peewee.IntegerField, peewee.ForeignKeyField  # the library's own, to keys that are integers
+
+
 def _is_plain(field: peewee.Field[Any]) -> bool:
     """Whether what the library has for a field is what drivers take and return, and nothing is to be converted."""
-    return issubclass(field.model, _Record) and isinstance(field, (_NameField, peewee.IntegerField))
+    return issubclass(field.model, _Record) and isinstance(field, PLAIN_FIELDS)
 
 
 class _Built:
@@ -1338,11 +1344,13 @@ class _Built:
         self.send, self.rows = dialect.execute, cast(Any, None)
 
     def filled(self, *values: Mapping[str, Any]) -> list[Any]:
-        """The parameters, with these values in the blanks, each as its field stores it."""
-        return [
-            convert if place is None else values[place][name] if convert is None else convert(values[place][name])
-            for place, name, convert in self.parameters  # or, without a place, a constant
-        ]
+        """The parameters, with these values in the blanks, each as its field stores it; null is null everywhere."""
+        filled = []
+        for place, name, convert in self.parameters:
+            value = convert if place is None else values[place][name]  # without a place, a constant
+            is_stored = place is None or convert is None or value is None
+            filled.append(value if is_stored else convert(value))
+        return filled
 
     def execute(self, *values: Mapping[str, Any]) -> Any:
         """Send it; returns the driver's cursor."""
@@ -2177,11 +2185,9 @@ class Workflow(_Record, metaclass=_WorkflowType):
         return next((each for each in self._blueprint.steps[place:] if not each.removed), None)
 
     @classmethod
-    def _huey_options(cls, step_name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _huey_options(cls, definition: StepDefinition | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """Of the class, the instance and the step: the latter win."""
-        definition = cls._find(step_name)
-        own = definition.options if definition else {}
-        return {**cls._blueprint.step_options, **(options or {}), **own}
+        return {**cls._blueprint.step_options, **(options or {}), **(definition.options if definition else {})}
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -2339,8 +2345,8 @@ class _Start:
         if options is not None:
             options = _checked_options(options, f"{where}: options")
         for definition in cls.steps:
-            asked = cls._huey_options(definition.name, options)
-            self.drive._dispatch.check_route(f"{cls.__name__}.{definition.name}", asked)
+            if asked := cls._huey_options(definition, options):
+                self.drive._dispatch.check_route(f"{cls.__name__}.{definition.name}", asked)
         self.columns = {
             **Workflow._meta.get_default_dict(),
             "type": cls.workflow_type,
@@ -2912,7 +2918,7 @@ class StepExecution(_Record):
         """The columns of one that is to be performed, or to wait; in its queue, if its workflow is to be ready."""
         values = cls._new_values(workflow, begins)
         values.update(_beginning(workflow, values))
-        return {**values, **_place_in_queue(workflow, values, workflow_state)}
+        return {**values, **_place_in_queue(workflow, values, workflow_state, values["created_at"])}
 
 
 #: What joins a workflow with its newest execution, by an index.
@@ -2928,6 +2934,7 @@ def _place_in_queue(
     workflow: Workflow,
     values: Mapping[str, Any],
     workflow_state: str,
+    now: datetime,
     not_before: datetime = EPOCH,
     route: _Route | None = None,
 ) -> dict[str, Any]:
@@ -2938,11 +2945,10 @@ def _place_in_queue(
     :param values: the execution's columns.
     :param route: the queue and priority, where the class is not to be asked.
     """
-    due, drive = _due(values), _drive()
+    due = _due(values)
     if workflow_state != READY or values["state"] not in TO_CLAIM or due is None:
         return {"queue": None}
-    queue, priority = route or drive._dispatch.route(workflow, values["step_name"])
-    now = drive._now()
+    queue, priority = route or _drive()._dispatch.route(workflow, values["step_name"])
     place = {"queue": queue, "priority": priority, "due_at": max(due, not_before), "job_id": _job_id(now)}
     return {**place, "enqueued_at": now}
 
@@ -3640,7 +3646,8 @@ class _Recording:
         if "outcome" in columns:
             return columns
         values = {**self.execution.__data__, **columns}
-        return {**columns, **_place_in_queue(self.workflow, values, workflow_state, self.not_before, self.route)}
+        place = _place_in_queue(self.workflow, values, workflow_state, self.now, self.not_before, self.route)
+        return {**columns, **place}
 
     def _next(self, workflow_state: str) -> _Json:
         """The columns of the next execution, if any, in a workflow of this state: claimed, in its queue, or neither."""
@@ -4236,7 +4243,7 @@ class _Dispatch:
 
     def route(self, workflow: Workflow, step_name: str | None) -> _Route:
         """The queue and priority of a step. A queue that a deploy took away gives way to the default one."""
-        options = workflow._huey_options(step_name, workflow.options)
+        options = workflow._huey_options(workflow._find(step_name), workflow.options)
         queue = options.get("queue", DEFAULT_QUEUE)
         if queue not in self.drive.queues:
             logger.error("%s", UnknownQueueError(workflow._label, queue, self.drive.queues))
@@ -4259,7 +4266,8 @@ class _Dispatch:
 
     def put_in_queue(self, workflow: Workflow, execution: StepExecution, **changes: Any) -> None:
         """Write changes of an execution that is not claimed, and its place in the queue. Needs the workflow's lock."""
-        place = _place_in_queue(workflow, {**execution.__data__, **changes}, workflow.state)
+        values = {**execution.__data__, **changes}
+        place = _place_in_queue(workflow, values, workflow.state, self.drive._now())
         execution._write(**changes, **place)
         self.send([execution])
 
@@ -4667,10 +4675,10 @@ class _Idle:
 
     def ring(self, dues: Sequence[datetime]) -> None:
         """Executions that are due at these moments came into the queue."""
-        now = self.storage.drive._now()
         with self.changed:
             if not self.waiting:
                 return
+            now = self.storage.drive._now()
             due = sum(moment <= now for moment in dues)
             self.rings = min(self.rings + due, self.waiting)
             self.changed.notify(due)
@@ -6163,8 +6171,9 @@ def _check_class(database: Any) -> None:
 
 def _is_in_transaction(connection: Any) -> bool:
     """Whether a driver's connection is in a transaction, one that Peewee does not know of included."""
-    if hasattr(connection, "info") and hasattr(connection.info, "transaction_status"):  # psycopg
-        return connection.info.transaction_status != 0
+    status = getattr(getattr(connection, "info", None), "transaction_status", None)  # psycopg
+    if status is not None:
+        return bool(status)
     if hasattr(connection, "server_status"):  # PyMySQL; bit 1 of the protocol's status flags
         return bool(connection.server_status & 1)
     return bool(getattr(connection, "in_transaction", False))
