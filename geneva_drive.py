@@ -3026,8 +3026,11 @@ def _timed_out(workflow: Workflow, definition: StepDefinition, execution: StepEx
 class _Attempt:
     """An execution that this process has claimed."""
 
-    def __init__(self, drive: GenevaDrive, execution: StepExecution, is_run_on: bool = False) -> None:
+    def __init__(
+        self, drive: GenevaDrive, execution: StepExecution, queue: str | None, is_run_on: bool = False
+    ) -> None:
         self.drive, self.workflow, self.execution, self.is_run_on = drive, execution.workflow, execution, is_run_on
+        self.queue = queue  # the one whose worker performs it, if it is one's
         self.is_begun, self.heeds_wait = False, True
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
@@ -3043,7 +3046,7 @@ class _Attempt:
     def take(cls, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> _Attempt | None:
         """Claim what is due first in a queue of the drive's own, with one of these priorities; None if nothing is."""
         while execution := drive._access.dialect.take(drive, queue, priorities):
-            if attempt := cls(drive, execution)._accepted(queue):
+            if attempt := cls(drive, execution, queue).accepted():
                 _heartbeat.add(attempt)  # it has to outlive Huey's hooks
                 return attempt
         return None
@@ -3059,7 +3062,7 @@ class _Attempt:
             execution = cls._claimable(drive, execution_id, queue)
             # The message is gone from the queue: without a claim, the execution waits until it is overdue.
             if execution is None or cls._get(drive, execution):
-                return execution and cls(drive, execution)._accepted(queue)
+                return execution and cls(drive, execution, queue).accepted()
             # Claimed meanwhile, or changed in what does not matter: its context, most likely.
         return None
 
@@ -3096,9 +3099,9 @@ class _Attempt:
         execution.__data__.update(claim)
         return True
 
-    def _accepted(self, queue: str | None) -> _Attempt | None:
+    def accepted(self) -> _Attempt | None:
         """Itself; None where its step is not defined here, as in a deploy, for which other code runs beside ours."""
-        workflow, execution = self.workflow, self.execution
+        workflow, execution, queue = self.workflow, self.execution, self.queue
         problem = workflow._undefined()
         if queue and not problem and workflow._find(execution.step_name) is None:
             overdue = execution._overdue()
@@ -3106,18 +3109,18 @@ class _Attempt:
             if overdue < self.drive.undefined_step_grace and not self.drive.queues[queue].immediate:
                 problem = str(StepNotDefinedError(workflow, execution.step_name))
         if problem:
-            self.put_off(problem, cast(str, queue))
+            self.put_off(problem)
             return None
         self.drive._announce(workflow, READY, PERFORMING)
         return self
 
-    def put_off(self, problem: str, queue: str) -> None:
+    def put_off(self, problem: str) -> None:
         """Give the claim back, for a little later, in the same queue: the longer it has been due, the later."""
         shortest, longest = PUT_OFF_FOR
         delay = min(max(self.execution._overdue(), shortest), longest)
         _heartbeat.remove(self)
         with contextlib.suppress(_ClaimLost):
-            route = queue, self.execution.priority or 0  # what does not define the step does not know it
+            route = cast(str, self.queue), self.execution.priority or 0  # its class, which knows, is not here
             _Recording(self).put_back({"state": SCHEDULED}, self.drive._now() + delay, route)
         note = "execution %s is put off for %s: %s", self.execution.id, _span(delay), problem
         self.drive._access.after_commit(lambda: logger.warning(*note))
@@ -3181,9 +3184,7 @@ class _Attempt:
         Between two of its steps the first one's hooks and receivers run: they may take long, or cancel or pause the
         workflow. Costs nothing unless they could.
         """
-        has_hooks = type(self.workflow).after_step_execution is not Workflow.after_step_execution
-        is_late = time.monotonic() - self.claimed > 1 or has_hooks or step_finished._receiver_list
-        if not self.is_run_on or not is_late:
+        if not self.is_run_on or not (time.monotonic() - self.claimed > 1 or self.has_hooks()):
             return None
         execution = self.drive._access.repeat(lambda: StepExecution._with_workflow(self.execution.id))
         if execution is None or execution.state != IN_PROGRESS:
@@ -3192,6 +3193,11 @@ class _Attempt:
         if execution.workflow.state == CANCELED:
             return _Verdict("step", "cancel", reason=reason)
         return _Verdict("step", "pause", reason=reason) if execution.workflow.pause_requested else None
+
+    def has_hooks(self) -> bool:
+        """Whether user code is called once the outcome is committed."""
+        has_own = type(self.workflow).after_step_execution is not Workflow.after_step_execution
+        return has_own or bool(step_finished._receiver_list)
 
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
         try:
@@ -3438,6 +3444,8 @@ class _Move(NamedTuple):
     begins: _Json = None
     is_patient: bool = True  # whether to wait for locks, where the database can be told not to
     parent: int | None = None  # the one that is to be told of the workflow's end
+    #: The queue and priorities of which the execution that is due first, of any workflow, is to be claimed along.
+    takes: tuple[str, tuple[int, ...]] | None = None
 
 
 class _Overtaken(Exception):
@@ -3584,10 +3592,21 @@ class _Recording:
         """In one move, as most outcomes of most steps are; None, and nothing is written, if the fence does not hold."""
         state = self.changes["state"]
         columns, begins = self._placed(self.columns, state), self._next(state)
-        parent = self._parent_to_tell()
-        move = _Move(self.changes, self._fence(), columns, {"id": self.execution.id}, begins, parent=parent)
-        following_id = self.access.move(move, patience)
-        return None if following_id is None else _Written(self.changes, columns, begins, following_id)
+        found, parent = {"id": self.execution.id}, self._parent_to_tell()
+        move = _Move(self.changes, self._fence(), columns, found, begins, parent=parent, takes=self._takes(state))
+        moved = self.access.move(move, patience)
+        return None if moved is None else _Written(self.changes, columns, begins, moved[0], taken=moved[1:])
+
+    def _takes(self, workflow_state: str) -> tuple[str, tuple[int, ...]] | None:
+        """Where to claim what is due next, of any workflow, in the statement that ends this step; None if it is not.
+
+        It is not where something might hold it up afterwards, and other workers could perform it at once.
+        """
+        is_watched = self.attempt.has_hooks() or workflow_transitioned._receiver_list
+        if not self.run_on or workflow_state == PERFORMING or is_watched or self.access.database.in_transaction():
+            return None
+        huey = self.drive.queues.get(self.attempt.queue or "")
+        return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.is_one_statement else None
 
     def _fence(self) -> dict[str, Any]:
         """What finds the workflow's row, unless others said something, or wrote what is to be read, meanwhile."""
@@ -3667,6 +3686,9 @@ class _Recording:
         self.execution.__data__.update(written.columns)
         self.drive._announce(self.workflow, written.before, self.workflow.state)
         self._send(written, along=False)
+        if any(written.taken):
+            taken = StepExecution._from_joined(written.taken)
+            return _Attempt(self.drive, taken, self.attempt.queue).accepted()
         if written.begins is None or written.begins["state"] != IN_PROGRESS:
             return None
         # What others may have written to meanwhile is as they left it; and what the body did to its values is not seen.
@@ -3675,7 +3697,7 @@ class _Recording:
         row = {**self.workflow.__data__, "context": _Context(seen.context.read), "options": options}
         execution = StepExecution._made(written.begins, written.following_id)
         execution.__rel__["workflow"] = type(self.workflow)._made(row, self.workflow.id)
-        return _Attempt(self.drive, execution, is_run_on=True)
+        return _Attempt(self.drive, execution, self.attempt.queue, is_run_on=True)
 
     def _send(self, written: _Written, along: bool) -> None:
         """Tell the queue of what is in it by this.
@@ -3699,6 +3721,7 @@ class _Written(NamedTuple):
     following_id: int
     row: Workflow | None = None  # as it is now, if it was locked
     before: str = PERFORMING  # the workflow's state
+    taken: Sequence[Any] = ()  # the columns of an execution that is claimed along with it, and of its workflow
 
 
 def _claim_columns(now: datetime) -> dict[str, Any]:
@@ -4494,7 +4517,7 @@ class _OwnHuey(Huey):
         finally:
             attempt = getattr(task, "attempt", None)
             if attempt and not attempt.is_begun:
-                attempt.put_off("a hook of Huey's canceled its task", self.name)
+                attempt.put_off("a hook of Huey's canceled its task")
 
     def is_revoked(self, task: Any, timestamp: Any = None, peek: bool = True) -> bool:
         """False: what is to be done is in the tables, and changed by calls of the workflow's."""
@@ -4503,6 +4526,13 @@ class _OwnHuey(Huey):
     def delete(self, key: str | None) -> bool:
         """False: nothing is kept beside the tables."""
         return False
+
+    def to_take(self) -> tuple[str, tuple[int, ...]] | None:
+        """In a worker, the queue and the priorities to look for, if these are known and no hook is to see each task."""
+        is_seen = self._pre_execute or self._post_execute or any(self._signal.receivers.values())
+        if is_seen or threading.get_ident() not in _heartbeat.workers:
+            return None
+        return (self.name, self.storage._priorities) if time.monotonic() - self.storage._asked <= 1 else None
 
     def tell(self, executions: list[StepExecution]) -> None:
         """Executions are in the queue, committed: wake as many workers of this process, and tell Huey's receivers."""
@@ -4905,16 +4935,16 @@ class _Access:
 
         return self.repeat(transaction, insist_seconds, lambda: is_done)
 
-    def move(self, move: _Move, insist_seconds: float | None = None) -> int | None:
+    def move(self, move: _Move, insist_seconds: float | None = None) -> tuple[Any, ...] | None:
         """Have a workflow move.
 
-        :returns: the id of the execution that begins by it, or is changed; None, and nothing is written, if the fence
-            does not hold.
+        :returns: the id of the execution that begins by it, or is changed, and the columns of one that is taken along;
+            None, and nothing is written, if the fence does not hold.
         """
         dialect, database = self.dialect, self.database
         is_atomic = dialect.is_one_statement or (dialect.updates_two and move.begins is None)
 
-        def carry_out() -> int | None:
+        def carry_out() -> tuple[Any, ...] | None:
             parent = Workflow._lock(Workflow.id == move.parent) if move.parent else None
             moved = dialect.move(database, move)
             _count_children(self.drive, None if moved is None else parent, -1)
@@ -5160,7 +5190,7 @@ class _Recovery:
             return False  # it ended, or showed a sign of life, in between
         try:
             execution.__rel__["workflow"] = workflow
-            _Attempt(self.drive, execution)._record(self.death(execution))
+            _Attempt(self.drive, execution, None)._record(self.death(execution))
         except _ClaimLost:
             return False
         note = "recovered: its process was last heard of at %s", execution.heartbeat_at
@@ -5738,13 +5768,13 @@ class _Dialect:
         workflow_id = Workflow._insert_row(workflow)
         return workflow_id, StepExecution._insert_row({**begins, "workflow": workflow_id})
 
-    def move(self, database: Database, move: _Move) -> int | None:
+    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
         """Carry out a move; see `_Access.move()`."""
         if not Workflow._update_row(move.changes, **move.fence):
             return None
         if not StepExecution._update_row(move.columns, **move.execution):
             raise _Overtaken
-        return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
+        return (StepExecution._insert_row(move.begins) if move.begins else move.execution["id"],)
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
@@ -5891,32 +5921,39 @@ class _Postgresql(_Dialect):
         returned = begun.returning(StepExecution.workflow, StepExecution.id)
         return _with({"made": made, "begun": returned}, "select * from begun")
 
-    def move(self, database: Database, move: _Move) -> int | None:
+    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
         found, begins = (_conditions(move.fence), _conditions(move.execution)), move.begins or {}
+        queue, priorities = move.takes or (None, ())
+        claim, now = _claim_columns(_drive()._now()) if priorities else {}, _drive()._now()
         key = ("move", *move.changes, "where", *found[0], "then", *move.columns, "where", *found[1], "then", *begins)
-        built = _drive()._access.statement(database, key, lambda: self._moving(move))
-        row = built.execute(move.changes, move.fence, move.columns, move.execution, begins).fetchone()
-        return row and cast(int, row[0])
+        built = _drive()._access.statement(database, (*key, priorities), lambda: self._moving(move, claim))
+        fence = {**move.fence, "queue": queue, "now": now}
+        row = built.execute(move.changes, fence, move.columns, move.execution, begins, claim, TAKEN).fetchone()
+        return cast("tuple[Any, ...] | None", row)
 
-    def _moving(self, move: _Move) -> Any:
+    def _moving(self, move: _Move, claim: dict[str, Any]) -> Any:
         fence = _found_by(Workflow, _conditions(move.fence), 1)
         found = Workflow.select(Workflow.id).where(*fence).for_update("FOR NO KEY UPDATE")
         ended = StepExecution.update(_blanks(StepExecution, move.columns, 2)).where(
             *_found_by(StepExecution, _conditions(move.execution), 3), SQL("exists (select 1 from found)")
         )
         ended = ended.returning(StepExecution.id, StepExecution.workflow)
-        parts = {"found": found, "ended": ended, "moved": self._moved(move.changes, [Workflow.id])}
+        parts = {"found": found, "ended": ended}
+        parts["moved"] = self._moved("ended", _blanks(Workflow, move.changes, 0), [Workflow.id])
         rest = "select ended.id from ended, moved"
         if move.begins:
             new = _blanks(StepExecution, move.begins, 4)
             begun = StepExecution.insert_from(peewee.Select([SQL("moved")], [*new.values()]), [*new])
             parts["begun"], rest = begun.returning(StepExecution.id), "select id from begun"
+        if move.takes:
+            parts.update(self._taking(move.takes[1], claim, 5, "exists (select 1 from moved)"))
+            rest = f"select * from ({rest}) done left join taken on true left join owner on true"
         return _with(parts, rest)
 
     @staticmethod
-    def _moved(changes: dict[str, Any], returned: Iterable[Any]) -> Any:
-        ended = Workflow.id == SQL("(select workflow_id from ended)")
-        return Workflow.update(_blanks(Workflow, changes, 0)).where(ended).returning(*returned)
+    def _moved(ended: str, changes: dict[Any, Any], returned: Iterable[Any]) -> Any:
+        is_ended = Workflow.id == SQL(f"(select workflow_id from {ended})")
+        return Workflow.update(changes).where(is_ended).returning(*returned)
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         while row := drive._access.repeat(functools.partial(self._taken, drive, queue, priorities)):
@@ -5927,24 +5964,33 @@ class _Postgresql(_Dialect):
 
     def _taken(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> Any:
         """The rows that are claimed; nulls, if the first that was free is another's by now; None if nothing is due."""
-        now, changes = drive._now(), {"state": PERFORMING}
-        claim, access = _claim_columns(now), drive._access
-        built = access.statement(
-            access.database, ("take", priorities), lambda: self._taking(priorities, changes, claim)
-        )
-        return built.execute(changes, {"queue": queue, "now": now}, claim).fetchone()
+        now, access = drive._now(), drive._access
+        claim = _claim_columns(now)
 
-    def _taking(self, priorities: tuple[int, ...], changes: dict[str, Any], claim: dict[str, Any]) -> Any:
-        query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow)
-        found = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
+        def query() -> Any:
+            rest = "select taken.*, owner.* from due left join taken on true left join owner on true"
+            return _with(self._taking(priorities, claim, 2, "true"), rest)
+
+        built = access.statement(access.database, ("take", priorities), query)
+        return built.execute({}, {"queue": queue, "now": now}, claim, TAKEN).fetchone()
+
+    def _taking(self, priorities: tuple[int, ...], claim: dict[str, Any], place: int, condition: str) -> Any:
+        """The parts of a statement that claim what is due first, of blanks for the claim at `place`."""
+        query = StepExecution.select(StepExecution.id, StepExecution.workflow).join(Workflow).where(SQL(condition))
+        due = _due_now(query, priorities).for_update("FOR NO KEY UPDATE OF t2 SKIP LOCKED")
+        # As SQL by itself: else its tables would be called as in the parts before it.
+        due = SQL(*_drive()._access.database.get_sql_context().sql(due).query())
         # Written so that of the indexes the primary key alone fits: without statistics, another one is taken.
         is_queued = peewee.fn.COALESCE(StepExecution.due_at, SQL("'infinity'")) <= _now_blank()
         is_queued &= peewee.fn.COALESCE(StepExecution.queue, "") != ""
-        is_found = StepExecution.id == SQL("(select id from found)")
-        ended = StepExecution.update(_blanks(StepExecution, claim, 2)).where(is_found & is_queued)
-        parts = {"found": found, "ended": ended.returning(*StepExecution._meta.sorted_fields)}
-        parts["moved"] = self._moved(changes, Workflow._meta.sorted_fields)
-        return _with(parts, "select ended.*, moved.* from found left join ended on true left join moved on true")
+        is_due = StepExecution.id == SQL("(select id from due)")
+        taken = StepExecution.update(_blanks(StepExecution, claim, place)).where(is_due & is_queued)
+        owner = self._moved("taken", _blanks(Workflow, TAKEN, place + 1), Workflow._meta.sorted_fields)
+        return {"due": due, "taken": taken.returning(*StepExecution._meta.sorted_fields), "owner": owner}
+
+
+#: What becomes of a workflow whose execution is taken.
+TAKEN = {"state": PERFORMING}
 
 
 def _with(parts: dict[str, Any], rest: str) -> Any:
@@ -6064,7 +6110,7 @@ class _Mysql(_Dialect):
     def is_behind(self, first: Any, second: Any, one: Any, two: Any) -> Any:
         return (first > one) | ((first == one) & (second > two))  # no index is used to compare pairs
 
-    def move(self, database: Database, move: _Move) -> int | None:
+    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
         # Both rows in one statement: a round trip takes longer than what it does.
         found, hurries = (_conditions(move.fence), _conditions(move.execution)), False
         if not move.is_patient and not database.in_transaction():
@@ -6079,7 +6125,7 @@ class _Mysql(_Dialect):
             raise
         if not database.rows_affected(cursor):
             return None
-        return StepExecution._insert_row(move.begins) if move.begins else cast(int, move.execution["id"])
+        return (StepExecution._insert_row(move.begins) if move.begins else move.execution["id"],)
 
     @staticmethod
     def _moving(move: _Move, hurries: bool) -> Any:

@@ -1586,6 +1586,113 @@ def test_an_interruption_costs_a_few_statements_more(db, drive, hero, monkeypatc
     assert transactions <= 2  # the first finds that the fence is gone
 
 
+# ==== What is due next is claimed with the end of a step ==============================================================
+
+
+@pytest.fixture
+def taker(drive, clock, monkeypatch):
+    """A drive whose own queue is served by this thread, without an end to a run-on."""
+    gd._heartbeat.workers.add(threading.get_ident())
+    drive.run_on = 60
+    monkeypatch.setattr(drive.huey.storage, "_asked", math.inf)
+    return drive
+
+
+def after_a_task(taker, *workflows):
+    """The states of workflows once a worker has performed one task of Huey's."""
+    taker.huey.execute(taker.huey.dequeue())
+    return [reload(each).state for each in workflows]
+
+
+def test_a_worker_on_postgresql_claims_what_is_due_next_in_the_statement_that_ends_a_step(db, taker, monkeypatch):
+    workflows = [Quick.create(hero=User.create()) for _ in range(3)]
+    task, costs = taker.huey.dequeue(), Costs(db, monkeypatch)
+    _, statements, transactions = costs.of(lambda: taker.huey.execute(task))
+    performed = [each.id for each in workflows if reload(each).state == "finished"]
+    if taker._access.dialect.is_one_statement:
+        steps = 3 * len(workflows)  # each is one statement, and a look at its hero
+        assert (performed, len(statements), transactions) == ([each.id for each in workflows], 2 * steps, 0)
+    else:
+        assert performed == [workflows[0].id]
+    assert gd._heartbeat.beating == set()
+
+
+def elsewhere(taker, monkeypatch):
+    gd._heartbeat.workers.clear()
+
+
+def drains(taker, monkeypatch):
+    monkeypatch.setattr(taker._dispatch, "draining", lambda queue: lambda: True)
+    monkeypatch.setattr(gd._OwnStorage, "_drains", lambda self: False)
+
+
+#: Where something of others' would come between, or there is no time for more.
+WHAT_KEEPS_FROM_TAKING = {
+    "no run-on": lambda taker, monkeypatch: setattr(taker, "run_on", 0),
+    "elsewhere": elsewhere,
+    "drains": drains,
+    "priorities": lambda taker, monkeypatch: setattr(taker.huey.storage, "_asked", time.monotonic() - 1.5),
+    "before": lambda taker, monkeypatch: taker.huey.pre_execute()(lambda task: None),
+    "behind": lambda taker, monkeypatch: taker.huey.post_execute()(lambda task, value, error: None),
+    "signal": lambda taker, monkeypatch: taker.huey.signal("complete")(lambda *_: None),
+    "hook": lambda taker, monkeypatch: monkeypatch.setattr(Quick, "after_step_execution", lambda self, _: None),
+    "end": lambda taker, monkeypatch: monkeypatch.setattr(gd.step_finished, "_receiver_list", [("", print, None)]),
+    "transition": lambda taker, monkeypatch: monkeypatch.setattr(
+        gd.workflow_transitioned, "_receiver_list", [("", print, None)]
+    ),
+}
+
+
+@pytest.mark.parametrize("why", WHAT_KEEPS_FROM_TAKING)
+def test_a_step_of_another_workflow_is_a_task_by_itself_where_something_may_come_between(taker, monkeypatch, why):
+    first, second = (Quick.create(hero=User.create()) for _ in range(2))
+    monkeypatch.setattr(taker.huey.storage, "priorities", lambda: (0,))
+    WHAT_KEEPS_FROM_TAKING[why](taker, monkeypatch)
+    states = after_a_task(taker, first, second)
+    assert states[1] == "ready"
+    assert scheduled(second).queue == "default"
+
+
+def test_an_end_that_others_changed_claims_nothing_along(taker):
+    class Paused(Workflow):
+        @step
+        def only(self):
+            reload(self).pause()
+
+    first, second = Paused.create(hero=User.create()), Quick.create(hero=User.create())
+    assert after_a_task(taker, first, second) == ["finished", "ready"]
+    assert scheduled(second).queue == "default"
+    assert after_a_task(taker, second) == ["finished"]
+
+
+def test_what_is_claimed_along_and_not_defined_here_is_put_off(taker, clock):
+    first, second = (Quick.create(hero=User.create()) for _ in range(2))
+    Workflow.update(type="Nobody").where(Workflow.id == second.id).execute()
+    assert after_a_task(taker, first, second) == ["finished", "ready"]
+    is_put_off = scheduled(second).due_at > clock()
+    assert is_put_off is taker._access.dialect.is_one_statement
+    assert gd._heartbeat.beating == set()
+
+
+def test_of_what_is_claimed_along_the_highest_priority_comes_first(taker):
+    first, low, high = (Quick.create(hero=User.create(), options={"priority": each}) for each in (9, 0, 5))
+    order = []
+
+    class Watching(Workflow):
+        @step
+        def only(self):
+            order.append(self.context["priority"])
+
+    for each in (low, high):
+        each.cancel()
+    for each in (0, 5):
+        Watching.create(hero=User.create(), context={"priority": each}, options={"priority": each})
+    taker.huey.storage._priorities = (9, 5, 0)
+    for _ in range(1 if taker._access.dialect.is_one_statement else 3):
+        after_a_task(taker, first)
+    assert order == [5, 0]
+
+
 # ==== A move as it is planned leaves what the one under the lock leaves ===============================================
 
 
@@ -1710,7 +1817,7 @@ def test_a_move_as_planned_leaves_what_the_amended_one_leaves(drive, monkeypatch
 
 
 CHANGES_BEFORE_A_CLAIM = {
-    "put off": lambda workflow: gd._Attempt.claim(gd._drive(), scheduled(workflow).id).put_off("a test", "default"),
+    "put off": lambda workflow: gd._Attempt.claim(gd._drive(), scheduled(workflow).id, "default").put_off("a test"),
     "pause": Workflow.pause,
     "cancel": Workflow.cancel,
     "context": lambda workflow: _note(workflow, by="others"),
@@ -6752,7 +6859,9 @@ class Imagined:
         return len(free)
 
     def has_ongoing(self, hero):
-        return any(each.hero == hero and not each.is_over and not each.allow_multiple for each in self.workflows)
+        return hero is not None and any(
+            each.hero == hero and not each.is_over and not each.allow_multiple for each in self.workflows
+        )
 
     def schedule(self, workflow, step_name, due, **values):
         execution = ImaginedExecution(next(self.serials), step_name, due, **{"reached": self.now, **values})
@@ -6914,12 +7023,21 @@ class Imagined:
             times = f" {execution.recoveries + 1} times" if execution.recoveries else ""
             self.record(workflow, execution, self.death(execution), reason=f"its process died{times}")
         self.occur()
-        old = [each for each in self.workflows if self.is_expired(each)]
-        self.workflows = [each for each in self.workflows if not any(each is one for one in old)]
-        for each in self.workflows:
-            each.parent = None if any(each.parent is one for one in old) else each.parent
-        self.commit()
-        return len(silent), len(old), sum(len(each.executions) for each in old)
+        deleted = [workflow for condition in gd._drive()._access.dialect.over for workflow in self.clean_up(condition)]
+        return len(silent), len(deleted), sum(len(each.executions) for each in deleted)
+
+    def clean_up(self, condition):
+        """Delete the workflows in the states of a condition: a commit for each type, Recurring before Scripted."""
+        for recurs in (True, False):
+            of_type = [
+                each for each in self.workflows if bool(each.occurs) is recurs and f"'{each.state}'" in condition
+            ]
+            old = [each for each in of_type if self.is_expired(each)]
+            self.workflows = [each for each in self.workflows if not any(each is one for one in old)]
+            for each in self.workflows:
+                each.parent = None if any(each.parent is one for one in old) else each.parent
+            self.commit()
+            yield from old
 
     def occur(self):
         hour = self.now.replace(minute=0, second=0)
