@@ -3024,14 +3024,11 @@ def _timed_out(workflow: Workflow, definition: StepDefinition, execution: StepEx
 
 
 class _Attempt:
-    """An execution that this process has claimed."""
+    """An execution that this process has claimed; `queue` is the one whose worker performs it, if a worker does."""
 
-    def __init__(
-        self, drive: GenevaDrive, execution: StepExecution, queue: str | None, is_run_on: bool = False
-    ) -> None:
-        self.drive, self.workflow, self.execution, self.is_run_on = drive, execution.workflow, execution, is_run_on
-        self.queue = queue  # the one whose worker performs it, if it is one's
-        self.is_begun, self.heeds_wait = False, True
+    def __init__(self, drive: GenevaDrive, execution: StepExecution, queue: str | None = None) -> None:
+        self.drive, self.workflow, self.execution, self.queue = drive, execution.workflow, execution, queue
+        self.is_run_on, self.is_begun, self.heeds_wait = False, False, True
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
@@ -3697,7 +3694,9 @@ class _Recording:
         row = {**self.workflow.__data__, "context": _Context(seen.context.read), "options": options}
         execution = StepExecution._made(written.begins, written.following_id)
         execution.__rel__["workflow"] = type(self.workflow)._made(row, self.workflow.id)
-        return _Attempt(self.drive, execution, self.attempt.queue, is_run_on=True)
+        following = _Attempt(self.drive, execution, self.attempt.queue)
+        following.is_run_on = True
+        return following
 
     def _send(self, written: _Written, along: bool) -> None:
         """Tell the queue of what is in it by this.
@@ -5190,7 +5189,7 @@ class _Recovery:
             return False  # it ended, or showed a sign of life, in between
         try:
             execution.__rel__["workflow"] = workflow
-            _Attempt(self.drive, execution, None)._record(self.death(execution))
+            _Attempt(self.drive, execution)._record(self.death(execution))
         except _ClaimLost:
             return False
         note = "recovered: its process was last heard of at %s", execution.heartbeat_at
