@@ -119,6 +119,7 @@ _Row = TypeVar("_Row", bound=Model)
 _Route: TypeAlias = "tuple[str, int]"  # the name of a queue, and the priority in it
 _Json: TypeAlias = "dict[str, Any] | None"
 _Queues: TypeAlias = "Mapping[str, Huey] | Iterable[str] | None"
+_Moved: TypeAlias = "tuple[int, StepExecution | None]"  # see `_Access.move()`
 _Check: TypeAlias = "Callable[[Any, str], Any]"  # of a value and its name; returns what is kept
 
 # ==== States, and what an outcome does to them ========================================================================
@@ -3058,7 +3059,7 @@ class _Attempt:
         for _ in range(TRANSACTION_TRIES):
             execution = cls._claimable(drive, execution_id, queue)
             # The message is gone from the queue: without a claim, the execution waits until it is overdue.
-            if execution is None or cls._get(drive, execution):
+            if execution is None or _claim(drive, execution):
                 return execution and cls(drive, execution, queue).accepted()
             # Claimed meanwhile, or changed in what does not matter: its context, most likely.
         return None
@@ -3079,22 +3080,6 @@ class _Attempt:
             if queue or execution.state == WAITING:
                 return None
         return execution
-
-    @classmethod
-    def _get(cls, drive: GenevaDrive, execution: StepExecution, is_patient: bool = True) -> bool:
-        """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours.
-
-        :param is_patient: whether to wait for who has locked one of them, where the database can be told not to.
-        """
-        workflow, claim = execution.workflow, _claim_columns(drive._now())
-        fence = {**_fence(workflow, execution, READY), **workflow._as_read()}
-        found = {"id": execution.id, "due_at": execution.due_at}
-        move = _Move({"state": PERFORMING}, fence, claim, found, is_patient=is_patient)
-        if drive._access.move(move, PATIENCE_SECONDS if is_patient else None) is None:
-            return False
-        workflow.__data__["state"] = PERFORMING
-        execution.__data__.update(claim)
-        return True
 
     def accepted(self) -> _Attempt | None:
         """Itself; None where its step is not defined here, as in a deploy, for which other code runs beside ours."""
@@ -3592,10 +3577,10 @@ class _Recording:
         found, parent = {"id": self.execution.id}, self._parent_to_tell()
         move = _Move(self.changes, self._fence(), columns, found, begins, parent=parent, takes=self._takes(state))
         moved = self.access.move(move, patience)
-        return None if moved is None else _Written(self.changes, columns, begins, moved[0], taken=moved[1:])
+        return None if moved is None else _Written(self.changes, columns, begins, moved[0], taken=moved[1])
 
     def _takes(self, workflow_state: str) -> tuple[str, tuple[int, ...]] | None:
-        """Where to claim what is due next, of any workflow, in the statement that ends this step; None if it is not.
+        """Where to claim what is due next, of any workflow, in the commit that ends this step; None if it is not.
 
         It is not where something might hold it up afterwards, and other workers could perform it at once.
         """
@@ -3603,7 +3588,7 @@ class _Recording:
         if not self.run_on or workflow_state == PERFORMING or is_watched or self.access.database.in_transaction():
             return None
         huey = self.drive.queues.get(self.attempt.queue or "")
-        return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.is_one_statement else None
+        return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.takes_along else None
 
     def _fence(self) -> dict[str, Any]:
         """What finds the workflow's row, unless others said something, or wrote what is to be read, meanwhile."""
@@ -3683,9 +3668,8 @@ class _Recording:
         self.execution.__data__.update(written.columns)
         self.drive._announce(self.workflow, written.before, self.workflow.state)
         self._send(written, along=False)
-        if any(written.taken):
-            taken = StepExecution._from_joined(written.taken)
-            return _Attempt(self.drive, taken, self.attempt.queue).accepted()
+        if written.taken:
+            return _Attempt(self.drive, written.taken, self.attempt.queue).accepted()
         if written.begins is None or written.begins["state"] != IN_PROGRESS:
             return None
         # What others may have written to meanwhile is as they left it; and what the body did to its values is not seen.
@@ -3720,7 +3704,25 @@ class _Written(NamedTuple):
     following_id: int
     row: Workflow | None = None  # as it is now, if it was locked
     before: str = PERFORMING  # the workflow's state
-    taken: Sequence[Any] = ()  # the columns of an execution that is claimed along with it, and of its workflow
+    taken: StepExecution | None = None  # what was claimed along with it, of any workflow
+
+
+def _claim(drive: GenevaDrive, execution: StepExecution, is_patient: bool = True, carry_out: Any = None) -> bool:
+    """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours.
+
+    :param is_patient: whether to wait for who has locked one of them, where the database can be told not to.
+    :param carry_out: what carries out the move; None has it done in a transaction of its own.
+    """
+    workflow, claim = execution.workflow, _claim_columns(drive._now())
+    fence = {**_fence(workflow, execution, READY), **workflow._as_read()}
+    found = {"id": execution.id, "due_at": execution.due_at}
+    move = _Move({"state": PERFORMING}, fence, claim, found, is_patient=is_patient)
+    carry_out = carry_out or functools.partial(drive._access.move, insist_seconds=PATIENCE_SECONDS * is_patient)
+    if carry_out(move) is None:
+        return False
+    workflow.__data__["state"] = PERFORMING
+    execution.__data__.update(claim)
+    return True
 
 
 def _claim_columns(now: datetime) -> dict[str, Any]:
@@ -4934,16 +4936,16 @@ class _Access:
 
         return self.repeat(transaction, insist_seconds, lambda: is_done)
 
-    def move(self, move: _Move, insist_seconds: float | None = None) -> tuple[Any, ...] | None:
+    def move(self, move: _Move, insist_seconds: float | None = None) -> _Moved | None:
         """Have a workflow move.
 
-        :returns: the id of the execution that begins by it, or is changed, and the columns of one that is taken along;
+        :returns: the id of the execution that begins by it, or is changed, and the one that is claimed along, if any;
             None, and nothing is written, if the fence does not hold.
         """
         dialect, database = self.dialect, self.database
         is_atomic = dialect.is_one_statement or (dialect.updates_two and move.begins is None)
 
-        def carry_out() -> tuple[Any, ...] | None:
+        def carry_out() -> _Moved | None:
             parent = Workflow._lock(Workflow.id == move.parent) if move.parent else None
             moved = dialect.move(database, move)
             _count_children(self.drive, None if moved is None else parent, -1)
@@ -5713,6 +5715,8 @@ class _Dialect:
     over: Sequence[str] = (f"state in {OVER}",)
     #: Whether a move is one statement; whether it is, if no execution begins by it.
     is_one_statement, updates_two = False, False
+    #: Whether the commit that ends a step may claim what is due next.
+    takes_along = False
     #: Joins executions with their workflows: by the ids of the latter, whatever the planner expects.
     in_order: Any = peewee.JOIN.INNER
     #: Whether a change of the schema commits the transaction around it.
@@ -5767,13 +5771,21 @@ class _Dialect:
         workflow_id = Workflow._insert_row(workflow)
         return workflow_id, StepExecution._insert_row({**begins, "workflow": workflow_id})
 
-    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
+    def move(self, database: Database, move: _Move) -> _Moved | None:
         """Carry out a move; see `_Access.move()`."""
         if not Workflow._update_row(move.changes, **move.fence):
             return None
         if not StepExecution._update_row(move.columns, **move.execution):
             raise _Overtaken
-        return (StepExecution._insert_row(move.begins) if move.begins else move.execution["id"],)
+        moved_id = StepExecution._insert_row(move.begins) if move.begins else move.execution["id"]
+        return moved_id, self.take_along(database, *move.takes) if move.takes else None
+
+    def take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
+        """Claim the execution that is due first in a queue, in a transaction that nobody else writes beside."""
+        drive = _drive()
+        execution = self._first_due(drive, queue, priorities, 0, 0)
+        is_ours = execution and _claim(drive, execution, carry_out=functools.partial(self.move, database))
+        return execution if is_ours else None
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
@@ -5791,7 +5803,7 @@ class _Dialect:
                 execution = drive._access.repeat(look)
                 if execution is None and not passed:
                     return None
-                if execution and self.is_free(drive, execution) and _Attempt._get(drive, execution, is_patient=False):
+                if execution and self.is_free(drive, execution) and _claim(drive, execution, is_patient=False):
                     return execution
                 passed, met = (passed + 1, met + 1) if execution else (0, met)
             return None
@@ -5869,7 +5881,7 @@ def _now_blank() -> Any:
 
 class _Postgresql(_Dialect):
     section = "postgresql"
-    is_one_statement = True
+    is_one_statement, takes_along = True, True
     schema_lock = (
         "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
         "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
@@ -5920,7 +5932,7 @@ class _Postgresql(_Dialect):
         returned = begun.returning(StepExecution.workflow, StepExecution.id)
         return _with({"made": made, "begun": returned}, "select * from begun")
 
-    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
+    def move(self, database: Database, move: _Move) -> _Moved | None:
         found, begins = (_conditions(move.fence), _conditions(move.execution)), move.begins or {}
         queue, priorities = move.takes or (None, ())
         claim, now = _claim_columns(_drive()._now()) if priorities else {}, _drive()._now()
@@ -5928,7 +5940,7 @@ class _Postgresql(_Dialect):
         built = _drive()._access.statement(database, (*key, priorities), lambda: self._moving(move, claim))
         fence = {**move.fence, "queue": queue, "now": now}
         row = built.execute(move.changes, fence, move.columns, move.execution, begins, claim, TAKEN).fetchone()
-        return cast("tuple[Any, ...] | None", row)
+        return row and (row[0], StepExecution._from_joined(row[1:]) if any(row[1:]) else None)
 
     def _moving(self, move: _Move, claim: dict[str, Any]) -> Any:
         fence = _found_by(Workflow, _conditions(move.fence), 1)
@@ -6011,6 +6023,7 @@ def _prepared(sql: str) -> tuple[str, str]:
 
 class _Sqlite(_Dialect):
     section = "sqlite"
+    takes_along = True
     transient_text = "database (table )?is locked"  # the second, of a shared cache
     missing_text = "no such (table|column)|table .* has no column"
 
@@ -6109,7 +6122,7 @@ class _Mysql(_Dialect):
     def is_behind(self, first: Any, second: Any, one: Any, two: Any) -> Any:
         return (first > one) | ((first == one) & (second > two))  # no index is used to compare pairs
 
-    def move(self, database: Database, move: _Move) -> tuple[Any, ...] | None:
+    def move(self, database: Database, move: _Move) -> _Moved | None:
         # Both rows in one statement: a round trip takes longer than what it does.
         found, hurries = (_conditions(move.fence), _conditions(move.execution)), False
         if not move.is_patient and not database.in_transaction():
@@ -6124,7 +6137,7 @@ class _Mysql(_Dialect):
             raise
         if not database.rows_affected(cursor):
             return None
-        return (StepExecution._insert_row(move.begins) if move.begins else move.execution["id"],)
+        return StepExecution._insert_row(move.begins) if move.begins else move.execution["id"], None
 
     @staticmethod
     def _moving(move: _Move, hurries: bool) -> Any:
