@@ -3588,7 +3588,7 @@ class _Recording:
         if not self.run_on or workflow_state == PERFORMING or is_watched or self.access.database.in_transaction():
             return None
         huey = self.drive.queues.get(self.attempt.queue or "")
-        return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.takes_along else None
+        return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.takes_along() else None
 
     def _fence(self) -> dict[str, Any]:
         """What finds the workflow's row, unless others said something, or wrote what is to be read, meanwhile."""
@@ -5715,8 +5715,6 @@ class _Dialect:
     over: Sequence[str] = (f"state in {OVER}",)
     #: Whether a move is one statement; whether it is, if no execution begins by it.
     is_one_statement, updates_two = False, False
-    #: Whether the commit that ends a step may claim what is due next.
-    takes_along = False
     #: Joins executions with their workflows: by the ids of the latter, whatever the planner expects.
     in_order: Any = peewee.JOIN.INNER
     #: Whether a change of the schema commits the transaction around it.
@@ -5779,6 +5777,10 @@ class _Dialect:
             raise _Overtaken
         moved_id = StepExecution._insert_row(move.begins) if move.begins else move.execution["id"]
         return moved_id, self.take_along(database, *move.takes) if move.takes else None
+
+    def takes_along(self) -> bool:
+        """Whether the commit that ends a step may claim what is due next."""
+        return False
 
     def take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue, in a transaction that nobody else writes beside."""
@@ -5881,7 +5883,7 @@ def _now_blank() -> Any:
 
 class _Postgresql(_Dialect):
     section = "postgresql"
-    is_one_statement, takes_along = True, True
+    is_one_statement = True
     schema_lock = (
         "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
         "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
@@ -5916,6 +5918,9 @@ class _Postgresql(_Dialect):
             # Most likely a pooler is between, which gives each transaction another connection.
             self.prepared[connection] = None
         return database.execute_sql(sql, parameters)
+
+    def takes_along(self) -> bool:
+        return True
 
     # Each of the next three is one statement, whose parts each wait for what the one before returns.
 
@@ -6023,13 +6028,15 @@ def _prepared(sql: str) -> tuple[str, str]:
 
 class _Sqlite(_Dialect):
     section = "sqlite"
-    takes_along = True
     transient_text = "database (table )?is locked"  # the second, of a shared cache
     missing_text = "no such (table|column)|table .* has no column"
 
     def begin(self, database: Database, turn: Any) -> Any:
         # A transaction that reads before it writes fails at once if another one wrote in between.
         return _InTurn(database, turn)
+
+    def takes_along(self) -> bool:
+        return len(_heartbeat.beating) == 1  # of several workers, two that always end a step would do a third less
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         # Who would claim gives way to who ends a step, for some milliseconds: else workers wait for each other's turns,
