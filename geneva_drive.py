@@ -3456,8 +3456,7 @@ class _Recording:
         :raises _ClaimLost: if the execution is not ours any more; nothing is written.
         """
         if verdict.action == "wait":
-            self._wait(verdict.until)
-            return None
+            return self._wait(verdict.until)
         state, outcome, then = EFFECTS[verdict.cause, verdict.action]
         signal = self.attempt.signal
         self.columns = {"state": state, "outcome": outcome, "finished_at": self.now, "signal_id": signal and signal.id}
@@ -3484,27 +3483,28 @@ class _Recording:
             self.changes["context"] = self._merged_context(self.workflow.context.read)
         return self._commit()
 
-    def put_back(self, columns: dict[str, Any], not_before: datetime = EPOCH, route: _Route | None = None) -> None:
-        """Give the claim back: the execution is in its queue again, with these columns.
+    def put_back(
+        self, columns: dict[str, Any], not_before: datetime = EPOCH, route: _Route | None = None
+    ) -> _Attempt | None:
+        """Give the claim back: the execution is in its queue again, with these columns. Returns as `end()` does.
 
         :raises _ClaimLost: if the execution is not ours any more; nothing is written.
         """
         self.changes, self.not_before, self.route = {"state": READY}, not_before, route
         self.columns = {"started_at": None, "heartbeat_at": None, "performed_by": None, **columns}
-        self._commit()
+        return self._commit()
 
-    def _wait(self, until: datetime | None) -> None:
+    def _wait(self, until: datetime | None) -> _Attempt | None:
         """Put the execution back: until then; or as what it waits for was not there, but may have come meanwhile."""
         if until is not None:
-            self.put_back({"state": SCHEDULED, "scheduled_for": until})
-            return
+            return self.put_back({"state": SCHEDULED, "scheduled_for": until})
         definition, limit = self.workflow._definition(self.execution.step_name), self.execution.times_out_at
         since = self.execution.waits_since or self.now  # it may have begun when the step did not wait yet
         if limit is None and definition.timeout is not None:
             limit = self.now + definition.timeout
         self.waits_for = definition
         waits: dict[str, Any] = {"state": WAITING, "waiting_for": definition.wait_for, "times_out_at": limit}
-        self.put_back({**waits, "waits_since": since, "signal_id": self.execution.signal_id})
+        return self.put_back({**waits, "waits_since": since, "signal_id": self.execution.signal_id})
 
     # -- planning ---------------------------------------------------------------------------------------------------
 

@@ -1667,6 +1667,26 @@ def test_an_end_that_others_changed_claims_nothing_along(taker):
     assert after_a_task(taker, second) == ["finished"]
 
 
+def test_what_a_step_that_is_put_back_claims_along_is_performed(taker, clock):
+    class Later(Workflow):
+        @step
+        def first(self):
+            pass
+
+        @step(wait=lambda self: 60)
+        def second(self):
+            pass
+
+    workflows = [Later.create(hero=User.create()) for _ in range(3)]
+    performed = 1 if taker._access.dialect.section == "mysql" else 3
+    after_a_task(taker, *workflows)
+    assert [reload(each).current_step_name for each in workflows] == ["second"] * performed + ["first"] * (
+        3 - performed
+    )
+    assert {reload(each).state for each in workflows} == {"ready"}
+    assert gd._heartbeat.beating == set()
+
+
 def test_what_is_claimed_along_and_not_defined_here_is_put_off(taker, clock):
     first, second = (Quick.create(hero=User.create()) for _ in range(2))
     Workflow.update(type="Nobody").where(Workflow.id == second.id).execute()
