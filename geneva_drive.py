@@ -1206,6 +1206,11 @@ class _UtcField(_OwnTypeField, peewee.DateTimeField):
     kind = "moment"
     db_value = staticmethod(_utc_text)
 
+    def case_value(self, value: datetime | None) -> Any:
+        """For `bulk_update()`: in a CASE, PostgreSQL takes text for text."""
+        is_typed = isinstance(self.dialect, _Postgresql)
+        return self.to_value(value).cast("timestamp") if is_typed else self.to_value(value)
+
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment and moment.replace(tzinfo=timezone.utc)
@@ -3081,10 +3086,13 @@ class _Attempt:
                 return None
         return execution
 
-    def accepted(self) -> _Attempt | None:
-        """Itself; None where its step is not defined here, as in a deploy, for which other code runs beside ours."""
+    def accepted(self, is_draining: bool = False) -> _Attempt | None:
+        """Itself; None where its step is not defined here, as in a deploy, for which other code runs beside ours.
+
+        :param is_draining: that its consumer was about to stop as it was claimed along with the end of a step.
+        """
         workflow, execution, queue = self.workflow, self.execution, self.queue
-        problem = workflow._undefined()
+        problem = "its consumer drains" if is_draining else workflow._undefined()
         if queue and not problem and workflow._find(execution.step_name) is None:
             overdue = execution._overdue()
             # In immediate mode there is no other consumer of the queue, and what is scheduled never comes.
@@ -3575,17 +3583,22 @@ class _Recording:
         state = self.changes["state"]
         columns, begins = self._placed(self.columns, state), self._next(state)
         found, parent = {"id": self.execution.id}, self._parent_to_tell()
-        move = _Move(self.changes, self._fence(), columns, found, begins, parent=parent, takes=self._takes(state))
+        takes = None if parent or self._is_due(begins) else self._takes()
+        move = _Move(self.changes, self._fence(), columns, found, begins, parent=parent, takes=takes)
         moved = self.access.move(move, patience)
         return None if moved is None else _Written(self.changes, columns, begins, moved[0], taken=moved[1])
 
-    def _takes(self, workflow_state: str) -> tuple[str, tuple[int, ...]] | None:
+    def _is_due(self, begins: _Json) -> bool:
+        """Whether the execution that begins by this is claimed, or in a queue, and its turn may have come there."""
+        return begins is not None and (begins["queue"] is None or begins["due_at"] <= self.now)
+
+    def _takes(self) -> tuple[str, tuple[int, ...]] | None:
         """Where to claim what is due next, of any workflow, in the commit that ends this step; None if it is not.
 
         It is not where something might hold it up afterwards, and other workers could perform it at once.
         """
         is_watched = self.attempt.has_hooks() or workflow_transitioned._receiver_list
-        if not self.run_on or workflow_state == PERFORMING or is_watched or self.access.database.in_transaction():
+        if not self.run_on or is_watched or self.access.database.in_transaction():
             return None
         huey = self.drive.queues.get(self.attempt.queue or "")
         return huey.to_take() if isinstance(huey, _OwnHuey) and self.access.dialect.takes_along() else None
@@ -3669,7 +3682,7 @@ class _Recording:
         self.drive._announce(self.workflow, written.before, self.workflow.state)
         self._send(written, along=False)
         if written.taken:
-            return _Attempt(self.drive, written.taken, self.attempt.queue).accepted()
+            return _Attempt(self.drive, written.taken, self.attempt.queue)
         if written.begins is None or written.begins["state"] != IN_PROGRESS:
             return None
         # What others may have written to meanwhile is as they left it; and what the body did to its values is not seen.
@@ -4209,6 +4222,8 @@ class GenevaDrive:
                 context = _own_context()
                 with contextlib.suppress(Exception):  # the next attempt is claimed, and beats: let it find out
                     self._access.connect_worker()
+                if not attempt.is_run_on:
+                    attempt = context.run(attempt.accepted, is_draining())
 
 
 # ==== The queues: who is told of an execution, and who performs it ====================================================
@@ -5784,8 +5799,9 @@ class _Dialect:
 
     def take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue, in a transaction that nobody else writes beside."""
-        drive = _drive()
-        execution = self._first_due(drive, queue, priorities, 0, 0)
+        drive, execution = _drive(), None
+        with contextlib.suppress(ValueError):  # a row that cannot be read is not to undo the end of the other step
+            execution = self._first_due(drive, queue, priorities, 0, 0)
         is_ours = execution and _claim(drive, execution, carry_out=functools.partial(self.move, database))
         return execution if is_ours else None
 
@@ -6476,6 +6492,10 @@ class _Heartbeat:
             return
         self._see_to_thread()
         self.beating.add(attempt)  # what is in there without being performed would never be recovered
+        silence = attempt.drive._now() - cast(datetime, attempt.execution.heartbeat_at)
+        if silence.total_seconds() > self._moment():  # the claim has waited for others' locks
+            self.beaten = -math.inf
+            self.hurry.set()
         self._wake()
 
     def remove(self, attempt: _Attempt) -> None:

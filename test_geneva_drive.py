@@ -1696,6 +1696,91 @@ def test_what_is_claimed_along_and_not_defined_here_is_put_off(taker, clock):
     assert gd._heartbeat.beating == set()
 
 
+def test_what_is_claimed_along_as_the_consumer_begins_to_drain_is_given_back(taker, monkeypatch, clock):
+    draining = []
+
+    class Stopping(Workflow):
+        @step
+        def only(self):
+            pass
+
+    first, second = Stopping.create(hero=User.create()), Quick.create(hero=User.create())
+    record = gd._Attempt._record
+
+    def record_late(self, verdict, may_run_on):
+        def may_run_on_once():
+            yes = may_run_on()
+            draining.append(True)  # between this question and the commit
+            return yes
+
+        return record(self, verdict, may_run_on_once)
+
+    monkeypatch.setattr(gd._Attempt, "_record", record_late)
+    monkeypatch.setattr(gd._OwnStorage, "_drains", lambda self: False)
+    monkeypatch.setattr(taker._dispatch, "draining", lambda queue: lambda: bool(draining))
+    assert after_a_task(taker, first, second) == ["finished", "ready"]
+    assert scheduled(second).queue == "default"
+    assert gd._heartbeat.beating == set()
+
+
+def test_a_workflows_own_next_step_of_a_higher_priority_comes_before_others(taker):
+    order = []
+
+    class Rising(Workflow):
+        @step
+        def low(self):
+            order.append("low")
+
+        @step(options={"priority": 5})
+        def high(self):
+            order.append("high")
+
+    class Other(Workflow):
+        @step
+        def only(self):
+            order.append("other")
+
+    workflows = [Rising.create(hero=User.create()), Other.create(hero=User.create())]
+    taker.huey.storage._priorities = (5, 0)
+    while any(reload(each).state == "ready" for each in workflows):
+        after_a_task(taker)
+    assert order == ["low", "high", "other"]
+
+
+def test_a_row_that_cannot_be_read_does_not_undo_the_end_of_another_step(db, taker):
+    first, second = (Quick.create(hero=User.create()) for _ in range(2))
+    db.execute_sql(f"update geneva_drive_workflows set context = 'no JSON' where id = {second.id}")
+    with contextlib.suppress(ValueError):
+        after_a_task(taker)
+    db.execute_sql(f"update geneva_drive_workflows set context = '{{}}' where id = {second.id}")
+    assert reload(first).state == "finished"
+    Workflow.delete().where(Workflow.id == second.id).execute()
+
+
+def test_a_claim_that_has_waited_for_locks_has_its_heartbeat_renewed_at_once(drive, hero, clock):
+    Quick.create(hero=hero)
+    attempt = taken(drive)
+    clock.forward(seconds=0.5)
+    gd._heartbeat.beaten = 1.0
+    gd._heartbeat.add(attempt)
+    assert gd._heartbeat.beaten == 1.0
+    gd._heartbeat.remove(attempt)
+    clock.forward(seconds=10)
+    gd._heartbeat.add(attempt)
+    assert (gd._heartbeat.beaten, gd._heartbeat.hurry.is_set()) == (-math.inf, True)
+    gd._heartbeat.remove(attempt)
+    gd._Recording(attempt).put_back({"state": "scheduled"})
+
+
+def test_moments_can_be_updated_in_bulk(drive, clock):
+    workflows = [Plain.create(hero=User.create()) for _ in range(2)]
+    moments = [clock() - timedelta(days=days, microseconds=1) for days in (1, 2)]
+    for each, moment in zip(workflows, moments):
+        each.transitioned_at = moment
+    assert Workflow.bulk_update(workflows, [Workflow.transitioned_at]) == 2
+    assert [reload(each).transitioned_at for each in workflows] == moments
+
+
 def test_of_what_is_claimed_along_the_highest_priority_comes_first(taker):
     first, low, high = (Quick.create(hero=User.create(), options={"priority": each}) for each in (9, 0, 5))
     order = []
