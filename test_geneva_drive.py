@@ -7680,7 +7680,7 @@ class Actual:
 
 def without_id(value):
     """A reason as the model has it, which knows no ids."""
-    return re.sub(r"with Scripted \d+$", "with its parent", value) if isinstance(value, str) else value
+    return re.sub(r"with (Scripted|Recurring) \d+$", "with its parent", value) if isinstance(value, str) else value
 
 
 class Sequence:
