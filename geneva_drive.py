@@ -119,6 +119,7 @@ _Row = TypeVar("_Row", bound=Model)
 _Route: TypeAlias = "tuple[str, int]"  # the name of a queue, and the priority in it
 _Json: TypeAlias = "dict[str, Any] | None"
 _Queues: TypeAlias = "Mapping[str, Huey] | Iterable[str] | None"
+_Places: TypeAlias = "tuple[str, tuple[int, ...]]"  # the name of a queue, and the priorities to look for in it
 _Moved: TypeAlias = "tuple[int, StepExecution | None]"  # see `_Access.move()`
 _Check: TypeAlias = "Callable[[Any, str], Any]"  # of a value and its name; returns what is kept
 
@@ -1007,10 +1008,6 @@ class _OwnTypeField(peewee.Field):
         own = self.dialect.column_types.get(self.kind)
         return SQL(own) if own else super().ddl_datatype(ctx)
 
-    def storing(self) -> Callable[[Any], Any]:
-        """What stores a value in the database in use, for many of them."""
-        return self.db_value
-
 
 class _NameField(_OwnTypeField, peewee.CharField):
     """Short text of our own making, compared by its code points."""
@@ -1027,6 +1024,7 @@ class _ExactField(_OwnTypeField, peewee.CharField):
         return self.storing()(super().db_value(value))
 
     def storing(self) -> Callable[[Any], Any]:
+        """What stores a value in the database in use, for many of them."""
         return self.dialect.store_exact
 
     def python_value(self, value: Any) -> Any:
@@ -1207,9 +1205,9 @@ class _UtcField(_OwnTypeField, peewee.DateTimeField):
     db_value = staticmethod(_utc_text)
 
     def case_value(self, value: datetime | None) -> Any:
-        """For `bulk_update()`: in a CASE, PostgreSQL takes text for text."""
-        is_typed = isinstance(self.dialect, _Postgresql)
-        return self.to_value(value).cast("timestamp") if is_typed else self.to_value(value)
+        """For `bulk_update()`: in a CASE, text is text, and needs the column's type."""
+        own, stored = self.dialect.column_types.get(self.kind), self.to_value(value)
+        return stored.cast(own) if own else stored
 
     def python_value(self, value: Any) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
@@ -1317,7 +1315,7 @@ class _Blank:
     """
 
     def __init__(self, field: peewee.Field[Any], name: str, place: int) -> None:
-        stores = field.storing() if isinstance(field, _OwnTypeField) else field.db_value
+        stores = field.storing() if isinstance(field, _ExactField) else field.db_value
         self.convert, self.name, self.place = None if _is_plain(field) else stores, name, place
 
     @classmethod
@@ -3434,8 +3432,7 @@ class _Move(NamedTuple):
     begins: _Json = None
     is_patient: bool = True  # whether to wait for locks, where the database can be told not to
     parent: int | None = None  # the one that is to be told of the workflow's end
-    #: The queue and priorities of which the execution that is due first, of any workflow, is to be claimed along.
-    takes: tuple[str, tuple[int, ...]] | None = None
+    takes: _Places | None = None  # where what is due first, of any workflow, is to be claimed along
 
 
 class _Overtaken(Exception):
@@ -3583,19 +3580,19 @@ class _Recording:
         state = self.changes["state"]
         columns, begins = self._placed(self.columns, state), self._next(state)
         found, parent = {"id": self.execution.id}, self._parent_to_tell()
-        takes = None if parent or self._is_due(begins) else self._takes()
+        takes = None if parent or self._is_followed(begins) else self._takes()
         move = _Move(self.changes, self._fence(), columns, found, begins, parent=parent, takes=takes)
         moved = self.access.move(move, patience)
         return None if moved is None else _Written(self.changes, columns, begins, moved[0], taken=moved[1])
 
-    def _is_due(self, begins: _Json) -> bool:
-        """Whether the execution that begins by this is claimed, or in a queue, and its turn may have come there."""
+    def _is_followed(self, begins: _Json) -> bool:
+        """Whether the workflow's own next execution is claimed, or due: it may come before those of others."""
         return begins is not None and (begins["queue"] is None or begins["due_at"] <= self.now)
 
-    def _takes(self) -> tuple[str, tuple[int, ...]] | None:
-        """Where to claim what is due next, of any workflow, in the commit that ends this step; None if it is not.
+    def _takes(self) -> _Places | None:
+        """Where to claim what is due next, of any workflow, in the commit that ends this step; None: nowhere.
 
-        It is not where something might hold it up afterwards, and other workers could perform it at once.
+        So it is where hooks or receivers are called before it could begin: other workers can begin it at once.
         """
         is_watched = self.attempt.has_hooks() or workflow_transitioned._receiver_list
         if not self.run_on or is_watched or self.access.database.in_transaction():
@@ -3720,6 +3717,9 @@ class _Written(NamedTuple):
     taken: StepExecution | None = None  # what was claimed along with it, of any workflow
 
 
+TAKEN = {"state": PERFORMING}  # what a claim changes of the workflow
+
+
 def _claim(drive: GenevaDrive, execution: StepExecution, is_patient: bool = True, carry_out: Any = None) -> bool:
     """Claim an execution that was read with its workflow, unless either has changed since; whether it is ours.
 
@@ -3729,11 +3729,10 @@ def _claim(drive: GenevaDrive, execution: StepExecution, is_patient: bool = True
     workflow, claim = execution.workflow, _claim_columns(drive._now())
     fence = {**_fence(workflow, execution, READY), **workflow._as_read()}
     found = {"id": execution.id, "due_at": execution.due_at}
-    move = _Move({"state": PERFORMING}, fence, claim, found, is_patient=is_patient)
-    carry_out = carry_out or functools.partial(drive._access.move, insist_seconds=PATIENCE_SECONDS * is_patient)
-    if carry_out(move) is None:
+    move, patience = _Move(TAKEN, fence, claim, found, is_patient=is_patient), PATIENCE_SECONDS if is_patient else None
+    if (carry_out(move) if carry_out else drive._access.move(move, patience)) is None:
         return False
-    workflow.__data__["state"] = PERFORMING
+    workflow.__data__.update(TAKEN)
     execution.__data__.update(claim)
     return True
 
@@ -4543,7 +4542,7 @@ class _OwnHuey(Huey):
         """False: nothing is kept beside the tables."""
         return False
 
-    def to_take(self) -> tuple[str, tuple[int, ...]] | None:
+    def to_take(self) -> _Places | None:
         """In a worker, the queue and the priorities to look for, if these are known and no hook is to see each task."""
         is_seen = self._pre_execute or self._post_execute or any(self._signal.receivers.values())
         if is_seen or threading.get_ident() not in _heartbeat.workers:
@@ -5732,6 +5731,9 @@ class _Dialect:
     is_one_statement, updates_two = False, False
     #: Joins executions with their workflows: by the ids of the latter, whatever the planner expects.
     in_order: Any = peewee.JOIN.INNER
+    #: Whether a reference is added along with its column: SQLite has a trigger, and MySQL would lock all who write
+    #: until it has copied the table.
+    adds_references = False
     #: Whether a change of the schema commits the transaction around it.
     ddl_commits = False
     #: Before and after a change of the schema: for one process at a time, and for no one to be held up. A change waits
@@ -5790,20 +5792,11 @@ class _Dialect:
             return None
         if not StepExecution._update_row(move.columns, **move.execution):
             raise _Overtaken
-        moved_id = StepExecution._insert_row(move.begins) if move.begins else move.execution["id"]
-        return moved_id, self.take_along(database, *move.takes) if move.takes else None
+        return StepExecution._insert_row(move.begins) if move.begins else move.execution["id"], None
 
     def takes_along(self) -> bool:
-        """Whether the commit that ends a step may claim what is due next."""
+        """Whether `move()` can claim what is due next with the end of a step; see `_Move.takes`."""
         return False
-
-    def take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
-        """Claim the execution that is due first in a queue, in a transaction that nobody else writes beside."""
-        drive, execution = _drive(), None
-        with contextlib.suppress(ValueError):  # a row that cannot be read is not to undo the end of the other step
-            execution = self._first_due(drive, queue, priorities, 0, 0)
-        is_ours = execution and _claim(drive, execution, carry_out=functools.partial(self.move, database))
-        return execution if is_ours else None
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         """Claim the execution that is due first in a queue; an empty look takes no lock.
@@ -5899,7 +5892,8 @@ def _now_blank() -> Any:
 
 class _Postgresql(_Dialect):
     section = "postgresql"
-    is_one_statement = True
+    column_types = {"moment": "TIMESTAMP"}
+    is_one_statement, adds_references = True, True
     schema_lock = (
         "select pg_advisory_xact_lock(hashtext('geneva_drive_schema'))",
         "select set_config('geneva_drive.lock_timeout', current_setting('lock_timeout'), true)",
@@ -5955,11 +5949,12 @@ class _Postgresql(_Dialect):
 
     def move(self, database: Database, move: _Move) -> _Moved | None:
         found, begins = (_conditions(move.fence), _conditions(move.execution)), move.begins or {}
-        queue, priorities = move.takes or (None, ())
-        claim, now = _claim_columns(_drive()._now()) if priorities else {}, _drive()._now()
+        fence, claim, drive = move.fence, dict[str, Any](), _drive()
+        queue, priorities = move.takes or ("", ())
+        if priorities:
+            fence, claim = {**fence, "queue": queue, "now": drive._now()}, _claim_columns(drive._now())
         key = ("move", *move.changes, "where", *found[0], "then", *move.columns, "where", *found[1], "then", *begins)
-        built = _drive()._access.statement(database, (*key, priorities), lambda: self._moving(move, claim))
-        fence = {**move.fence, "queue": queue, "now": now}
+        built = drive._access.statement(database, (*key, priorities), lambda: self._moving(move, claim))
         row = built.execute(move.changes, fence, move.columns, move.execution, begins, claim, TAKEN).fetchone()
         return row and (row[0], StepExecution._from_joined(row[1:]) if any(row[1:]) else None)
 
@@ -6021,10 +6016,6 @@ class _Postgresql(_Dialect):
         return {"due": due, "taken": taken.returning(*StepExecution._meta.sorted_fields), "owner": owner}
 
 
-#: What becomes of a workflow whose execution is taken.
-TAKEN = {"state": PERFORMING}
-
-
 def _with(parts: dict[str, Any], rest: str) -> Any:
     """One statement of several by their names, and what is selected from them."""
     nodes: list[Any] = []
@@ -6053,6 +6044,18 @@ class _Sqlite(_Dialect):
 
     def takes_along(self) -> bool:
         return len(_heartbeat.beating) == 1  # of several workers, two that always end a step would do a third less
+
+    def move(self, database: Database, move: _Move) -> _Moved | None:
+        moved = super().move(database, move)
+        return (moved[0], self._take_along(database, *move.takes)) if moved and move.takes else moved
+
+    def _take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
+        """Claim the execution that is due first in a queue, in the transaction under way: nobody else can write."""
+        drive, execution = _drive(), None
+        with contextlib.suppress(ValueError):  # a row that cannot be read is not to undo the end of the other step
+            execution = self._first_due(drive, queue, priorities, 0, 0)
+        is_ours = execution and _claim(drive, execution, carry_out=functools.partial(self.move, database))
+        return execution if is_ours else None
 
     def take(self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
         # Who would claim gives way to who ends a step, for some milliseconds: else workers wait for each other's turns,
@@ -6493,10 +6496,12 @@ class _Heartbeat:
         self._see_to_thread()
         self.beating.add(attempt)  # what is in there without being performed would never be recovered
         silence = attempt.drive._now() - cast(datetime, attempt.execution.heartbeat_at)
-        if silence.total_seconds() > self._moment():  # the claim has waited for others' locks
+        moment = self._moment()
+        is_old = silence.total_seconds() > moment  # the claim has waited for others' locks
+        if is_old:
             self.beaten = -math.inf
+        if is_old or moment < self.nap:  # the thread sleeps for longer than it is to
             self.hurry.set()
-        self._wake()
 
     def remove(self, attempt: _Attempt) -> None:
         self.beating.discard(attempt)
@@ -6537,11 +6542,6 @@ class _Heartbeat:
             if self.thread is None and not _is_private(_drive()._access.database):
                 self.thread = threading.Thread(target=self._run, name="geneva-drive-heartbeat", daemon=True)
                 self.thread.start()
-
-    def _wake(self) -> None:
-        """Wake the thread, if it sleeps for longer than it is to."""
-        if self._moment() < self.nap:
-            self.hurry.set()
 
     def _interval(self) -> float:
         return (_drive().stuck_in_progress_threshold - self._ahead()).total_seconds() / 4
@@ -6708,7 +6708,8 @@ class _Schema:
         if not model.table_exists():
             return [model._schema._create_table().query()[0]]
         known = {column.name for column in self.db.get_columns(model._meta.table_name)}
-        return [_add_column(model, each) for each in model._meta.sorted_fields if each.column_name not in known]
+        lacking = [each for each in model._meta.sorted_fields if each.column_name not in known]
+        return [_add_column(model, each, self.dialect.adds_references) for each in lacking]
 
     def _lacking_statement(self, statement: str) -> list[str]:
         return [] if self._is_applied(statement) else [statement]
@@ -6761,11 +6762,10 @@ def _schema_statements(section: str) -> list[str]:
     ]
 
 
-def _add_column(model: Any, column: peewee.Field) -> str:
+def _add_column(model: Any, column: peewee.Field, with_reference: bool) -> str:
     ctx = model._schema._create_context()
     ctx.literal("alter table ").sql(model).literal(" add column ").sql(column.ddl(ctx))
-    # SQLite has a trigger; MySQL would lock all who write until it has copied the table.
-    if isinstance(column, peewee.ForeignKeyField) and isinstance(_unproxied(model._meta.database), PostgresqlDatabase):
+    if isinstance(column, peewee.ForeignKeyField) and with_reference:
         ctx.literal(", add ").sql(column.foreign_key_constraint())
     return cast(str, ctx.query()[0])
 
