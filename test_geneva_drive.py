@@ -15032,16 +15032,29 @@ def test_run_ends_on_a_signal_at_any_instant_of_its_loop(tmp_path, is_exhaustive
                 each.wait()
 
 
+HANGS_IN_UNTIL = """
+import signal, sys, time
+from peewee import SqliteDatabase
+from geneva_drive import GenevaDrive
+
+def hang():
+    handle = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *arguments: (print("signaled", flush=True), handle(*arguments)))
+    print("asked", flush=True)
+    time.sleep(60)
+
+GenevaDrive(SqliteDatabase(sys.argv[1])).run(until=hang)
+"""
+
+
 def test_a_second_signal_interrupts_what_run_is_asked_until_when(tmp_path):
-    script = "from peewee import SqliteDatabase; from geneva_drive import GenevaDrive; import sys, time; "
-    script += "GenevaDrive(SqliteDatabase(sys.argv[1])).run(until=lambda: (print('asked', flush=True), time.sleep(60)))"
     path = str(tmp_path / "app.db")
     GenevaDrive(SqliteDatabase(path)).create_tables()
-    process = python("-c", script, path, stdout=subprocess.PIPE, text=True)
+    process = python("-c", HANGS_IN_UNTIL, path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "asked\n"
-    process.terminate()
-    time.sleep(0.5)  # two at once may be one
-    process.terminate()
+    for _ in range(2):  # the second one after the first was handled: two that arrive at once are one
+        process.terminate()
+        assert process.stdout.readline() == "signaled\n"
     assert process.wait(timeout=20) == 0
     process.stdout.close()
 
@@ -15102,9 +15115,8 @@ def test_a_second_signal_ends_a_run_that_looks_into_a_database_that_never_answer
         until(lambda: app.notes() == [f"{workflow} begins"])
         wire.is_cut = True
         time.sleep(0.5)  # by then it looks
-        for _ in range(2):
-            process.terminate()
-            time.sleep(0.5)  # two at once may be one
+        for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind that arrive at once are one
+            process.send_signal(number)
         process.wait(timeout=20)
 
 
