@@ -4638,11 +4638,7 @@ class _OwnStorage(BaseStorage):
         return self._priorities
 
     def _ask_priorities(self) -> tuple[int, ...]:
-        found, highest = {0}, "select max(priority) from geneva_drive_step_executions where queue = {0}"
-        priority = self._ask(highest, self.name)
-        while priority is not None:
-            found.add(priority)
-            priority = self._ask(f"{highest} and priority < {{0}}", self.name, priority)
+        found = {0, *self.drive._access.values(StepExecution.priority, StepExecution.queue == self.name)}
         known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
         return tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
 
@@ -5135,6 +5131,14 @@ class _Access:
 
     # -- statements -------------------------------------------------------------------------------------------------
 
+    def values(self, column: Any, condition: Any) -> Iterator[Any]:
+        """The values of a column, of few, in the rows under a condition; each is found by itself, along an index."""
+        lowest = column.model.select(peewee.fn.MIN(column)).where(condition)
+        value = self.repeat(lowest.scalar)
+        while value is not None:
+            yield value
+            value = self.repeat(lowest.where(column > value).scalar)
+
     def statement(self, database: Any, key: Any, query: Callable[[], Any]) -> _Built:
         """The statement that a query makes on a database, made when it is first asked for."""
         if isinstance(database, peewee.Proxy):
@@ -5232,17 +5236,10 @@ class _Recovery:
         return {"stuck_scheduled_recovered": recovered}
 
     def _places(self) -> Iterator[_Route]:
-        """The queues and priorities that executions have. There are few: each is asked for by itself."""
-        queues, priorities = (
-            StepExecution.select(peewee.fn.MIN(each)) for each in (StepExecution.queue, StepExecution.priority)
-        )
-        queue: Any = ""
-        while (queue := self.access.repeat(queues.where(StepExecution.queue > queue).scalar)) is not None:
-            here = priorities.where(StepExecution.queue == queue)
-            priority = self.access.repeat(here.scalar)
-            while priority is not None:
+        """The queues and priorities that executions have."""
+        for queue in self.access.values(StepExecution.queue, StepExecution.queue.is_null(False)):
+            for priority in self.access.values(StepExecution.priority, StepExecution.queue == queue):
                 yield queue, priority
-                priority = self.access.repeat(here.where(StepExecution.priority > priority).scalar)
 
     def _recover_overdue(self, queue: str, priority: int) -> int:
         """Queue again, once per threshold, what is overdue and was lost; not what a queue is behind with."""
@@ -5332,11 +5329,9 @@ class _Recovery:
         }
 
     def _types_over(self) -> Iterator[tuple[str, str]]:
-        """The types of workflows that are over, each with a condition for them. There are few: each is asked for."""
+        """The types of workflows that are over, each with a condition for them."""
         for condition in self.access.dialect.over:
-            types = Workflow.select(peewee.fn.MIN(Workflow.type)).where(SQL(condition))
-            name: Any = ""
-            while (name := self.access.repeat(types.where(Workflow.type > name).scalar)) is not None:
+            for name in self.access.values(Workflow.type, SQL(condition)):
                 yield name, condition
 
     def _retention(self, type_name: str) -> timedelta | None:
