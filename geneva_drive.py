@@ -4134,12 +4134,10 @@ class GenevaDrive:
                 raise UnknownQueueError("run()", name, self.queues)
         if not _is_int(workers) or workers < 1:
             raise ConfigurationError(f"run(): workers must be a positive int, not {workers!r}")
-        what = "run(): shutdown_timeout"
-        try:
-            drain_seconds = None if shutdown_timeout is None else _duration(shutdown_timeout, what).total_seconds()
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from None
-        self._dispatch.serve(names, workers, until, drain_seconds)
+        if shutdown_timeout is not None:
+            limit = _duration(shutdown_timeout, "run(): shutdown_timeout", ConfigurationError)
+            shutdown_timeout = limit.total_seconds()
+        self._dispatch.serve(names, workers, until, shutdown_timeout)
 
     def housekeeping(self) -> dict[str, int]:
         """Recover what died, queue again what is overdue, create what recurs, delete what ended long ago.
