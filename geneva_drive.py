@@ -4901,17 +4901,14 @@ class _Access:
     @property
     def database(self) -> Database:
         """The drive's; a ConfigurationError, if it is not the current drive's, or not initialized."""
-        database = self.drive.database
-        if self.drive is _current_drive and isinstance(database, Database):
-            return database
         if self.drive is not _current_drive:
-            problem = f"this GenevaDrive, on {_place(self.drive.database)}, was replaced by a later one"
-            raise ConfigurationError(
-                f"{problem}, on {_place(_drive().database)}: make one for each process, and keep it"
-            )
-        if database.obj is None:
+            ours, later = _place(self.drive.database), _place(_drive().database)
+            problem = f"this GenevaDrive, on {ours}, was replaced by a later one, on {later}"
+            raise ConfigurationError(f"{problem}: make one for each process, and keep it")
+        database = _unproxied(self.drive.database)
+        if database is None:
             raise ConfigurationError("the DatabaseProxy given to GenevaDrive is not initialized: call its initialize()")
-        return cast(Database, database.obj)
+        return database
 
     @property
     def dialect(self) -> _Dialect:
