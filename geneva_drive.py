@@ -1504,7 +1504,7 @@ def _hero_id(hero: Model) -> str:
         raise TypeError(f"{model.__name__} cannot be a hero: it has no primary key of one column; use a row that has")
     if key is None:
         raise ValueError(f"this {model.__name__} has no id yet: save it before it becomes a hero")
-    field = _key_field(model)
+    field = _referenced(model._meta.primary_key)
     if isinstance(field, (peewee.UUIDField, peewee.BinaryUUIDField)):
         is_raw = isinstance(key, (bytes, memoryview))
         return str(uuid.UUID(bytes=bytes(key)) if is_raw else uuid.UUID(str(key)))
@@ -1516,8 +1516,8 @@ def _hero_id(hero: Model) -> str:
     raise TypeError(f"{model.__name__} cannot be a hero: its key is lost as text; use int, UUID or text for it")
 
 
-def _key_field(model: type[Model]) -> peewee.Field:
-    field = model._meta.primary_key
+def _referenced(field: Any) -> peewee.Field:
+    """The key at the end of a foreign key, of one to another one too; any other field as it is."""
     while isinstance(field, peewee.ForeignKeyField):
         field = field.rel_field
     return field
@@ -2095,7 +2095,7 @@ class Workflow(_Record, metaclass=_WorkflowType):
             model = self.hero_type and _hero_model(self.hero_type)
             self._hero = None
             if model:
-                is_binary = isinstance(_key_field(model), peewee.BinaryUUIDField)
+                is_binary = isinstance(_referenced(model._meta.primary_key), peewee.BinaryUUIDField)
                 self._hero = _hero_row(model, uuid.UUID(self.hero_id) if is_binary else self.hero_id)
         return self._hero
 
@@ -3965,9 +3965,7 @@ class _Pages:
 
     def _key_at(self, cursor: Any) -> Any:
         """The key that a cursor stands for; an error, of any class, if it cannot be one of the field's."""
-        field = self.key
-        while isinstance(field, peewee.ForeignKeyField):
-            field = field.rel_field
+        field = _referenced(self.key)
         is_binary = isinstance(field, peewee.BinaryUUIDField)
         key = uuid.UUID(cursor) if is_binary else field.python_value(cursor)
         # These take anything else as it is, and some databases compare that with what they have.
