@@ -4630,13 +4630,11 @@ class _OwnStorage(BaseStorage):
         A new one of another process is seen within a second, one of this process at once.
         """
         if time.monotonic() - self._asked > 1:
-            self._priorities, self._asked = self._ask_priorities(), time.monotonic()
+            found = {0, *self.drive._access.values(StepExecution.priority, StepExecution.queue == self.name)}
+            known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
+            self._priorities = tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
+            self._asked = time.monotonic()
         return self._priorities
-
-    def _ask_priorities(self) -> tuple[int, ...]:
-        found = {0, *self.drive._access.values(StepExecution.priority, StepExecution.queue == self.name)}
-        known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
-        return tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
 
     def first_due(self) -> datetime | None:
         """When the first execution in the queue is due; None if there is none."""
