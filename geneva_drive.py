@@ -2877,16 +2877,11 @@ class StepExecution(_Record):
 
     @classmethod
     def _with_workflow(cls, execution_id: int) -> StepExecution | None:
-        """The row and its workflow's, read together."""
+        """The row and its workflow's, read together: as they are now, also in a transaction that has begun before."""
         blank = _Blank.value(cast(Any, cls.id), "id")
         built = _drive()._access.statement(cls._meta.database, "claim", lambda: cls._joined().where(cls.id == blank))
         values = built.execute({"id": execution_id}).fetchone()
-        return cls._from_joined(values) if values else None
-
-    @classmethod
-    def _read(cls, execution_id: int) -> StepExecution | None:
-        """The same, as it is now, also in a transaction that has begun before."""
-        execution = cls._with_workflow(execution_id)
+        execution = cls._from_joined(values) if values else None
         if execution and _drive()._access.database.in_transaction():  # of an old snapshot: locks tell what is there
             workflow = _lock_behind_parent(execution.workflow_id, execution.workflow.parent_id)
             execution = workflow and cls._lock(cls.id == execution_id)
@@ -3070,7 +3065,7 @@ class _Attempt:
     @classmethod
     def _claimable(cls, drive: GenevaDrive, execution_id: int, queue: str | None) -> StepExecution | None:
         """The execution with its workflow, if it is to be run, and by us."""
-        execution = drive._access.repeat(lambda: StepExecution._read(execution_id), PATIENCE_SECONDS)
+        execution = drive._access.repeat(lambda: StepExecution._with_workflow(execution_id), PATIENCE_SECONDS)
         if execution is None or execution.state not in TO_CLAIM or execution.workflow.state != READY:
             return None
         problem, due = execution.workflow._undefined(), execution._due
