@@ -3915,13 +3915,11 @@ class _Pages:
         return lambda row: row.__data__[name]
 
     def behind(self, cursor: Any, keep: Callable[[Any], None]) -> Iterator[Any]:
-        if cursor is None:
-            return self._rows(None, keep)
         try:
-            key = self._key_at(cursor)
+            last = None if cursor is None else self._key_at(cursor)
         except Exception:  # of whatever class the field raises
             _require_fit(False, self.where, cursor)
-        return self._rows(key, keep)
+        return self._rows(last, keep)
 
     def _rows(self, last: Any, keep: Callable[[Any], None]) -> Iterator[Any]:
         is_over = False
