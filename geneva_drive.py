@@ -3028,6 +3028,7 @@ class _Attempt:
     def __init__(self, drive: GenevaDrive, execution: StepExecution, queue: str | None = None) -> None:
         self.drive, self.workflow, self.execution, self.queue = drive, execution.workflow, execution, queue
         self.is_run_on, self.is_begun, self.heeds_wait = False, False, True
+        self.verdict = _Verdict("step", "return")  # how it ended, as far as it is known
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
@@ -3124,16 +3125,16 @@ class _Attempt:
         self.workflow._attempt, self.is_draining = self, is_draining
         _heartbeat.add(self)
         try:
-            verdict = self._overtaken()
-            if verdict:
-                self._record(verdict)
+            overtaken = self._overtaken()
+            if overtaken:
+                self._record(overtaken)
             else:
                 step_started.send(self.workflow, execution=self.execution)
-                verdict, following = self._perform_and_record(may_run_on)
+                following = self._perform_and_record(may_run_on)
                 if following:
                     _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
-        except _ClaimLost as lost:
-            verdict, recorded = lost.args[0], False
+        except _ClaimLost:
+            recorded = False
             # Or the connection was lost at the commit, and the second try found that the first one was committed.
             self.workflow.logger.warning("the claim was lost to recovery; nothing more is recorded of this attempt")
         finally:
@@ -3141,12 +3142,13 @@ class _Attempt:
             _heartbeat.remove(self)
         if recorded:
             self._tell_of_end(following)
-        if verdict.error is not None and verdict.surfaces:
+        error: Any = self.verdict.error
+        if error is not None and self.verdict.surfaces:
             step_name, state = self.execution.step_name, self.workflow.state
             with contextlib.suppress(Exception):  # Python 3.10 knows no notes, a frozen dataclass takes none
                 note = f"in the step {step_name} of {self.workflow._label}, which is {state} now"
-                cast(Any, verdict.error).add_note(note)  # error trackers show it with the traceback
-            raise verdict.error
+                error.add_note(note)  # error trackers show it with the traceback
+            raise error
         return following
 
     def _tell_of_end(self, following: _Attempt | None) -> None:
@@ -3171,7 +3173,7 @@ class _Attempt:
             return None
         execution = self.drive._access.repeat(lambda: StepExecution._with_workflow(self.execution.id))
         if execution is None or execution.state != IN_PROGRESS:
-            raise _ClaimLost(_Verdict("step", "return"))
+            raise _ClaimLost
         reason = execution.workflow.reason
         if execution.workflow.state == CANCELED:
             return _Verdict("step", "cancel", reason=reason)
@@ -3182,13 +3184,12 @@ class _Attempt:
         has_own = type(self.workflow).after_step_execution is not Workflow.after_step_execution
         return has_own or bool(step_finished._receiver_list)
 
-    def _perform_and_record(self, may_run_on: Callable[[], bool]) -> tuple[_Verdict, _Attempt | None]:
+    def _perform_and_record(self, may_run_on: Callable[[], bool]) -> _Attempt | None:
         try:
             definition = self.workflow._definition(self.execution.step_name)
         except StepNotDefinedError as error:  # no policy has a say in this
             reason = f"no step called {self.execution.step_name}"
-            verdict = _Verdict("error", "pause", error=error, surfaces=True, reason=reason)
-            return verdict, self._record(verdict)
+            return self._record(_Verdict("error", "pause", error=error, surfaces=True, reason=reason))
         access = self.drive._access
         access.open()  # a receiver may have closed it
         is_ours = definition.transactional and not access.database.in_transaction()
@@ -3198,8 +3199,7 @@ class _Attempt:
                 verdict = self._perform(definition) if asks else _GO_ON
                 if verdict is _GO_ON:
                     with access.begin():
-                        verdict = self._perform(definition)
-                        return verdict, self._record(verdict, may_run_on)
+                        return self._record(self._perform(definition), may_run_on)
             except _ClaimLost:
                 raise
             except BaseException as error:
@@ -3211,7 +3211,7 @@ class _Attempt:
                     self.workflow.__data__["context"] = _Context(self.workflow.context.read)
                 verdict = self._judge(definition, error)
             break
-        return verdict, self._record(verdict, may_run_on)
+        return self._record(verdict, may_run_on)
 
     def _start_over(self) -> None:
         """A deadlock has rolled back a transactional step: perform it again, with rows that are read again."""
@@ -3365,7 +3365,7 @@ class _Attempt:
         """Keep that the wait is over: once the body has begun, no later attempt is to ask again."""
         over, mine = {"asks_wait": None}, {"id": self.execution.id, "state": IN_PROGRESS}
         if not self.drive._access.transact(lambda: StepExecution._update_row(over, **mine)):
-            raise _ClaimLost(_Verdict("step", "return"))  # another one may be at the body by now
+            raise _ClaimLost  # another one may be at the body by now
         self.execution.__data__.update(over)
 
     # -- judging ----------------------------------------------------------------------------------------------------
@@ -3396,15 +3396,12 @@ class _Attempt:
 
         Raises _ClaimLost, and writes nothing, if the execution is not ours any more.
         """
-        run_on, access = not verdict.surfaces and may_run_on(), self.drive._access
+        self.verdict, run_on, access = verdict, not verdict.surfaces and may_run_on(), self.drive._access
         access.open()  # where autoconnect is off, the body may have closed it
-        try:
-            following = access.escaping(
-                lambda charset: _Recording(self, run_on, charset).end(verdict),
-                lambda: "".join([verdict.reason or "", *_error_columns(verdict.error).values()]),
-            )
-        except _ClaimLost:
-            raise _ClaimLost(verdict) from None
+        following = access.escaping(
+            lambda charset: _Recording(self, run_on, charset).end(verdict),
+            lambda: "".join([verdict.reason or "", *_error_columns(verdict.error).values()]),
+        )
         self.patience_ends = math.inf
         if verdict.reason:
             access.after_commit(lambda: self.workflow.logger.info("%s: %s", self.execution.outcome, verdict.reason))
