@@ -3125,14 +3125,9 @@ class _Attempt:
         self.workflow._attempt, self.is_draining = self, is_draining
         _heartbeat.add(self)
         try:
-            overtaken = self._overtaken()
-            if overtaken:
-                self._record(overtaken)
-            else:
-                step_started.send(self.workflow, execution=self.execution)
-                following = self._perform_and_record(may_run_on)
-                if following:
-                    _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
+            following = self._perform_and_record(may_run_on)
+            if following:
+                _heartbeat.add(following)  # it is claimed, and has to outlive the hooks below
         except _ClaimLost:
             recorded = False
             # Or the connection was lost at the commit, and the second try found that the first one was committed.
@@ -3185,6 +3180,9 @@ class _Attempt:
         return has_own or bool(step_finished._receiver_list)
 
     def _perform_and_record(self, may_run_on: Callable[[], bool]) -> _Attempt | None:
+        if overtaken := self._overtaken():
+            return self._record(overtaken)
+        step_started.send(self.workflow, execution=self.execution)
         try:
             definition = self.workflow._definition(self.execution.step_name)
         except StepNotDefinedError as error:  # no policy has a say in this
