@@ -3605,9 +3605,8 @@ class _Recording:
     def _write_amended(self) -> _Written:
         """Others paused or canceled the workflow, wrote its context or took the claim; or there is more to see to."""
         row = self._locked_row()
-        before, changes, columns, is_going_on = row.state, dict(self.changes), self.columns, True
+        before, changes, columns = row.state, dict(self.changes), self.columns
         if before == CANCELED:
-            is_going_on = False
             for name in ("state", "current_step_name", "execution_count", "transitioned_at", "reason"):
                 changes[name] = row.__data__[name]
             if "outcome" not in columns:  # it was to be put back
@@ -3628,7 +3627,7 @@ class _Recording:
             _cancel_children(self.drive, row, changes.get("reason"))
         if self.consumes:  # before it is looked whether there is one for the next step
             WorkflowSignal._consume_given(row, self.execution.step_name, self.now)
-        begins = self._next(changes["state"]) if is_going_on else None
+        begins = None if before == CANCELED else self._next(changes["state"])
         written = _Written(changes, columns, begins, StepExecution._insert_row(begins) if begins else 0, row, before)
         self._send(written, along=True)
         return written
