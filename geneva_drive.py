@@ -4750,14 +4750,12 @@ class _Idle:
 
 
 def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
-    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain those that started."""
-    started: list[Consumer] = []
+    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain them."""
     with _stop_signals() as stop:
         try:
             for consumer in consumers:
                 consumer._set_signal_handlers = lambda: None  # ours stop all of them
                 consumer.start()
-                started.append(consumer)
             checked = time.monotonic()
             while not stop.signals and not (until and until()):
                 if time.monotonic() - checked > 10:
@@ -4767,10 +4765,10 @@ def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_
                 time.sleep(0.1 if until else STOP_SECONDS)
         finally:
             logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-            for consumer in started:
+            for consumer in consumers:
                 consumer.stop_flag.set()
             if stop.signals < 2:
-                _join(started, drain_seconds)
+                _join(consumers, drain_seconds)  # of one that did not start, none is alive
 
 
 def _join(consumers: list[Consumer], seconds: float | None) -> bool:
