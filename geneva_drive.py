@@ -4625,17 +4625,13 @@ class _OwnStorage(BaseStorage):
 
     def first_due(self) -> datetime | None:
         """When the first execution in the queue is due; None if there is none."""
-        first = "select min(due_at) as due_at from geneva_drive_step_executions where queue = {{0}} and priority = {}"
-        priorities = self.priorities()  # once: other threads may find that there are more
-        firsts = " union all ".join(map(first.format, priorities))
-        moment = self._ask(f"select min(due_at) from ({firsts}) t", *[self.name] * len(priorities))
-        return cast("datetime | None", StepExecution.due_at.python_value(moment))
-
-    def _ask(self, query: str, *parameters: Any) -> Any:
-        """The one value that a query finds, with {0} for each parameter."""
-        access, database = self.drive._access, self.drive._access.database
-        sql = query.format(database.param)
-        return access.repeat(lambda: access.dialect.execute(database, sql, [*parameters]).fetchone())[0]
+        access, priorities = self.drive._access, self.priorities()  # once: other threads may find that there are more
+        database = access.database
+        first = f"select min(due_at) as due_at from geneva_drive_step_executions where queue = {database.param}"
+        firsts = " union all ".join(f"{first} and priority = {each}" for each in priorities)
+        sql, names = f"select min(due_at) from ({firsts}) t", [self.name] * len(priorities)
+        row = access.repeat(lambda: access.dialect.execute(database, sql, names).fetchone())
+        return cast("datetime | None", StepExecution.due_at.python_value(row[0]))
 
     # -- what Huey asks ---------------------------------------------------------------------------------------------
 
