@@ -370,7 +370,7 @@ def _logged(problem: str, *details: object) -> Iterator[None]:
 
 
 class _ClaimLost(Exception):
-    """The execution is no longer ours to record: it was recovered, or deleted with its workflow."""
+    """An execution is not ours, or not any more: others claimed or recovered it, or deleted it with its workflow."""
 
 
 if TYPE_CHECKING:
@@ -3425,10 +3425,6 @@ class _Move(NamedTuple):
     takes: _Places | None = None  # where what is due first, of any workflow, is to be claimed along
 
 
-class _Overtaken(Exception):
-    """Rolls back a move of whose two rows one is as it was read, and the other is not."""
-
-
 class _Recording:
     """Writes what came of an attempt: as it is planned, under the fence; or, if others said something, amended."""
 
@@ -4933,7 +4929,7 @@ class _Access:
             _count_children(self.drive, None if moved is None else parent, -1)
             return moved
 
-        with contextlib.suppress(_Overtaken):
+        with contextlib.suppress(_ClaimLost):
             return self.transact(carry_out, insist_seconds, is_atomic and move.parent is None)
         return None
 
@@ -5758,7 +5754,7 @@ class _Dialect:
         if not Workflow._update_row(move.changes, **move.fence):
             return None
         if not StepExecution._update_row(move.columns, **move.execution):
-            raise _Overtaken
+            raise _ClaimLost  # which rolls back the other one
         return StepExecution._insert_row(move.begins) if move.begins else move.execution["id"], None
 
     def takes_along(self) -> bool:
