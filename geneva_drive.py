@@ -4613,7 +4613,8 @@ class _OwnStorage(BaseStorage):
         A new one of another process is seen within a second, one of this process at once.
         """
         if time.monotonic() - self._asked > 1:
-            found = {0, *self.drive._access.values(StepExecution.priority, StepExecution.queue == self.name)}
+            here = StepExecution.select().where(StepExecution.queue == self.name)
+            found = {0, *self.drive._access.values(here, StepExecution.priority)}
             known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
             self._priorities = tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
             self._asked = time.monotonic()
@@ -5099,10 +5100,13 @@ class _Access:
 
     # -- statements -------------------------------------------------------------------------------------------------
 
-    def values(self, column: Any, condition: Any) -> Iterator[Any]:
-        """The values of a column, of few, in the rows under a condition; each is found by itself, along an index."""
-        lowest = column.model.select(peewee.fn.MIN(column)).where(condition)
-        value = self.repeat(lowest.scalar)
+    def values(self, query: Any, column: Any, above: Any = None) -> Iterator[Any]:
+        """The values of a column, of few, in the rows of a query; each is found by itself, along an index.
+
+        :param above: for text, "": else MySQL reads all rows, with nulls too, for the first one.
+        """
+        lowest = query.select(peewee.fn.MIN(column))
+        value = self.repeat((lowest if above is None else lowest.where(column > above)).scalar)
         while value is not None:
             yield value
             value = self.repeat(lowest.where(column > value).scalar)
@@ -5205,8 +5209,9 @@ class _Recovery:
 
     def _places(self) -> Iterator[_Route]:
         """The queues and priorities that executions have."""
-        for queue in self.access.values(StepExecution.queue, StepExecution.queue.is_null(False)):
-            for priority in self.access.values(StepExecution.priority, StepExecution.queue == queue):
+        for queue in self.access.values(StepExecution.select(), StepExecution.queue, above=""):
+            here = StepExecution.select().where(StepExecution.queue == queue)
+            for priority in self.access.values(here, StepExecution.priority):
                 yield queue, priority
 
     def _recover_overdue(self, queue: str, priority: int) -> int:
@@ -5299,7 +5304,7 @@ class _Recovery:
     def _types_over(self) -> Iterator[tuple[str, str]]:
         """The types of workflows that are over, each with a condition for them."""
         for condition in self.access.dialect.over:
-            for name in self.access.values(Workflow.type, SQL(condition)):
+            for name in self.access.values(Workflow.select().where(SQL(condition)), Workflow.type, above=""):
                 yield name, condition
 
     def _retention(self, type_name: str) -> timedelta | None:
