@@ -1372,14 +1372,6 @@ class _Built:
         return row and self.rows.process_row(row)
 
 
-def _updating(model: Any, new: Mapping[Any, Any], found: Iterable[Any]) -> Any:
-    return model.update(new).where(*found)
-
-
-def _inserting(model: Any, new: Mapping[Any, Any], _: Any) -> Any:
-    return model.insert(new)
-
-
 def _conditions(where: Mapping[str, Any]) -> tuple[str, ...]:
     """Of conditions that a row has these values: each one's name, and whether the value is null."""
     if None not in where.values():
@@ -1619,13 +1611,13 @@ class _Record(Model):
     @classmethod
     def _update_row(cls, changes: Mapping[str, Any], **where: Any) -> int:
         """Update the row with these values; returns 1, or 0 if there is none."""
-        built = cls._built("update", changes, _conditions(where), _updating)
+        built = cls._built("update", changes, _conditions(where), lambda model, new: model.update(new))
         return cast(int, built.database.rows_affected(built.execute(changes, where)))
 
     @classmethod
     def _insert_row(cls, values: Mapping[str, Any]) -> int:
         """Insert a row; returns its id."""
-        built = cls._built("insert", values, (), _inserting)
+        built = cls._built("insert", values, (), lambda model, new: model.insert(new))
         cursor = built.execute(values)
         returns = " RETURNING " in built.sql  # the drivers' ways of telling differ
         return cast(int, cursor.fetchone()[0] if returns else built.database._last_insert_rowid(cursor))
@@ -1633,7 +1625,7 @@ class _Record(Model):
     @classmethod
     def _insert_rows(cls, rows: Sequence[Mapping[str, Any]], make: Any) -> None:
         """Insert rows that have the same columns, with one statement."""
-        built = cls._built("insert many", rows[0], (), lambda model, new, _: make(model, new))
+        built = cls._built("insert many", rows[0], (), make)
         head, row, tail = cast(Any, re.fullmatch(r"(.+ VALUES )(\([^()]+\))(.*)", built.sql)).groups()
         parameters = itertools.chain.from_iterable(map(built.filled, rows))
         built.database.execute_sql(f"{head}{', '.join([row] * len(rows))}{tail}", [*parameters])
@@ -1641,7 +1633,7 @@ class _Record(Model):
     @classmethod
     def _row(cls, **where: Any) -> Any:
         """The row with these values, or None."""
-        built = cls._built("select", (), _conditions(where), lambda model, _, found: model.select().where(*found))
+        built = cls._built("select", (), _conditions(where), lambda model, _: model.select())
         values = built.execute({}, where).fetchone()
         return values and cls._from_columns(values)
 
@@ -1678,7 +1670,8 @@ class _Record(Model):
         model = cls._meta.model
 
         def query() -> Any:
-            return make(model, _blanks(model, columns, 0), _found_by(model, where, 1))
+            made = make(model, _blanks(model, columns, 0))
+            return made.where(*_found_by(model, where, 1)) if where else made
 
         return _drive()._access.statement(cls._meta.database, (model, verb, *columns, "where", *where), query)
 
