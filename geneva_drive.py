@@ -1817,15 +1817,10 @@ class Workflow(_Record, metaclass=_WorkflowType):
         """
         key = dict(zip(("hero_type", "hero_id"), (None, None) if hero is None else _hero_key(hero), strict=True))
         for _ in range(TRANSACTION_TRIES):
-            ongoing = None if hero is None else _ongoing_id({**key, "type": cls.workflow_type})
-            if ongoing is None:
-                try:
-                    return cls.create(hero=hero, **kwargs), True
-                except AlreadyOngoingError as error:
-                    ongoing = error.workflow_id
-            workflow = Workflow._lock(Workflow.id == ongoing)
-            if workflow is not None:
-                return workflow, False
+            if hero is not None and (ongoing := _ongoing({**key, "type": cls.workflow_type})):
+                return ongoing, False
+            with contextlib.suppress(AlreadyOngoingError):  # by now; it is looked for again
+                return cls.create(hero=hero, **kwargs), True
         raise GenevaDriveError(f"{cls.workflow_type}.get_or_create(): workflows come and go too fast; try again")
 
     @classmethod
@@ -2420,7 +2415,8 @@ class _Start:
         created = [self.cls._made(row, ids[row["token"]]) for row in rows if row["token"] in ids]
         if len(created) < len(rows) and on_conflict == "raise":
             row = next(row for row in rows if row["token"] not in ids)
-            raise AlreadyOngoingError(row, _ongoing_id(row))
+            ongoing = _ongoing(row)
+            raise AlreadyOngoingError(row, ongoing and ongoing.id)
         for workflow in created:
             self.drive._announce(workflow, None, READY)
         if created:
@@ -2438,11 +2434,10 @@ class _Start:
         self.drive._dispatch.send([StepExecution._made(row, ids[row["workflow"]]) for row in rows])
 
 
-def _ongoing_id(values: Mapping[str, Any]) -> int | None:
-    """The id of the ongoing workflow of this type and hero, if there is one, in spite of any old snapshot."""
+def _ongoing(values: Mapping[str, Any]) -> Any:
+    """The ongoing workflow of this type and hero, or None, in spite of any old snapshot."""
     same = [getattr(Workflow, name) == values[name] for name in ("type", "hero_type", "hero_id")]
-    workflow = Workflow._lock(*same, _ongoing_rows())
-    return workflow and workflow.id
+    return Workflow._lock(*same, _ongoing_rows())
 
 
 def _alone(values: Mapping[str, Any], begin: Callable[[], T]) -> T:
@@ -2451,9 +2446,8 @@ def _alone(values: Mapping[str, Any], begin: Callable[[], T]) -> T:
         try:
             return begin()
         except peewee.IntegrityError as error:
-            ongoing = _ongoing_id(values)
-            if ongoing is not None:
-                raise AlreadyOngoingError(values, ongoing) from error
+            if ongoing := _ongoing(values):
+                raise AlreadyOngoingError(values, ongoing.id) from error
             collision = error  # it ended in between: try again
     raise collision
 
