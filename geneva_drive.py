@@ -860,7 +860,6 @@ class _Blueprint:
     """All that a class and its parents declare."""
 
     cls: type
-    reserved: frozenset[str]
     steps: list[StepDefinition] = field(default_factory=list)  # the removed ones in their places
     cancel_ifs: list[str] = field(default_factory=list)
     policies: list[ExceptionPolicy] = field(default_factory=list)
@@ -882,11 +881,15 @@ class _Blueprint:
                 declared.add(options["name"])
             self._add_rules(key, value, f"{self.cls.__name__}.{key}")
 
-    def methods(self) -> set[str]:
-        """The names of the methods that declarations rely on."""
-        handlers = (getattr(policy, "handler", None) for policy in self.policies)
-        bodies = (definition.body for definition in self.steps if not definition.removed)
-        return {*bodies, *self.cancel_ifs, *(handler for handler in handlers if isinstance(handler, str))}
+    def check_methods(self) -> None:
+        """Refuse what declarations rely on and is no method, now that all that children may change is known."""
+        for each in self.steps:
+            if not each.removed:
+                self._check_methods(each, f"{self.cls.__name__}.{each.name}")
+        handlers = (policy.handler for policy in self.policies if isinstance(policy, _HandlerPolicy))
+        for name in (*self.cancel_ifs, *handlers):
+            problem = "it must stay a method: a condition or a handler relies on it"
+            _require(callable(getattr(self.cls, name)), f"{self.cls.__name__}.{name}", problem)
 
     def policy_for(self, definition: StepDefinition, error: BaseException) -> ExceptionPolicy:
         """The policy that decides what an error in a step does."""
@@ -902,22 +905,19 @@ class _Blueprint:
         # The name of one that was removed may have become an attribute.
         for name in (key, options["name"]) if body else (key,):
             problem = f"a step must not be called {name!r}, an attribute of Workflow: rename it"
-            _require(name not in self.reserved, where, problem)
-        if body:
-            self._check_methods(body, options, where)
+            _require(name not in dir(Workflow), where, problem)
         defined = {option: value for option, value in options.items() if option in StepDefinition.__dataclass_fields__}
         policies = _step_policies(options, where)
         definition = StepDefinition(**defined, body=body or "", policies=policies, removed=not body)
         self._place(definition, options.get("before_step"), options.get("after_step"), where)
 
-    def _check_methods(self, body: str, options: Mapping[str, Any], where: str) -> None:
-        method = getattr(self.cls, body, None)
-        is_method = callable(method) or (isinstance(method, _Declaration) and method.is_removed)  # by a child
-        _require(is_method, where, f"its body {body!r} is not a method of the class")
+    def _check_methods(self, definition: StepDefinition, where: str) -> None:
+        body, method = definition.body, getattr(self.cls, definition.body, None)
+        _require(callable(method), where, f"its body {body!r} is not a method of the class")
         is_generator = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
         _require(not is_generator, where, f"its body {body!r} is a generator, which nothing would run: do not yield")
         for option in ("skip_if", "wait", "matching"):
-            if isinstance(name := options.get(option), str):
+            if isinstance(name := getattr(definition, option), str):
                 named = getattr(self.cls, name, None)
                 _require(callable(named), where, f"{option} names no method: {name!r}")
                 _require_plain(named, where, option)
@@ -1571,13 +1571,11 @@ class _WorkflowType(peewee.ModelBase):
         body.setdefault("workflow_type", name)
         _require(_is_name(body["workflow_type"]), name, f"workflow_type must be text, 1 to {MAX_NAME_CHARS} characters")
         cls = type.__new__(mcs, name, bases, dict(body), **kwargs)
-        blueprint = _Blueprint(cls, frozenset(dir(Workflow)))
+        blueprint = _Blueprint(cls)
         for ancestor in reversed(cls.__mro__):
             if not issubclass(Workflow, ancestor):
                 blueprint.add_class(ancestor)
-        for method in blueprint.methods():
-            problem = "it must stay a method: a step, a condition or a handler relies on it"
-            _require(callable(getattr(cls, method)), f"{name}.{method}", problem)
+        blueprint.check_methods()
         try:
             Workflow.__new__(Workflow).__class__ = cls  # as reading a row does
         except TypeError as error:
@@ -2317,7 +2315,7 @@ def _count_ongoing(query: Any, *columns: Any) -> list[Any]:
     return sorted(query.where(*[each.is_null(False) for each in columns]).group_by(*columns).tuples())
 
 
-Workflow._blueprint = _Blueprint(Workflow, frozenset())
+Workflow._blueprint = _Blueprint(Workflow)
 
 # ==== Starting: workflows and their first executions ==================================================================
 
