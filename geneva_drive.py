@@ -2355,13 +2355,12 @@ class _Start:
 
     def insert(self, values: dict[str, Any]) -> Workflow:
         """Insert a workflow, with its first execution."""
-        access, tried_on = self.drive._access, list[Any]()
+        access, tries = self.drive._access, itertools.count()
         is_atomic = access.dialect.is_one_statement and not (self.drive._dispatch.has_shared or self.parent)
 
         def insert() -> Workflow:
-            tried_on.append(access.database.connection())
             _count_children(self.drive, self.lock_parent(), +1)
-            return self._inserted(values, is_again=tried_on[0] is not tried_on[-1])
+            return self._inserted(values, is_again=next(tries) > 0)
 
         return access.transact(insert, is_atomic=is_atomic)
 
