@@ -2299,9 +2299,8 @@ class Workflow(_Record, metaclass=_WorkflowType):
             self.context.read = other.context.read
 
 
-def _ongoing_rows() -> Any:
-    """The rows that the unique index of ongoing workflows holds; literals, or SQLite would not see that it applies."""
-    return SQL(f"state in {ONGOING} and not allow_multiple")
+#: The rows that the unique index of ongoing workflows holds; literals, or SQLite would not see that it applies.
+ONGOING_ROWS = SQL(f"state in {ONGOING} and not allow_multiple")
 
 
 def _is_in(*states: str) -> Any:
@@ -2406,7 +2405,7 @@ class _Start:
             (Workflow.type == self.cls.workflow_type)
             & Workflow.hero_type.in_({row["hero_type"] for row in rows})
             & Workflow.hero_id.in_([row["hero_id"] for row in rows])
-            & _ongoing_rows()
+            & ONGOING_ROWS
         )
         ids = dict(query.tuples())
         created = [self.cls._made(row, ids[row["token"]]) for row in rows if row["token"] in ids]
@@ -2434,7 +2433,7 @@ class _Start:
 def _ongoing(values: Mapping[str, Any]) -> Any:
     """The ongoing workflow of this type and hero, or None, in spite of any old snapshot."""
     same = [getattr(Workflow, name) == values[name] for name in ("type", "hero_type", "hero_id")]
-    return Workflow._lock(*same, _ongoing_rows())
+    return Workflow._lock(*same, ONGOING_ROWS)
 
 
 def _alone(values: Mapping[str, Any], begin: Callable[[], T]) -> T:
@@ -5397,7 +5396,7 @@ class _Recurrence:
             return True
         # By the index of ongoing workflows: those that are over may be kept by the million.
         has_no_hero = Workflow.hero_type.is_null() & Workflow.hero_id.is_null()
-        earlier = Workflow.select().where(of_class, _ongoing_rows(), has_no_hero)
+        earlier = Workflow.select().where(of_class, ONGOING_ROWS, has_no_hero)
         ongoing = earlier.where(Workflow.occurs_at.is_null(False)).first()
         if ongoing and self.left_out.get(cls.workflow_type) != moment:
             self.left_out[cls.workflow_type] = moment
