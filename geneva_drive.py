@@ -1015,10 +1015,15 @@ class _NameField(_OwnTypeField, peewee.CharField):
     kind = "name"
 
 
+def _as_text(value: Any) -> Any:
+    return value.decode() if isinstance(value, (bytes, bytearray)) else value
+
+
 class _ExactField(_OwnTypeField, peewee.CharField):
     """Short text compared byte by byte."""
 
     kind = "exact"
+    python_value = staticmethod(_as_text)
 
     def db_value(self, value: Any) -> Any:
         return self.storing()(super().db_value(value))
@@ -1026,13 +1031,6 @@ class _ExactField(_OwnTypeField, peewee.CharField):
     def storing(self) -> Callable[[Any], Any]:
         """What stores a value in the database in use, for many of them."""
         return self.dialect.store_exact
-
-    def python_value(self, value: Any) -> Any:
-        return _as_text(value)
-
-
-def _as_text(value: Any) -> Any:
-    return value.decode() if isinstance(value, (bytes, bytearray)) else value
 
 
 class _TypeField(_ExactField):
