@@ -5994,7 +5994,7 @@ class _Sqlite(_Dialect):
 
     def begin(self, database: Database, turn: Any) -> Any:
         # A transaction that reads before it writes fails at once if another one wrote in between.
-        return _InTurn(database, turn)
+        return _in_turn(database, turn)
 
     def takes_along(self) -> bool:
         return len(_heartbeat.beating) == 1  # of several workers, two that always end a step would do a third less
@@ -6261,34 +6261,20 @@ def _unproxied(database: Any) -> Any:
     return database.obj if isinstance(database, peewee.Proxy) else database
 
 
-class _InTurn:
+@contextlib.contextmanager
+def _in_turn(database: Database, turn: Any) -> Iterator[Any]:
     """A transaction of SQLite's that begins when no other thread of this process is in one.
 
     It would find the database locked, and look again after waits that grow to a tenth of a second: with two workers, a
     third of the time goes by so. A second of waiting for a turn is enough: then it is on with the database's own lock.
     """
-
-    def __init__(self, database: Database, turn: Any) -> None:
-        self.database, self.turn, self.has_turn = database, turn, False
-        self.transaction = database.atomic("IMMEDIATE")
-
-    def __enter__(self) -> Any:
-        self.has_turn = not self.database.in_transaction() and self.turn.acquire(timeout=1)
-        try:
-            return self.transaction.__enter__()
-        except BaseException:
-            self._end()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self.transaction.__exit__(*error)
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        if self.has_turn:
-            self.turn.release()
+    has_turn = not database.in_transaction() and turn.acquire(timeout=1)
+    try:
+        with database.atomic("IMMEDIATE") as transaction:
+            yield transaction
+    finally:
+        if has_turn:
+            turn.release()
 
 
 class _Savepoint(peewee._savepoint):
