@@ -5506,6 +5506,8 @@ class _Reports:
         ((overdue, oldest),) = StepExecution.select(count, first).join(Workflow).where(late).tuples()
         died = StepExecution.select(Workflow.type, count).join(Workflow).where(StepExecution.outcome == "recovered")
         recovered = dict(died.group_by(Workflow.type).tuples())
+        waiting_for = Workflow.type, StepExecution.waiting_for
+        waits = StepExecution.select(*waiting_for, count).join(Workflow).where(StepExecution.state == WAITING)
         states: dict[str, dict[str, int]] = {}
         for name, state, number in Workflow.select(*kinds, count).group_by(*kinds).tuples():
             states.setdefault(name, dict.fromkeys(WORKFLOW_STATES, 0))[state] = number
@@ -5519,7 +5521,7 @@ class _Reports:
                 add("workflows", number, type=name, state=state)
             add("paused_ratio", counts[PAUSED] / (sum(counts[state] for state in ONGOING) or 1), type=name)
             add("recovered_steps", recovered.get(name, 0), type=name)
-        for (name, signal_name), number in sorted(self._count_waiting().items(), key=str):
+        for name, signal_name, number in sorted(waits.group_by(*waiting_for).tuples(), key=str):
             add("waiting_steps", number, type=name, signal=signal_name or "")  # that is, for children
         add("overdue_steps", overdue)
         add("oldest_overdue_seconds", (now - oldest).total_seconds() if oldest else 0)
@@ -5540,13 +5542,6 @@ class _Reports:
                 why = _why("" if outcome in FAILURES else A_PERSON, beginning)
             groups.setdefault((name, step_name, why), PausedGroup(name, step_name, why, [])).ids.append(workflow_id)
         return sorted(groups.values(), key=lambda each: (-len(each.ids), each))
-
-    def _count_waiting(self) -> dict[tuple[str, str | None], int]:
-        """How many executions wait, by the type of their workflow and the name of the signal, None for children."""
-        kinds = (Workflow.type, StepExecution.waiting_for)
-        query = StepExecution.select(*kinds, peewee.fn.COUNT(SQL("*"))).join(Workflow)
-        rows = query.where(StepExecution.state == WAITING).group_by(*kinds).tuples()
-        return {(name, signal_name): number for name, signal_name, number in rows}
 
 
 #: What must not be: a sentence, and the one statement, which sees one state of the tables, for what goes into it.
