@@ -5810,13 +5810,9 @@ def _due_now(query: Any, priorities: tuple[int, ...]) -> Any:
         cases = [(_is_first_due(SQL(str(each))), SQL(str(each))) for each in higher]
         priority = peewee.Case(None, cases, priority)
     is_sound = (Workflow.state == SQL(f"'{READY}'")) & (Workflow.execution_count == StepExecution.number)
-    query = query.where(_is_due(StepExecution, priority), is_sound)
+    is_due = _is_here(StepExecution, priority) & (StepExecution.due_at <= _now_blank())
+    query = query.where(is_due, is_sound)
     return query.order_by(StepExecution.due_at, StepExecution.id).limit(SQL("1"))
-
-
-def _is_due(model: Any, priority: Any) -> Any:
-    """A condition, with blanks, for what is due in a queue, of this priority."""
-    return _is_here(model, priority) & (model.due_at <= _now_blank())
 
 
 def _is_first_due(priority: Any) -> Any:
@@ -5827,6 +5823,7 @@ def _is_first_due(priority: Any) -> Any:
 
 
 def _is_here(model: Any, priority: Any) -> Any:
+    """A condition, with a blank, for what is in a queue, of this priority."""
     return (model.queue == _Blank.value(cast(Any, StepExecution.queue), "queue", 1)) & (model.priority == priority)
 
 
