@@ -5685,11 +5685,9 @@ class _Dialect:
     #: second, and is tried again. Else heartbeats would stop behind a transactional step that takes minutes.
     schema_lock: Sequence[str] = ()
     schema_unlock: Sequence[str] = ()
-    #: The SQLSTATEs or numbers of errors: of transactions that failed because of others at the same time, and of tables
-    #: or columns that are not there. And what SQLite says in their place.
-    transient: frozenset[Any] = frozenset()
-    transient_text = missing_text = "(?!)"
-    missing: frozenset[Any] = frozenset()
+    #: Patterns of the SQLSTATEs or numbers of errors, or of what SQLite says instead: of transactions that failed
+    #: because of others at the same time, and of tables or columns that are not there.
+    transient = missing = "(?!)"
 
     def begin(self, database: Database, turn: Any) -> Any:
         """A transaction, or a savepoint inside the caller's."""
@@ -5713,15 +5711,14 @@ class _Dialect:
 
     def is_transient(self, error: BaseException) -> bool:
         """Whether a transaction failed because of others at the same time, as by a deadlock, and may be repeated."""
-        return self._means(error, self.transient, self.transient_text)
+        return self._means(error, self.transient)
 
     def is_about_schema(self, error: BaseException) -> bool:
         """Whether a statement names a table or a column that the database does not have."""
-        return self._means(error, self.missing, self.missing_text)
+        return self._means(error, self.missing)
 
-    def _means(self, error: BaseException, codes: frozenset[Any], text: str) -> bool:
-        state, code = _codes(error)
-        return state in codes or code in codes or bool(isinstance(code, str) and re.match(text, code))
+    def _means(self, error: BaseException, pattern: str) -> bool:
+        return any(re.fullmatch(pattern, str(each)) for each in _codes(error))
 
     # -- moves ------------------------------------------------------------------------------------------------------
 
@@ -5841,8 +5838,8 @@ class _Postgresql(_Dialect):
         "set local lock_timeout = '1s'",
     )
     schema_unlock = ("select set_config('lock_timeout', current_setting('geneva_drive.lock_timeout'), true)",)
-    transient = frozenset({"40001", "40P01", "55P03"})  # serialization failure, deadlock detected, lock timeout
-    missing = frozenset({"42P01", "42703"})
+    transient = "40001|40P01|55P03"  # serialization failure, deadlock detected, lock timeout
+    missing = "42P01|42703"
 
     def __init__(self) -> None:
         #: The statements that a connection of psycopg2's has prepared; None once it turned out to lead to several.
@@ -5981,8 +5978,8 @@ def _prepared(sql: str) -> tuple[str, str]:
 
 class _Sqlite(_Dialect):
     section = "sqlite"
-    transient_text = "database (table )?is locked"  # the second, of a shared cache
-    missing_text = "no such (table|column)|table .* has no column"
+    transient = "database (table )?is locked.*"  # the second, of a shared cache
+    missing = "no such (table|column).*|table .* has no column.*"
 
     def begin(self, database: Database, turn: Any) -> Any:
         # A transaction that reads before it writes fails at once if another one wrote in between.
@@ -6049,8 +6046,8 @@ class _Mysql(_Dialect):
     )
     # Lock wait timeout, deadlock; MariaDB, for a snapshot that is too old: the row, the table has changed since; MySQL,
     # for a look at the indexes of a table that another one changes: it was skipped.
-    transient = frozenset({1205, 1213, 1020, 1412, 1684})
-    missing = frozenset({1146, 1054})
+    transient = "1205|1213|1020|1412|1684"
+    missing = "1146|1054"
 
     def exactly(self, field: Any) -> Any:
         return field.cast("binary")
