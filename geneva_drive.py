@@ -6640,26 +6640,23 @@ class _Schema:
         lacking = [each for each in model._meta.sorted_fields if each.column_name not in known]
         return [_add_column(model, each, self.dialect.adds_references) for each in lacking]
 
-    def _lacking_statement(self, statement: str) -> list[str]:
-        return [] if self._is_applied(statement) else [statement]
-
     def _lacking_version(self) -> list[str]:
         # A newer version stays: what it needs is there, and what this code needs is there too.
         is_older = self.version() < SCHEMA_VERSION
         return [f"insert into {_SchemaVersion._meta.table_name} (version) values ({SCHEMA_VERSION})"] * is_older
 
-    def _is_applied(self, statement: str) -> bool:
-        index = re.match(r"create (?:unique )?index (\w+) on (\w+)", statement)
-        if index:
-            return any(each.name == index[1] for each in self.db.get_indexes(index[2]))
-        trigger = re.match(r"create trigger (\w+)", statement)
-        if trigger:
-            query = "select 1 from sqlite_master where type = 'trigger' and name = ?"
-            return self.db.execute_sql(query, (trigger[1],)).fetchone() is not None
-        column = re.match(r"alter table (\w+) add column (\w+)", statement)
-        if column:
-            return any(each.name == column[2] for each in self.db.get_columns(column[1]))
-        raise GenevaDriveError(f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice: {statement}")
+    def _lacking_statement(self, statement: str) -> list[str]:
+        if made := re.match(r"create (?:unique )?index (?P<name>\w+) on (\w+)", statement):
+            there = [each.name for each in self.db.get_indexes(made[2])]
+        elif made := re.match(r"create trigger (?P<name>\w+)", statement):
+            triggers = "select name from sqlite_master where type = 'trigger'"
+            there = [name for (name,) in self.db.execute_sql(triggers).fetchall()]
+        elif made := re.match(r"alter table (\w+) add column (?P<name>\w+)", statement):
+            there = [each.name for each in self.db.get_columns(made[1])]
+        else:
+            problem = f"{SCHEMA_FILE.name} holds a statement that cannot be applied twice"
+            raise GenevaDriveError(f"{problem}: {statement}")
+        return [] if made["name"] in there else [statement]
 
     def version(self) -> int:
         """The version that the database is at; 0 where there are no tables, or not all of them."""
