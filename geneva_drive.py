@@ -5141,23 +5141,22 @@ class _Recovery:
             is_dead = (StepExecution.heartbeat_at < moment) | is_dead
         dead = in_progress & is_dead
         recovered = 0
-        for executions in self._batches(StepExecution.select(StepExecution.id).where(dead), StepExecution.heartbeat_at):
+        found = StepExecution.select(StepExecution.id, StepExecution.workflow).where(dead)
+        for executions in self._batches(found, StepExecution.heartbeat_at):
             for execution in executions:
                 if _heartbeat.performs(execution.id):  # right here, whatever the clock says
                     continue
                 try:
-                    recovered += self.access.transact(functools.partial(self._recover, dead, execution.id))
+                    recovered += self.access.transact(functools.partial(self._recover, dead, execution))
                 except Exception:  # it must not keep the others from being recovered
                     logger.exception("execution %s cannot be recovered", execution.id)
         return {"stuck_in_progress_recovered": recovered}
 
-    def _recover(self, dead: Any, execution_id: int) -> bool:
-        execution = StepExecution.get_or_none(StepExecution.id == execution_id)
-        if execution is None:
-            return False
-        workflow = _lock_behind_parent(execution.workflow_id, _parent_id_of(execution.workflow_id))
+    def _recover(self, dead: Any, found: StepExecution) -> bool:
+        workflow = _lock_behind_parent(found.workflow_id, _parent_id_of(found.workflow_id))
+        is_it = (StepExecution.id == found.id) & (StepExecution.workflow == found.workflow_id)
         # Locked by a checkpoint in a body's transaction, it is not dead, or not for long.
-        execution = StepExecution._lock(dead & (StepExecution.id == execution_id), skip_locked=True)
+        execution = StepExecution._lock(dead & is_it, skip_locked=True)
         if workflow is None or execution is None:
             return False  # it ended, or showed a sign of life, in between
         try:
