@@ -6489,13 +6489,17 @@ class _Heartbeat:
             if not self._is_connection_needed():
                 self._disconnect()
             elif not self.database or time.monotonic() - self.beaten >= self._interval():
-                is_leaving, error = self.is_leaving, self._beat()
-                if error:
+                done = self.left if self.is_leaving else self.connected
+                try:
+                    self._beat()
+                    failures = 0
+                    done.set()
+                except Exception as error:
+                    self.beaten = -math.inf
+                    if not _drive()._access.is_transient(error):  # some drivers never tell that a connection is gone
+                        self._disconnect()
                     level, failures = logging.DEBUG if failures else logging.WARNING, failures + 1
                     logger.log(level, "the heartbeat failed and is tried again each second: %s", error)
-                else:
-                    failures = 0
-                    (self.left if is_leaving else self.connected).set()
 
     def _is_connection_needed(self) -> bool:
         long_ago = time.monotonic() - self._moment()
@@ -6508,26 +6512,17 @@ class _Heartbeat:
         self.hurry.wait(self.nap)
         self.hurry.clear()
 
-    def _beat(self) -> Exception | None:
-        try:
-            drive = _drive()
-            if not _is_private(drive._access.database):
-                self._connect(drive._access.database)
-                self._renew(drive)
-                self.beaten = time.monotonic()
-        except Exception as error:
-            self.beaten = -math.inf
-            if not _drive()._access.is_transient(error):  # some drivers never tell that a connection is gone
-                self._disconnect()
-            return error
-        return None
+    def _beat(self) -> None:
+        drive = _drive()
+        if not _is_private(drive._access.database):
+            self._connect(drive._access.database)
+            self._renew(drive)
+            self.beaten = time.monotonic()
 
     def _renew(self, drive: GenevaDrive) -> None:
         ids = [each.execution.id for each in list(self.beating)]
-        if not ids:
-            drive._access.database.execute_sql(
-                "select 1"
-            )  # in time to open another connection, should this one be gone
+        if not ids:  # in time to open another connection, should this one be gone
+            drive._access.database.execute_sql("select 1")
             return
         with drive._access.begin():
             mine = StepExecution.id.in_(ids) & (StepExecution.state == IN_PROGRESS)
