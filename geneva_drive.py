@@ -6140,7 +6140,8 @@ def _of_one_text(text: str) -> list[Any]:
     return [each[0] and bytes.fromhex(each[0]) if isinstance(each, list) else each for each in json.loads(text)]
 
 
-DIALECTS: dict[type[Database], _Dialect] = {
+DIALECTS: dict[type[Database], _Dialect | None] = {
+    CockroachDatabase: None,  # a PostgresqlDatabase by its class alone
     SqliteDatabase: _Sqlite(),
     PostgresqlDatabase: _Postgresql(),
     MySQLDatabase: _Mysql(),
@@ -6158,8 +6159,6 @@ def _dialect(database: Database) -> _Dialect:
 
 @functools.cache
 def _dialect_of(kind: type[Database]) -> _Dialect | None:
-    if issubclass(kind, CockroachDatabase):
-        return None
     return next((dialect for base, dialect in DIALECTS.items() if issubclass(kind, base)), None)
 
 
