@@ -5196,12 +5196,9 @@ class _Recovery:
 
     def _recover_overdue(self, queue: str, priority: int) -> int:
         """Queue again, once per threshold, what is overdue and was lost; not what a queue is behind with."""
-        moment = self.drive._now() - self.drive.stuck_scheduled_threshold
-        reached = self._progress(queue, priority) - self.drive.stuck_scheduled_threshold
+        moment = self._progress(queue, priority) - self.drive.stuck_scheduled_threshold
         here = (StepExecution.queue == queue) & (StepExecution.priority == priority)
-        lost = (
-            here & (StepExecution.due_at <= min(moment, reached)) & (StepExecution.enqueued_at <= min(moment, reached))
-        )
+        lost = here & (StepExecution.due_at <= moment) & (StepExecution.enqueued_at <= moment)
         recovered = 0
         for executions in self._batches(StepExecution.select(StepExecution.id).where(lost), StepExecution.due_at):
             these = StepExecution.id.in_([each.id for each in executions])
