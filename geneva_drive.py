@@ -6089,9 +6089,8 @@ class _Mysql(_Dialect):
 
     def move(self, database: Database, move: _Move) -> _Moved | None:
         # Both rows in one statement: a round trip takes longer than what it does.
-        found, hurries = (_conditions(move.fence), _conditions(move.execution)), False
-        if not move.is_patient and not database.in_transaction():
-            hurries = self._is_mariadb(database)
+        found = (_conditions(move.fence), _conditions(move.execution))
+        hurries = not move.is_patient and not database.in_transaction() and self._is_mariadb(database)
         key = ("move", hurries, *move.changes, "where", *found[0], "and", *move.columns, "where", *found[1])
         built = _drive()._access.statement(database, key, lambda: self._moving(move, hurries))
         try:
@@ -6510,8 +6509,12 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         drive = _drive()
-        if not _is_private(drive._access.database):
-            self._connect(drive._access.database)
+        database = drive._access.database
+        if not _is_private(database):
+            if self.database is not database:  # there is another drive
+                self._disconnect()
+            database.connect(reuse_if_open=True)
+            self.database = database
             self._renew(drive)
             self.beaten = time.monotonic()
 
@@ -6527,12 +6530,6 @@ class _Heartbeat:
             beating = [each.id for each in free]
             now = drive._now() - self._ahead()
             StepExecution.update(heartbeat_at=now).where(StepExecution.id.in_(beating)).execute()
-
-    def _connect(self, database: Database) -> None:
-        if self.database is not database:  # there is another drive
-            self._disconnect()
-        database.connect(reuse_if_open=True)
-        self.database = database
 
     def _disconnect(self) -> None:
         database, self.database = self.database, None
