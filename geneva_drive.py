@@ -5747,7 +5747,7 @@ class _Dialect:
         looking.add(me)
         try:
             for _ in range(TRANSACTION_TRIES):
-                look = functools.partial(self._first_due, drive, queue, priorities, passed, met)
+                look = functools.partial(self._first_due, drive, (queue, priorities), passed, met)
                 execution = drive._access.repeat(look)
                 if execution is None and not passed:
                     return None
@@ -5762,26 +5762,17 @@ class _Dialect:
         """Whether nobody has locked the execution's workflow; True where nobody can, or it cannot be told."""
         return True
 
-    def _first_due(
-        self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...], passed: int, met: int
-    ) -> StepExecution | None:
+    def _first_due(self, drive: GenevaDrive, places: _Places, passed: int, met: int) -> StepExecution | None:
         """The execution that is due first, but for so many that are passed, and its workflow.
 
         :param met: how many were found before that could not be claimed.
         """
-        values = self._look(drive, queue, priorities, passed)
+        values = self._look(drive, places, passed)
         return StepExecution._from_joined(values) if values else None
 
-    def _look(
-        self,
-        drive: GenevaDrive,
-        queue: str,
-        priorities: tuple[int, ...],
-        passed: int,
-        select: Any = lambda query: query,
-    ) -> Any:
+    def _look(self, drive: GenevaDrive, places: _Places, passed: int, select: Any = lambda query: query) -> Any:
         """The columns of both, or what is selected in their place; None if there is none."""
-        access = drive._access
+        access, (queue, priorities) = drive._access, places
         built = access.statement(
             access.database,
             ("first due", select, priorities, passed),
@@ -5986,13 +5977,13 @@ class _Sqlite(_Dialect):
 
     def move(self, database: Database, move: _Move) -> _Moved | None:
         moved = super().move(database, move)
-        return (moved[0], self._take_along(database, *move.takes)) if moved and move.takes else moved
+        return (moved[0], self._take_along(database, move.takes)) if moved and move.takes else moved
 
-    def _take_along(self, database: Database, queue: str, priorities: tuple[int, ...]) -> StepExecution | None:
+    def _take_along(self, database: Database, places: _Places) -> StepExecution | None:
         """Claim the execution that is due first in a queue, in the transaction under way: nobody else can write."""
         drive, execution = _drive(), None
         with contextlib.suppress(ValueError):  # a row that cannot be read is not to undo the end of the other step
-            execution = self._first_due(drive, queue, priorities, 0, 0)
+            execution = self._first_due(drive, places, 0, 0)
         is_ours = execution and _claim(drive, execution, carry_out=functools.partial(self.move, database))
         return execution if is_ours else None
 
@@ -6069,15 +6060,13 @@ class _Mysql(_Dialect):
         built = drive._access.statement(database, "probe", probe)
         return drive._access.repeat(lambda: built.execute({"id": execution.workflow_id}).fetchone()) is not None
 
-    def _first_due(
-        self, drive: GenevaDrive, queue: str, priorities: tuple[int, ...], passed: int, met: int
-    ) -> StepExecution | None:
+    def _first_due(self, drive: GenevaDrive, places: _Places, passed: int, met: int) -> StepExecution | None:
         if met > 4 and self._skips_locked(drive._access.database):  # there may be any number; a few cost less passed
-            values = self._look(drive, queue, priorities, 0, _as_one_text_unless_locked)
+            values = self._look(drive, places, 0, _as_one_text_unless_locked)
         else:
-            values = self._look(drive, queue, priorities, passed, _as_one_text)
+            values = self._look(drive, places, passed, _as_one_text)
         if values and values[0] is None:  # it would be longer than max_allowed_packet
-            return super()._first_due(drive, queue, priorities, passed, met)
+            return super()._first_due(drive, places, passed, met)
         return StepExecution._from_joined(_of_one_text(values[0])) if values else None
 
     @staticmethod
