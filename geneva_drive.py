@@ -6658,10 +6658,8 @@ def _schema_statements(section: str) -> list[str]:
         raise GenevaDriveError(f"{SCHEMA_FILE} is missing: the module needs it at its side") from error
     parts = re.split(r"^-- section: (.+)$", text, flags=re.MULTILINE)
     bodies = [body for names, body in zip(parts[1::2], parts[2::2]) if section in names.strip().split(", ")]
-    code = re.sub(r"--.*", "", "".join(bodies))
-    return [
-        " ".join(statement.split()) for statement in re.split(r";\s*$", code, flags=re.MULTILINE) if statement.strip()
-    ]
+    statements = re.split(r";\s*$", re.sub(r"--.*", "", "".join(bodies)), flags=re.MULTILINE)
+    return [" ".join(each.split()) for each in statements if each.strip()]
 
 
 def _add_column(model: Any, column: peewee.Field, with_reference: bool) -> str:
@@ -6853,9 +6851,7 @@ class TestHelpers:
 
     def assert_step_executed(self, workflow: Workflow, step_name: str, state: str = COMPLETED) -> None:
         """:raises AssertionError: if no execution of the step ended in `state`."""
-        found = workflow.execution_history.where(
-            (StepExecution.step_name == step_name) & (StepExecution.state == state)
-        )
+        found = workflow.execution_history.where(StepExecution.step_name == step_name, StepExecution.state == state)
         self._assert(found.count(), workflow, f"expected an execution of {step_name} that is {state}")
 
     def assert_waiting_for(self, workflow: Workflow, signal_name: str | None) -> None:
