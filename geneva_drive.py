@@ -5948,10 +5948,8 @@ class _Postgresql(_Dialect):
 
 def _with(parts: dict[str, Any], rest: str) -> Any:
     """One statement of several by their names, and what is selected from them."""
-    nodes: list[Any] = []
-    for name, query in parts.items():
-        nodes += [SQL(f"{', ' if nodes else 'with '}{name} as ("), query, SQL(")")]
-    return peewee.NodeList((*nodes, SQL(f" {rest}")), glue="")
+    named = [peewee.NodeList((SQL(f"{name} as ("), query, SQL(")"))) for name, query in parts.items()]
+    return peewee.NodeList((SQL("with"), peewee.CommaNodeList(named), SQL(rest)))
 
 
 @functools.cache
