@@ -3009,7 +3009,7 @@ class _Attempt:
     def __init__(self, drive: GenevaDrive, execution: StepExecution, queue: str | None = None) -> None:
         self.drive, self.workflow, self.execution, self.queue = drive, execution.workflow, execution, queue
         self.is_run_on, self.is_begun, self.heeds_wait = False, False, True
-        self.verdict = _Verdict("step", "return")  # how it ended, as far as it is known
+        self.verdict: _Verdict | None = None  # how it ended, once that is known
         self.signal: WorkflowSignal | None = None  # the one that the body is given
         self.claimed, self.patience_ends = time.monotonic(), math.inf  # the patience to record the outcome
         self.is_draining: Callable[[], bool] = lambda: False
@@ -3118,9 +3118,8 @@ class _Attempt:
             _heartbeat.remove(self)
         if recorded:
             self._tell_of_end(following)
-        error: Any = self.verdict.error
-        if error is not None and self.verdict.surfaces:
-            step_name, state = self.execution.step_name, self.workflow.state
+        if self.verdict and self.verdict.surfaces:
+            error, step_name, state = cast(Any, self.verdict.error), self.execution.step_name, self.workflow.state
             with contextlib.suppress(Exception):  # Python 3.10 knows no notes, a frozen dataclass takes none
                 note = f"in the step {step_name} of {self.workflow._label}, which is {state} now"
                 error.add_note(note)  # error trackers show it with the traceback
