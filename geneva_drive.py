@@ -4723,12 +4723,14 @@ class _Idle:
 
 
 def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_seconds: float | None) -> None:
-    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain them."""
+    """Run consumers until a signal or `until()` ends it, replacing workers that died; then drain those that started."""
+    started: list[Consumer] = []
     with _stop_signals() as stop:
         try:
             for consumer in consumers:
                 consumer._set_signal_handlers = lambda: None  # ours stop all of them
                 consumer.start()
+                started.append(consumer)
             checked = time.monotonic()
             while not stop.signals and not (until and until()):
                 if time.monotonic() - checked > 10:
@@ -4738,10 +4740,10 @@ def _serve(consumers: list[Consumer], until: Callable[[], object] | None, drain_
                 time.sleep(0.1 if until else STOP_SECONDS)
         finally:
             logger.info("draining: the steps under way are ended, the next ones wait in the tables")
-            for consumer in consumers:
+            for consumer in started:
                 consumer.stop_flag.set()
             if stop.signals < 2:
-                _join(consumers, drain_seconds)  # of one that did not start, none is alive
+                _join(started, drain_seconds)
 
 
 def _join(consumers: list[Consumer], seconds: float | None) -> bool:
