@@ -5715,7 +5715,7 @@ class _Dialect:
         return self._means(error, self.missing)
 
     def _means(self, error: BaseException, pattern: str) -> bool:
-        return any(re.fullmatch(pattern, str(each)) for each in _codes(error))
+        return any(re.fullmatch(pattern, str(each), re.DOTALL) for each in _codes(error))
 
     # -- moves ------------------------------------------------------------------------------------------------------
 
@@ -5969,7 +5969,7 @@ class _Sqlite(_Dialect):
 
     def begin(self, database: Database, turn: Any) -> Any:
         # A transaction that reads before it writes fails at once if another one wrote in between.
-        return _in_turn(database, turn)
+        return _InTurn(database, turn)
 
     def takes_along(self) -> bool:
         return len(_heartbeat.beating) == 1  # of several workers, two that always end a step would do a third less
@@ -6158,7 +6158,10 @@ def _original(error: Any) -> Any:
 
 def _codes(error: BaseException) -> tuple[Any, Any]:
     """What a driver tells of an error: its SQLSTATE, and the server's own number, or SQLite's text."""
-    original = _original(error)
+    original: Any = _original(error)
+    # PEP 249 names the base of a driver's errors so; an error of the application's may hold anything.
+    if not any(each.__name__ == "Error" for each in type(original).__mro__):
+        return None, None
     state = getattr(original, "pgcode", None) or getattr(original, "sqlstate", None)
     code = getattr(original, "errno", None) or next(iter(getattr(original, "args", ())), None)
     return state, code.rpartition("] ")[2] if isinstance(code, str) else code  # CySqlite puts the statement before it
@@ -6232,20 +6235,36 @@ def _unproxied(database: Any) -> Any:
     return database.obj if isinstance(database, peewee.Proxy) else database
 
 
-@contextlib.contextmanager
-def _in_turn(database: Database, turn: Any) -> Iterator[Any]:
+class _InTurn:
     """A transaction of SQLite's that begins when no other thread of this process is in one.
 
     It would find the database locked, and look again after waits that grow to a tenth of a second: with two workers, a
     third of the time goes by so. A second of waiting for a turn is enough: then it is on with the database's own lock.
+
+    A class, for contextlib's way writes to the error that it passes on, which a frozen dataclass does not take.
     """
-    has_turn = not database.in_transaction() and turn.acquire(timeout=1)
-    try:
-        with database.atomic("IMMEDIATE") as transaction:
-            yield transaction
-    finally:
-        if has_turn:
-            turn.release()
+
+    def __init__(self, database: Database, turn: Any) -> None:
+        self.database, self.turn, self.has_turn = database, turn, False
+        self.transaction = database.atomic("IMMEDIATE")
+
+    def __enter__(self) -> Any:
+        self.has_turn = not self.database.in_transaction() and self.turn.acquire(timeout=1)
+        try:
+            return self.transaction.__enter__()
+        except BaseException:
+            self._end()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.transaction.__exit__(*error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self.has_turn:
+            self.turn.release()
 
 
 class _Savepoint(peewee._savepoint):

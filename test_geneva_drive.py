@@ -3085,6 +3085,45 @@ def test_an_error_whose_own_code_fails_is_recorded(drive, hero, helpers):
     assert two.state == "failed"
 
 
+@dataclasses.dataclass(frozen=True)
+class Declined(Exception):
+    code: str
+
+
+class Unspeakable:
+    def __str__(self):
+        raise RuntimeError("no")
+
+    __repr__ = __str__
+
+
+# The first argument of a driver's error is its number; that of another one may be anything.
+ODD_ERRORS = {
+    "frozen": lambda: Declined("lost card"),
+    "a dict": lambda: ValueError({"amount": ["too low"]}),
+    "no text": lambda: ValueError(Unspeakable()),
+    "a huge number": lambda: ValueError(10**5000),
+    "a number of the server's for a deadlock": lambda: ValueError(1213),
+    "what SQLite says of a lock": lambda: ValueError("database is locked"),
+}
+
+
+@pytest.mark.parametrize("make", ODD_ERRORS.values(), ids=ODD_ERRORS)
+def test_what_an_error_of_a_transactional_step_holds_keeps_no_policy_from_deciding_on_it(drive, hero, helpers, make):
+    performed = []
+
+    class Charges(Workflow):
+        @step(transactional=True, on_exception=ExceptionPolicy("cancel", matching=(Declined, ValueError)))
+        def charge(self):
+            performed.append(1)
+            raise make()
+
+    workflow = Charges.create(hero=hero)
+    helpers.perform_next_step(workflow, raise_errors=False)
+    assert (workflow.state, len(performed)) == ("canceled", 1)
+    assert history(workflow) == [("charge", "failed", "canceled")]
+
+
 LEAVES_OPEN = {
     "session": lambda db: db.session_start(),
     "atomic": lambda db: db.atomic().__enter__(),
