@@ -4593,22 +4593,31 @@ class _OwnStorage(BaseStorage):
         A new one of another process is seen within a second, one of this process at once.
         """
         if time.monotonic() - self._asked > 1:
-            here = StepExecution.select().where(StepExecution.queue == self.name)
-            found = {0, *self.drive._access.values(here, StepExecution.priority)}
-            known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
-            self._priorities = tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
-            self._asked = time.monotonic()
+            self._priorities, self._asked = self._ask_priorities(), time.monotonic()
         return self._priorities
+
+    def _ask_priorities(self) -> tuple[int, ...]:
+        found, highest = {0}, "select max(priority) from geneva_drive_step_executions where queue = {0}"
+        priority = self._ask(highest, self.name)
+        while priority is not None:
+            found.add(priority)
+            priority = self._ask(f"{highest} and priority < {{0}}", self.name, priority)
+        known = found.union(self._priorities)  # what is urgent comes and goes, and is not to wait until it is known
+        return tuple(sorted(known if len(known) <= MAX_KNOWN_PRIORITIES else found, reverse=True))
 
     def first_due(self) -> datetime | None:
         """When the first execution in the queue is due; None if there is none."""
-        access, priorities = self.drive._access, self.priorities()  # once: other threads may find that there are more
-        database = access.database
-        first = f"select min(due_at) as due_at from geneva_drive_step_executions where queue = {database.param}"
-        firsts = " union all ".join(f"{first} and priority = {each}" for each in priorities)
-        sql, names = f"select min(due_at) from ({firsts}) t", [self.name] * len(priorities)
-        row = access.repeat(lambda: access.dialect.execute(database, sql, names).fetchone())
-        return cast("datetime | None", StepExecution.due_at.python_value(row[0]))
+        first = "select min(due_at) as due_at from geneva_drive_step_executions where queue = {{0}} and priority = {}"
+        priorities = self.priorities()  # once: other threads may find that there are more
+        firsts = " union all ".join(map(first.format, priorities))
+        moment = self._ask(f"select min(due_at) from ({firsts}) t", *[self.name] * len(priorities))
+        return cast("datetime | None", StepExecution.due_at.python_value(moment))
+
+    def _ask(self, query: str, *parameters: Any) -> Any:
+        """The one value that a query finds, with {0} for each parameter."""
+        access, database = self.drive._access, self.drive._access.database
+        sql = query.format(database.param)
+        return access.repeat(lambda: access.dialect.execute(database, sql, [*parameters]).fetchone())[0]
 
     # -- what Huey asks ---------------------------------------------------------------------------------------------
 
