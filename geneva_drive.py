@@ -903,9 +903,10 @@ class _Blueprint:
         options = _checked(options, STEP_OPTIONS, where)
         _check_together(options, where)
         # The name of one that was removed may have become an attribute.
+        reserved = dir(Workflow)
         for name in (key, options["name"]) if body else (key,):
             problem = f"a step must not be called {name!r}, an attribute of Workflow: rename it"
-            _require(name not in dir(Workflow), where, problem)
+            _require(name not in reserved, where, problem)
         defined = {option: value for option, value in options.items() if option in StepDefinition.__dataclass_fields__}
         policies = _step_policies(options, where)
         definition = StepDefinition(**defined, body=body or "", policies=policies, removed=not body)
@@ -4597,6 +4598,7 @@ class _OwnStorage(BaseStorage):
         return self._priorities
 
     def _ask_priorities(self) -> tuple[int, ...]:
+        # Not by `_Access.values()`: an idle consumer asks each second, and building its queries takes longer than this.
         found, highest = {0}, "select max(priority) from geneva_drive_step_executions where queue = {0}"
         priority = self._ask(highest, self.name)
         while priority is not None:
